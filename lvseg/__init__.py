@@ -1,0 +1,1 @@
+"""Liver segmentation in MRI stacks: train, evaluate, predict (see README.md)."""

@@ -1,0 +1,90 @@
+"""What every command shares: exit codes, progress, and files that are never half-written."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from lvseg.errors import InputError
+
+Item = TypeVar("Item")
+
+EXIT_DONE, EXIT_ERROR, EXIT_BAD_INPUT = 0, 1, 2
+PLAIN_LINE_EVERY_S = 10.0
+
+
+def run(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None):
+    """Runs a command's body and turns its outcome into an exit code.
+
+    Args:
+        parser: of the command's arguments.
+        body: does the work; returns an exit code, or None for done.
+        argv: the arguments, None for those of the process.
+
+    Returns:
+        0 done; 2 bad input, with the sentence on stderr; 1 interrupted. Any other exception propagates (Python exits 1).
+    """
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported, or it is not heard
+    with contextlib.suppress(ValueError):  # signals belong to the main thread; elsewhere the caller handles them
+        signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return body(arguments) or EXIT_DONE
+    except InputError as error:
+        print(f"{parser.prog}: {error.sentence}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; what was finished is kept.", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, renamed to it when the block ends well, removed otherwise.
+
+    Keeps the suffixes of `path`, since writers choose the format by them. Works for files and for folders.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".partial-{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
+    """Passes items on and shows how far it is: a bar where stderr is a terminal, a plain line now and then elsewhere."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # type: ignore[arg-type]
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(items, description=label, total=total, console=Console(stderr=True))
+        return
+    started = last = time.monotonic()
+    for count, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= PLAIN_LINE_EVERY_S:
+            last = now
+            print(f"{label}: {count}{f' of {total}' if total else ''}, {now - started:.0f} s", file=sys.stderr)

@@ -1,0 +1,20 @@
+"""The one error that bad input raises, in every command and in the server."""
+
+
+class InputError(ValueError):
+    """Input that cannot be used: one sentence saying what was expected, what came, and in which file or key.
+
+    Commands print the sentence and exit with 2; the server sends `code` and the sentence.
+
+    Args:
+        code: stable upper-case name for programs, such as ``BAD_GEOMETRY``.
+        sentence: for people; names the file or key.
+    """
+
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = code
+        self.sentence = sentence
+
+    def __reduce__(self) -> tuple[type["InputError"], tuple[str, str]]:
+        return type(self), (self.code, self.sentence)  # crosses joblib's process border whole

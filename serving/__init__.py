@@ -1,0 +1,1 @@
+"""The ZeroMQ service that answers raw scans with segmentations (see README.md)."""
