@@ -1,0 +1,383 @@
+from collections.abc import Iterator
+
+import elasticdeform
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.core.framework.node_def_pb2 import NodeDef
+from tensorflow.python.framework import kernels
+
+from lvseg import augment
+
+SIGMA_PX, GRID = 8.0, 8
+BORDER_PX = 48  # no field drawn in these tests reaches further
+
+
+@pytest.fixture(params=["chosen at import", "plain TensorFlow"])
+def both_warps(request, monkeypatch):
+    if request.param == "plain TensorFlow":
+        monkeypatch.setattr(augment, "_dense_image_warp", augment._plain_dense_image_warp)
+
+
+def smooth_images(batch: int, size: int, channels: int = 3) -> np.ndarray:
+    """float32 [batch, size, size, channels] from 0 to 1, every channel and sample its own pattern."""
+    rows, columns = np.mgrid[:size, :size] / size
+    waves = [
+        np.sin(7 * rows + sample) * np.cos(5 * columns * (channel + 1)) + rows * columns
+        for sample in range(batch)
+        for channel in range(channels)
+    ]
+    images = np.moveaxis(np.reshape(waves, (batch, channels, size, size)), 1, -1)
+    return ((images - images.min()) / np.ptp(images)).astype(np.float32)
+
+
+def blob_masks(batch: int, size: int) -> np.ndarray:
+    """uint8 [batch, size, size, 1] with classes 0, 1 and 3: a mean of 1 and 3 would be a class that is not there."""
+    rows, columns = np.mgrid[:size, :size] / size - 0.5
+    masks = np.zeros((batch, size, size, 1), np.uint8)
+    masks[:, np.hypot(rows, columns) < 0.35] = 1
+    masks[:, np.hypot(rows + 0.05, columns) < 0.15] = 3
+    return masks
+
+
+def pixel_positions(size: int) -> np.ndarray:
+    """float64 [size, size, 2]: each pixel's (row, column)."""
+    return np.moveaxis(np.mgrid[:size, :size], 0, -1).astype(np.float64)
+
+
+def displacements(batch: int, grid: int = GRID, sigma_px: float = SIGMA_PX, seed: int = 5) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, sigma_px, (batch, 2, grid, grid)).astype(np.float32)
+
+
+def deformed_by_reference(images: np.ndarray, displacement: np.ndarray, order: int, mode: str) -> np.ndarray:
+    return np.stack(
+        [
+            elasticdeform.deform_grid(image, each.astype(np.float64), order=order, mode=mode, axis=(0, 1))
+            for image, each in zip(images, displacement, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize(("size", "grid"), [(256, 8), (128, 8), (64, 3), (33, 2), (80, 20)])
+def test_field_is_the_one_elasticdeform_moves_by(size, grid):
+    displacement = displacements(2, grid, sigma_px=2.0)
+    field = augment.elastic_field(tf.constant(displacement), size).numpy()
+
+    assert field.shape == (2, size, size, 2)
+    assert field.dtype == np.float32
+    # Deformed linearly, a ramp of row (or column) numbers shows where each pixel came from, while that is inside.
+    margin = slice(12, -12)
+    ramps = pixel_positions(size)
+    came_from = deformed_by_reference(np.stack([ramps, ramps]), displacement, order=1, mode="constant")
+    inside = (came_from - ramps)[:, margin, margin]
+    np.testing.assert_allclose(field[:, margin, margin], inside, atol=1e-5)
+
+
+def test_field_passes_through_the_control_points():
+    displacement = displacements(1)
+    field = augment.elastic_field(tf.constant(displacement), 8 * 7 + 1).numpy()  # a control point every 8 pixels
+    np.testing.assert_allclose(np.moveaxis(field[0, ::8, ::8], -1, 0), displacement[0], atol=1e-5)
+
+
+def test_field_refuses_shapes_that_have_no_spline():
+    for shape, size in [((1, 2, 1, 1), 64), ((1, 3, 8, 8), 64), ((1, 2, 8, 7), 64), ((1, 2, 8, 8), 1)]:
+        with pytest.raises(ValueError, match=r"Expected displacements"):
+            augment.elastic_field(tf.zeros(shape), size)
+
+
+@pytest.mark.parametrize("size", [256, 128])
+def test_linear_warp_agrees_with_elasticdeform(size, both_warps):
+    images, displacement = smooth_images(2, size), displacements(2)
+    warped = augment.warp(tf.constant(images), augment.elastic_field(tf.constant(displacement), size)).numpy()
+
+    border = slice(BORDER_PX, -BORDER_PX)
+    reference = deformed_by_reference(images, displacement, order=1, mode="constant")
+    assert np.abs(warped - reference)[:, border, border].max() < 1e-3
+    assert np.abs(warped - images).max() > 0.1
+
+    to_the_edge = deformed_by_reference(images, displacement, order=1, mode="nearest")
+    assert np.abs(warped - to_the_edge).max() < 1e-3
+
+
+def test_linear_warp_agrees_with_elasticdeform_on_noise(both_warps):
+    images = np.random.default_rng(1).random((1, 128, 128, 1)).astype(np.float32)
+    displacement = displacements(1)
+    warped = augment.warp(tf.constant(images), augment.elastic_field(tf.constant(displacement), 128)).numpy()
+    assert np.abs(warped - deformed_by_reference(images, displacement, order=1, mode="nearest")).max() < 1e-3
+
+
+@pytest.mark.parametrize("size", [256, 128])
+def test_nearest_warp_agrees_with_elasticdeform_away_from_ties(size):
+    masks, displacement = blob_masks(2, size), displacements(2)
+    field = augment.elastic_field(tf.constant(displacement), size).numpy()
+    warped = augment.warp(tf.constant(masks), tf.constant(field), "nearest").numpy()
+    reference = deformed_by_reference(masks, displacement, order=0, mode="nearest")
+
+    position = field + pixel_positions(size)
+    tie = (np.abs(position - np.floor(position) - 0.5) < 1e-3).any(axis=-1)
+    np.testing.assert_array_equal(warped[~tie], reference[~tie])
+    assert tie.mean() < 0.01
+    assert (warped != masks).mean() > 0.01
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "nearest"])
+def test_zero_field_is_identity(interpolation, both_warps):
+    images = smooth_images(2, 32)
+    warped = augment.warp(tf.constant(images), tf.zeros([2, 32, 32, 2]), interpolation)
+    np.testing.assert_array_equal(warped, images)
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "nearest"])
+def test_constant_field_fetches_from_that_far_and_the_edge_goes_on(interpolation, both_warps):
+    images = smooth_images(1, 16)
+    field = tf.tile(tf.constant([3.0, -2.0]), [16 * 16])  # from three rows further down, two columns further left
+    warped = augment.warp(tf.constant(images), tf.reshape(field, [1, 16, 16, 2]), interpolation).numpy()
+    rows = np.minimum(np.arange(16) + 3, 15)
+    columns = np.maximum(np.arange(16) - 2, 0)
+    np.testing.assert_array_equal(warped[0], images[0][np.ix_(rows, columns)])
+
+
+def test_constant_displacement_is_a_constant_field():
+    displacement = tf.ones([1, 2, GRID, GRID]) * tf.reshape([3.5, -2.25], [1, 2, 1, 1])
+    field = augment.elastic_field(displacement, 64).numpy()
+    np.testing.assert_allclose(field, np.broadcast_to([3.5, -2.25], field.shape), atol=1e-6)
+
+
+def test_half_a_pixel_is_the_mean_of_two(both_warps):
+    images = tf.constant([[1.0, 3.0], [5.0, 9.0]], shape=[1, 2, 2, 1])
+    field = tf.tile(tf.constant([0.0, 0.5], shape=[1, 1, 1, 2]), [1, 2, 2, 1])
+    np.testing.assert_array_equal(augment.warp(images, field)[0, :, :, 0], [[2.0, 3.0], [7.0, 9.0]])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "int32", "int64", "bool", "float16", "float32"])
+def test_nearest_warp_keeps_the_dtype_and_makes_no_new_value(dtype):
+    masks = blob_masks(2, 64).astype(dtype)
+    warped = augment.warp(tf.constant(masks), augment.elastic_field(tf.constant(displacements(2)), 64), "nearest")
+    assert warped.dtype == dtype
+    assert warped.shape == masks.shape
+    assert set(np.unique(warped)) == set(np.unique(masks))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_linear_warp_keeps_the_dtype(dtype, both_warps):
+    images = smooth_images(1, 32)
+    field = augment.elastic_field(tf.constant(displacements(1, sigma_px=2.0)), 32)
+    warped = augment.warp(tf.constant(images.astype(dtype)), field)
+    assert warped.dtype == dtype
+    np.testing.assert_allclose(warped, augment.warp(tf.constant(images), field), atol=2e-3)
+
+
+def test_warp_refuses_what_it_would_spoil():
+    field = tf.zeros([1, 8, 8, 2])
+    with pytest.raises(ValueError, match="received dtype=uint8"):
+        augment.warp(tf.zeros([1, 8, 8, 1], tf.uint8), field)
+    with pytest.raises(ValueError, match="received interpolation='cubic'"):
+        augment.warp(tf.zeros([1, 8, 8, 1]), field, "cubic")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [256, 128])
+def test_gradient_shares_each_output_out_among_its_sources(size, both_warps):
+    images = tf.constant(smooth_images(2, size, channels=1))
+    field = augment.elastic_field(tf.constant(displacements(2)), size)
+    with tf.GradientTape() as tape:
+        tape.watch(images)
+        total = tf.reduce_sum(augment.warp(images, field))
+    gradient = tape.gradient(total, images).numpy()
+    assert gradient.shape == images.shape
+    assert gradient.min() >= 0.0
+    np.testing.assert_allclose(gradient.sum(axis=(1, 2, 3)), size * size, rtol=1e-4)
+
+
+def test_seeds_differ_wherever_a_key_differs():
+    keys = [
+        (seed, stream, step, index)
+        for seed in (0, 1, 2**augment.SEED_BITS - 1)
+        for stream in (0, 1, 2**augment.STREAM_BITS - 1)
+        for step in (0, 1, 2**augment.STEP_BITS - 1)
+        for index in (0, 1, 2**augment.INDEX_BITS - 1)
+    ]
+    packed = {
+        tuple(augment.sample_seeds(seed, stream, step, tf.constant([index]))[0].numpy().tolist())
+        for seed, stream, step, index in keys
+    }
+    assert len(packed) == len(keys)
+    assert all(0 <= word < 2**63 for words in packed for word in words)
+
+
+def test_seeds_are_laid_out_as_documented():
+    seeds = augment.sample_seeds(seed=5, stream=7, step=11, indices=tf.constant([13, 17], tf.int32))
+    assert seeds.dtype == tf.int64
+    np.testing.assert_array_equal(seeds, [[5 * 65536 + 7, 11 * 2**32 + 13], [5 * 65536 + 7, 11 * 2**32 + 17]])
+
+
+def test_step_may_be_a_tensor():
+    step = tf.Variable(11, dtype=tf.int64)
+    traced = tf.function(lambda indices: augment.sample_seeds(5, 7, step, indices))(tf.constant([13]))
+    np.testing.assert_array_equal(traced, augment.sample_seeds(5, 7, 11, tf.constant([13])))
+
+
+@pytest.mark.parametrize("key", [{"seed": -1}, {"seed": 2**47}, {"stream": 2**16}, {"step": 2**31}])
+def test_seeds_outside_their_bits_are_refused(key):
+    name, value = next(iter(key.items()))
+    with pytest.raises(ValueError, match=f"received {name}={value}"):
+        augment.sample_seeds(**{"seed": 0, "stream": 0, "step": 0, "indices": tf.constant([0]), **key})
+
+
+def test_displacements_are_normal_and_uncorrelated():
+    seeds = augment.sample_seeds(0, 0, 0, tf.range(400))
+    drawn = augment.draw_displacement(seeds, SIGMA_PX, GRID).numpy()
+    assert drawn.dtype == np.float32
+    flat = np.sort(drawn.ravel()) / SIGMA_PX
+    count = flat.size  # 51,200: a mean's standard error is 0.0044, a standard deviation's 0.0031
+    assert abs(flat.mean()) < 0.018
+    assert abs(flat.std() - 1) < 0.013
+    for bound, share in [(-1.959964, 0.025), (-0.6744898, 0.25), (0.0, 0.5), (1.0, 0.8413447), (2.326348, 0.99)]:
+        assert np.searchsorted(flat, bound) / count == pytest.approx(
+            share, abs=4 * np.sqrt(share * (1 - share) / count)
+        )
+    correlation = np.corrcoef(drawn.reshape(400, -1), rowvar=False)
+    assert np.abs(correlation - np.eye(len(correlation))).max() < 6 / np.sqrt(400)
+
+
+def test_a_sample_is_drawn_from_its_own_seed_alone():
+    seeds = augment.sample_seeds(3, 1, 70_000, tf.range(5))
+    together = augment.draw_displacement(seeds, SIGMA_PX, GRID).numpy()
+    backwards = augment.draw_displacement(seeds[::-1], SIGMA_PX, GRID).numpy()
+    alone = np.concatenate([augment.draw_displacement(seeds[i : i + 1], SIGMA_PX, GRID) for i in range(5)])
+    np.testing.assert_array_equal(together, backwards[::-1])
+    np.testing.assert_array_equal(together, alone)
+    assert len(np.unique(together[:, 0, 0, 0])) == 5
+
+
+def test_other_seed_stream_or_step_draws_another_field():
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    drawn = [augment.draw_displacement(augment.sample_seeds(*key, tf.constant([0])), 1.0, GRID).numpy() for key in keys]
+    assert len({each.tobytes() for each in drawn}) == len(keys)
+    assert np.abs(np.corrcoef([each.ravel() for each in drawn]) - np.eye(4)).max() < 0.4
+
+
+def deform(images: tf.Tensor, masks: tf.Tensor, indices: tf.Tensor, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    seeds = augment.sample_seeds(seed=9, stream=0, step=step, indices=indices)
+    return augment.elastic(images, masks, seeds, SIGMA_PX, GRID)
+
+
+def test_image_and_mask_move_together(both_warps):
+    masks = blob_masks(3, 128)
+    images = masks.astype(np.float32)
+    deformed, deformed_masks = deform(tf.constant(images), tf.constant(masks), tf.range(3), tf.constant(4))
+    assert deformed.dtype == tf.float32
+    assert deformed_masks.dtype == tf.uint8
+    # The mask as an image, deformed linearly, is within half a class of the mask wherever classes do not meet.
+    apart = np.abs(deformed.numpy() - deformed_masks.numpy()) < 1e-4
+    assert apart.mean() > 0.9
+    assert (deformed_masks.numpy() != masks).mean() > 0.01
+
+
+def test_elastic_does_not_depend_on_the_batch(both_warps):
+    images, masks = tf.constant(smooth_images(3, 64)), tf.constant(blob_masks(3, 64))
+    together = deform(images, masks, tf.constant([4, 8, 15]), tf.constant(1))
+    for position, index in enumerate([4, 8, 15]):
+        one = slice(position, position + 1)
+        alone = deform(images[one], masks[one], tf.constant([index]), tf.constant(1))
+        np.testing.assert_allclose(together[0][one], alone[0], atol=1e-6)
+        np.testing.assert_array_equal(together[1][one], alone[1])
+
+
+def test_elastic_needs_square_slices_of_a_known_size():
+    for size in ([16, 32], [None, None]):
+        traced = tf.function(deform)
+        with pytest.raises(ValueError, match="Expected square slices"):
+            traced.get_concrete_function(
+                tf.TensorSpec([1, *size, 1]),
+                tf.TensorSpec([1, *size, 1], tf.uint8),
+                tf.TensorSpec([1], tf.int64),
+                tf.TensorSpec([], tf.int64),
+            )
+
+
+@pytest.mark.parametrize("size", [256, 128])
+def test_eager_graph_and_xla_agree(size, both_warps):
+    images, masks = tf.constant(smooth_images(2, size)), tf.constant(blob_masks(2, size))
+    indices, step = tf.constant([6, 7]), tf.constant(12, tf.int64)
+    eager = deform(images, masks, indices, step)
+    again = deform(images, masks, indices, step)
+    graph = tf.function(deform)(images, masks, indices, step)
+    compiled = tf.function(deform, jit_compile=True)(images, masks, indices, step)
+
+    np.testing.assert_array_equal(eager[0], again[0])
+    for other in (graph, compiled):
+        np.testing.assert_allclose(eager[0], other[0], atol=1e-5)
+        assert (eager[1].numpy() != other[1].numpy()).mean() < 1e-4  # a tie may fall either way
+
+
+def test_shapes_survive_tracing_with_any_batch(both_warps):
+    image_batches, mask_batches = tf.TensorSpec([None, 256, 256, 3]), tf.TensorSpec([None, 256, 256, 1], tf.uint8)
+    traced = tf.function(deform).get_concrete_function(
+        image_batches, mask_batches, tf.TensorSpec([None], tf.int64), tf.TensorSpec([], tf.int64)
+    )
+    assert [output.shape.as_list() for output in traced.structured_outputs] == [
+        [None, 256, 256, 3],
+        [None, 256, 256, 1],
+    ]
+    images, masks = smooth_images(2, 256), blob_masks(2, 256)
+    step, indices = tf.constant(3, tf.int64), tf.constant([0, 1], tf.int64)
+    deformed = traced(tf.constant(images), tf.constant(masks), indices, step)[0]
+    np.testing.assert_allclose(deformed, deform(tf.constant(images), tf.constant(masks), indices, step)[0], atol=1e-5)
+
+
+def nodes(function: tf.types.experimental.ConcreteFunction) -> Iterator[NodeDef]:
+    """Every operation of a traced function and of all that it calls, loop bodies among them."""
+    graph = function.graph.as_graph_def()
+    yield from graph.node
+    for called in graph.library.function:
+        yield from called.node_def
+
+
+def runs_on_gpu(node: NodeDef) -> bool:
+    """Whether a kernel for GPUs (or for any device) is registered for this operation with the dtypes it has here."""
+    if node.op == "Const" and node.attr["dtype"].type == tf.string.as_datatype_enum:
+        return True  # the messages of Addons' assertions: Assert reads them on the host, whatever the device
+    for kernel in kernels.get_registered_kernels_for_op(node.op).kernel:
+        if kernel.device_type in ("GPU", "DEFAULT") and all(
+            node.attr[constraint.name].type in constraint.allowed_values.list.type for constraint in kernel.constraint
+        ):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("batch", [2, None])
+def test_every_op_has_a_kernel_for_gpus(batch, both_warps):
+    traced = tf.function(deform).get_concrete_function(
+        tf.TensorSpec([batch, 256, 256, 3]),
+        tf.TensorSpec([batch, 256, 256, 1], tf.uint8),
+        tf.TensorSpec([batch], tf.int64),
+        tf.TensorSpec([], tf.int64),
+    )
+    found = list(nodes(traced))
+    assert {"GatherV2", "Einsum", "StatelessRandomUniformFullIntV2"} <= {node.op for node in found}
+    assert sorted({(node.op, node.name) for node in found if not runs_on_gpu(node)}) == []
+
+
+def test_the_kernel_check_sees_ops_that_gpus_lack():
+    @tf.function
+    def on_the_host(mask):
+        return tf.while_loop(lambda mask: tf.reduce_any(mask > 0), lambda mask: (tf.gather(mask, [0]),), (mask,))
+
+    found = nodes(on_the_host.get_concrete_function(tf.TensorSpec([1], tf.uint8)))
+    assert "GatherV2" in {node.op for node in found if not runs_on_gpu(node)}
+
+
+def test_host_variant_deforms_alike():
+    images, masks = smooth_images(2, 128), blob_masks(2, 128)
+    seeds = augment.sample_seeds(0, 0, 5, tf.range(2))
+    on_device = augment.elastic(tf.constant(images), tf.constant(masks), seeds, SIGMA_PX, GRID)
+
+    samples = tf.data.Dataset.from_tensor_slices((images, masks, seeds))
+    on_host = samples.map(lambda image, mask, seed: augment.elastic_host(image, mask, seed, SIGMA_PX, GRID)).batch(2)
+
+    assert on_host.element_spec[0].shape.as_list() == [None, 128, 128, 3]
+    assert on_host.element_spec[1] == tf.TensorSpec([None, 128, 128, 1], tf.uint8)
+    deformed, deformed_masks = next(iter(on_host))
+    assert np.abs(deformed - on_device[0]).max() < 1e-3
+    assert (deformed_masks.numpy() != on_device[1].numpy()).mean() < 1e-3
+    assert (deformed_masks.numpy() != masks).mean() > 0.01
