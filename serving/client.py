@@ -1,0 +1,760 @@
+"""Sends scans to a server and writes the segmentations that come back; as a library (`Client`) and as a command.
+
+    python -m serving.client submit scan.nii.gz --model volume -o liver.vtk
+
+Nothing here waits without a limit: a server that is not there, does not answer or makes no progress ends in an error
+with a sentence that says what to check. Runs without TensorFlow, NumPy and the rest of lvseg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import re
+import signal
+import sys
+import tempfile
+import time
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import zmq
+
+from serving import protocol
+
+SERVER = "tcp://127.0.0.1:5557"
+BUILD = "lvseg 0.1.0"
+EXIT_DONE, EXIT_ERROR, EXIT_BAD_INPUT, EXIT_NETWORK = 0, 1, 2, 4
+CONNECT_S = 5.0
+SILENCE_S = 20.0  # the server answers STATUS within milliseconds; this long without a word and it is gone
+ASK_S = 2.0  # without news for this long, STATUS asks; it also finds the job again after a lost connection
+FETCHES_AHEAD = 8
+PLAIN_LINE_EVERY_S = 10.0
+ZSTD_LEVEL = 1  # packs faster than a network of 1 Gbit/s carries
+PIECE_BYTES = 1024 * 1024
+SPOOL_BYTES = 64 * 1024 * 1024  # an upload up to this size waits in memory, a larger one in a temporary file
+
+EXAMPLE = """examples:
+  python -m serving.client submit scan.nii.gz --model volume -o liver.vtk
+  python -m serving.client submit patient1/ patient2/ --model volume -o masks --format nii.gz --json volumes.json
+  python -m serving.client models
+  python -m serving.client ping
+"""
+
+OnProgress = Callable[[str, int, int], None]
+
+
+class ClientError(Exception):
+    """What ends a request: a stable code, a sentence for people, and the exit code of the command.
+
+    Args:
+        code: the server's, or NOT_FOUND, NOT_READABLE, INPUT_TRUNCATED, BAD_OUTPUT, UNREACHABLE, TIMEOUT of this side.
+        sentence: what was expected, what came, what to check.
+        exit_code: EXIT_BAD_INPUT, EXIT_NETWORK or EXIT_ERROR.
+    """
+
+    def __init__(self, code: str, sentence: str, exit_code: int) -> None:
+        super().__init__(sentence)
+        self.code = code
+        self.sentence = sentence
+        self.exit_code = exit_code
+
+
+class Unreachable(ClientError):
+    """Nobody answers at the server's address; exit code 4."""
+
+    def __init__(self, server: str) -> None:
+        super().__init__(
+            "UNREACHABLE",
+            f"Expected an answer from a server at {server}, received none: check that it runs (its line 'ready' shows"
+            " its address) and that no firewall is between.",
+            EXIT_NETWORK,
+        )
+
+
+class Refused(ClientError):
+    """The server said no; `error` is its message."""
+
+    def __init__(self, error: protocol.Error, server: str, members: Sequence[str] = ()) -> None:
+        def local(match: re.Match[str]) -> str:
+            number = int(match[1])
+            return members[number - 1] if 1 <= number <= len(members) else match[0]
+
+        sentence = re.sub(r"\b([0-9]{6})\.(?:bin|dcm|ima)\b", local, error.text)
+        if error.code == "NOT_FOUND":
+            sentence = (
+                f"Expected the server at {server} to know the job, received '{sentence}' (it was restarted, or gave the"
+                " job up; send the scan again)."
+            )
+        exit_codes = {"input": EXIT_BAD_INPUT, "access": EXIT_NETWORK, "server": EXIT_ERROR}
+        super().__init__(error.code, sentence, exit_codes[error.fault])
+        self.error = error
+
+
+@dataclass(frozen=True)
+class Package:
+    """A scan as it is sent.
+
+    Args:
+        name: base name for messages.
+        kind: "file" or "series".
+        codec: "raw" or "zstd".
+        file: the bytes to send, open at any position.
+        bytes: how many.
+        content_bytes: how many they unpack to.
+        sha256: of the bytes to send.
+        members: the local name of each file of a series, in the archive's order; they are not sent.
+    """
+
+    name: str
+    kind: str
+    codec: str
+    file: IO[bytes]
+    bytes: int
+    content_bytes: int
+    sha256: str
+    members: tuple[str, ...] = ()
+
+
+def package(scan: Path) -> Package:
+    """Makes a scan ready to be sent: a .nii.gz as it is, else zstd; a folder as a stored zip without its files' names.
+
+    Args:
+        scan: a file, or a folder of DICOM files.
+
+    Returns:
+        With its file open; the caller closes it.
+
+    Raises:
+        ClientError: NOT_FOUND, NOT_READABLE or INPUT_TRUNCATED, exit code 2.
+    """
+    name = protocol.clean_name(scan.name or scan.resolve().name)
+    with _reading(scan):
+        if scan.is_dir():
+            members = _members(scan)
+            names = tuple(str(path.relative_to(scan)) for path in members)
+            with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as archive:
+                _zip(members, archive)
+                archive.seek(0)
+                return _packed(name, "series", archive, names)
+        with scan.open("rb") as content:
+            if name.lower().endswith(".gz"):
+                return _unchanged(name, content)
+            return _packed(name, "file", content)
+
+
+def check_readable(scan: Path) -> None:
+    """Finds out, before a server is asked, whether a scan is there and can be opened.
+
+    Raises:
+        ClientError: NOT_FOUND, NOT_READABLE or INPUT_TRUNCATED, exit code 2.
+    """
+    with _reading(scan):
+        for path in _members(scan) if scan.is_dir() else [scan]:
+            with path.open("rb") as file:
+                if path == scan and not file.read(1):
+                    raise ClientError(
+                        "INPUT_TRUNCATED", f"Expected a scan, received no bytes in {scan}.", EXIT_BAD_INPUT
+                    )
+
+
+class Client:
+    """A connection to a server; use it in a `with` statement, from one thread.
+
+    Args:
+        server: its address, such as tcp://127.0.0.1:5557.
+        connect_s: give up when no server takes the connection and greets within this.
+
+    Raises:
+        ClientError: BAD_ADDRESS, UNREACHABLE or PROTO_UNSUPPORTED, exit code 4 (2 for the address).
+    """
+
+    def __init__(self, server: str = SERVER, connect_s: float = CONNECT_S) -> None:
+        self.server = server
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 200)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a server that is not there
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 250)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 5000)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, protocol.FRAME_BYTES_MAX)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
+        self._socket.setsockopt(zmq.RCVHWM, 64)
+        self._socket.setsockopt(zmq.SNDHWM, 64)
+        try:
+            self._connect(connect_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._socket.close()
+        self._context.term()
+
+    def welcome(self, limit_s: float = CONNECT_S) -> protocol.Welcome:
+        """What the server says of itself: limits, models, whether they are loaded.
+
+        Raises:
+            ClientError: UNREACHABLE or PROTO_UNSUPPORTED.
+        """
+        limit = time.monotonic() + limit_s
+        self._say(protocol.Hello(protocol.VERSION, protocol.VERSION, BUILD), limit)
+        return self._expect(protocol.Welcome, limit)
+
+    def ping(self, limit_s: float = CONNECT_S) -> float:
+        """The milliseconds that a word there and back takes.
+
+        Raises:
+            ClientError: UNREACHABLE.
+        """
+        began = time.monotonic()
+        self._say(protocol.Ping(), began + limit_s)
+        self._expect(protocol.Pong, began + limit_s)
+        return 1000 * (time.monotonic() - began)
+
+    def segment(
+        self,
+        scan: Path,
+        model: str,
+        out: Path,
+        timeout_s: float = 600.0,
+        on_progress: OnProgress = lambda stage, done, total: None,
+    ) -> tuple[list[Path], dict[str, Any]]:
+        """Has one scan segmented.
+
+        Args:
+            scan: a file, or a folder of DICOM files.
+            model: name of a model that the server has.
+            out: the mask's file, .vtk, .nii.gz or .vti; written whole or not at all.
+            timeout_s: limit for everything together.
+            on_progress: told the stage and how far it is, in bytes while sending and receiving, scans before this one
+                while in the queue, slices or batches while segmenting.
+
+        Returns:
+            The files written, `out` first, then `<out>.json` if the mask is an oblique .vtk; and the measurements.
+
+        Raises:
+            ClientError: anything else than an answer.
+        """
+        limit = time.monotonic() + timeout_s
+        output = next((known for known in protocol.OUTPUTS if out.name.endswith(f".{known}")), None)
+        if output is None:
+            names = ", ".join(f".{known}" for known in protocol.OUTPUTS)
+            raise ClientError("BAD_OUTPUT", f"Expected a file that ends in {names}, received {out}.", EXIT_BAD_INPUT)
+        on_progress("pack", 0, 0)
+        check_readable(scan)
+        sent = package(scan)
+        with sent.file:
+            self._check(sent)
+            accepted = self._announce(sent, model, output, limit)
+            job = accepted.job
+            try:
+                self._upload(accepted, sent, limit, on_progress)
+                done = self._wait(job, sent, limit, on_progress)
+                return self._collect(job, done, sent, out, output, limit, on_progress)
+            finally:
+                self._forget(job)
+
+    # ---- the steps of a job
+
+    def _connect(self, connect_s: float) -> None:
+        try:
+            self._socket.connect(self.server)
+        except zmq.ZMQError as error:
+            raise ClientError(
+                "BAD_ADDRESS",
+                f"Expected a server's address such as {SERVER}, received {self.server}.",
+                EXIT_BAD_INPUT,
+            ) from error
+        self.greeting = self.welcome(connect_s)
+
+    def _check(self, sent: Package) -> None:
+        """Against the server's limits before a byte is sent; the server checks again."""
+        limits = self.greeting.limits
+        for what, size, limit in (
+            ("bytes to send", sent.bytes, limits.upload_bytes),
+            ("bytes", sent.content_bytes, limits.content_bytes),
+            ("files", len(sent.members), limits.members),
+        ):
+            if size > limit:
+                raise ClientError(
+                    "TOO_LARGE", f"Expected at most {limit} {what}, received {size} in {sent.name}.", EXIT_BAD_INPUT
+                )
+
+    def _announce(self, sent: Package, model: str, output: str, limit: float) -> protocol.Accepted:
+        """A new job; waits, up to the limit, while the server is busy."""
+        while True:
+            left_ms = min(86_400_000, max(1, int(1000 * (limit - time.monotonic()))))
+            submit = protocol.Submit(
+                sent.name, sent.kind, model, output, sent.codec, sent.bytes, sent.content_bytes, sent.sha256, left_ms
+            )
+            answer_limit = min(limit, time.monotonic() + SILENCE_S)
+            self._say(submit, answer_limit)
+            try:
+                accepted: protocol.Accepted = self._expect(protocol.Accepted, answer_limit)
+                return accepted
+            except Refused as refused:
+                wait_s = refused.error.retry_after_ms / 1000
+                if refused.code != "BUSY" or time.monotonic() + wait_s > limit:
+                    raise
+                time.sleep(wait_s)
+
+    def _upload(self, accepted: protocol.Accepted, sent: Package, limit: float, on_progress: OnProgress) -> None:
+        """Sends the bytes as credit allows. STATUS, whose answer says where to go on, repairs whatever goes wrong."""
+        job, offset, until = accepted.job, accepted.offset, accepted.until
+        asked = False  # for STATUS; chunks sent before its answer would be out of place
+        messages = self._messages(job, limit, sent, lambda: f"{offset} of {sent.bytes} bytes were sent")
+        while True:
+            while not asked and offset < until:
+                sent.file.seek(offset)
+                payload = sent.file.read(min(self.greeting.limits.chunk_bytes, until - offset))
+                self._say(protocol.Chunk(job, offset, payload), limit)
+                offset += len(payload)
+                on_progress("send", offset, sent.bytes)
+            message = next(messages)
+            if isinstance(message, protocol.Accepted):
+                offset, until, asked = message.offset, message.until, False
+            elif isinstance(message, protocol.Credit):
+                until = max(until, message.until)
+            elif isinstance(message, protocol.Stored | protocol.Progress | protocol.Done):
+                return
+            elif isinstance(message, protocol.Error):
+                if message.code not in ("BAD_OFFSET", "OVER_CREDIT"):
+                    raise Refused(message, self.server, sent.members)
+                if not asked:
+                    self._say(protocol.Status(job), limit)
+                asked = True
+            elif message is None:
+                asked = True
+
+    def _wait(self, job: bytes, sent: Package, limit: float, on_progress: OnProgress) -> protocol.Done:
+        where = "it was sent"
+        self._say(protocol.Status(job), limit)
+        messages = self._messages(job, limit, sent, lambda: where)
+        while True:
+            message = next(messages)
+            if isinstance(message, protocol.Done):
+                return message
+            if isinstance(message, protocol.Error):
+                raise Refused(message, self.server, sent.members)
+            if isinstance(message, protocol.Progress):
+                queued = message.stage == "queue"
+                where = f"{message.position} scans were before it" if queued else f"it was at '{message.stage}'"
+                on_progress(message.stage, message.position if queued else message.done, message.total)
+
+    def _collect(
+        self,
+        job: bytes,
+        done: protocol.Done,
+        sent: Package,
+        out: Path,
+        output: str,
+        limit: float,
+        on_progress: OnProgress,
+    ) -> tuple[list[Path], dict[str, Any]]:
+        """Fetches the result; its files appear under their names only when all of them are whole."""
+        measurements: dict[str, Any] = {}
+        moves: list[tuple[Path, Path]] = []
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            for file in done.files:
+                pieces = self._fetch(job, file, sent, limit, on_progress)
+                if file.name == "measurements.json":
+                    measurements = json.loads(b"".join(pieces))
+                    continue
+                path = out.with_name(out.name + file.name.removeprefix(f"mask.{output}"))
+                moves.append((path.with_name(f".partial-{uuid.uuid4().hex[:8]}-{path.name}"), path))
+                with moves[-1][0].open("xb") as temporary:
+                    temporary.writelines(pieces)
+            paths = [path for _, path in moves]
+            if output == "vtk" and (sidecar := out.with_name(out.name + ".json")) not in paths:
+                sidecar.unlink(missing_ok=True)  # an earlier file's directions would be wrong for this one
+            for temporary_path, path in reversed(moves):
+                temporary_path.replace(path)
+            return paths, measurements
+        except OSError as error:
+            raise ClientError(
+                "BAD_OUTPUT", f"Expected a place to write to, received '{error.strerror}' for {out}.", EXIT_BAD_INPUT
+            ) from error
+        finally:
+            for temporary_path, _ in moves:
+                temporary_path.unlink(missing_ok=True)
+
+    def _fetch(
+        self, job: bytes, file: protocol.ResultFile, sent: Package, limit: float, on_progress: OnProgress
+    ) -> Iterator[bytes]:
+        """A file's bytes as they come; checks its digest at the end."""
+        got = asked = 0
+        digest = hashlib.sha256()
+        chunk = self.greeting.limits.chunk_bytes
+        messages = self._messages(job, limit, sent, lambda: f"{got} of {file.bytes} bytes of the result came")
+        while got < file.bytes:
+            while asked < file.bytes and asked < got + FETCHES_AHEAD * chunk:
+                self._say(protocol.Fetch(job, file.name, asked, chunk), limit)
+                asked += chunk
+            message = next(messages)
+            if isinstance(message, protocol.Data) and (message.name, message.offset) == (file.name, got):
+                digest.update(message.payload)
+                got += len(message.payload)
+                on_progress("receive", got, file.bytes)
+                yield message.payload
+            elif isinstance(message, protocol.Error):
+                raise Refused(message, self.server, sent.members)
+            elif message is None:
+                asked = got
+        if digest.hexdigest() != file.sha256:
+            raise ClientError(
+                "RESULT_CORRUPT",
+                f"Expected the result as the server made it, received other bytes for {sent.name}.",
+                EXIT_NETWORK,
+            )
+
+    def _forget(self, job: bytes) -> None:
+        """Tells the server that it may delete the job; should that fail, the server's own time limit does it."""
+        with contextlib.suppress(ClientError):
+            limit = time.monotonic() + 2.0
+            self._say(protocol.Close(job), limit)
+            while (message := self._take(limit)) is not None:
+                if isinstance(message, protocol.Closed | protocol.Error) and message.job == job:
+                    return
+
+    # ---- single messages
+
+    def _messages(self, job: bytes, limit: float, sent: Package, where: Callable[[], str]) -> Iterator[Any]:
+        """The job's messages as they come; None after ASK_S of silence, when STATUS has been sent.
+
+        Raises:
+            ClientError: TIMEOUT at the limit, UNREACHABLE after SILENCE_S without a word.
+        """
+        heard = asked = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now >= limit:
+                raise ClientError(
+                    "TIMEOUT",
+                    f"Expected the result of {sent.name} in time, received none ({where()}): raise --timeout-s, or ask"
+                    f" whether the server at {self.server} is overloaded.",
+                    EXIT_NETWORK,
+                )
+            if now - heard >= SILENCE_S:
+                raise ClientError(
+                    "UNREACHABLE",
+                    f"Expected news of {sent.name}, received nothing from {self.server} for {SILENCE_S:.0f} s"
+                    f" ({where()}): check that the server still runs and that the network is up.",
+                    EXIT_NETWORK,
+                )
+            message = self._take(min(limit, asked + ASK_S))
+            if message is None and time.monotonic() >= asked + ASK_S:
+                asked = time.monotonic()
+                with contextlib.suppress(Unreachable):
+                    self._say(protocol.Status(job), asked)
+                yield None
+            elif message is not None and message.job == job:
+                heard = asked = time.monotonic()
+                yield message
+
+    def _expect(self, kind: type[Any], limit: float) -> Any:
+        while (message := self._take(limit)) is not None:
+            if isinstance(message, kind):
+                return message
+            if isinstance(message, protocol.Error) and not message.job:
+                raise Refused(message, self.server)
+        raise Unreachable(self.server)
+
+    def _say(self, message: Any, limit: float) -> None:
+        wait_ms = max(0, int(1000 * (limit - time.monotonic())))
+        if not self._socket.poll(min(wait_ms, int(1000 * SILENCE_S)), zmq.POLLOUT):
+            raise Unreachable(self.server)
+        try:
+            self._socket.send_multipart(protocol.encode(message), zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise Unreachable(self.server) from error
+
+    def _take(self, limit: float) -> Any:
+        """The next message, or None at the limit."""
+        if not self._socket.poll(max(0, int(1000 * (limit - time.monotonic())) + 1)):
+            return None
+        try:
+            return protocol.decode(self._socket.recv_multipart(zmq.NOBLOCK), protocol.TO_CLIENT)
+        except protocol.BadFrame as error:
+            raise ClientError(
+                error.code,
+                f"Expected a server of protocol {protocol.MAGIC.decode()} at {self.server}, received other frames.",
+                EXIT_NETWORK,
+            ) from error
+
+
+# ---- the command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Returns:
+        0 done; 2 wrong use or a scan that cannot be used; 4 network or access; 1 anything else.
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    with contextlib.suppress(ValueError):  # signals belong to the main thread
+        signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return int(arguments.run(arguments))
+    except ClientError as error:
+        print(f"{parser.prog}: {error.sentence}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; what was finished is kept.", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def output_paths(scans: Sequence[Path], out: Path, output: str | None) -> list[Path]:
+    """Where each scan's mask goes: `out` itself for one scan if it names a file, else <stem>.<format> in that folder.
+
+    Args:
+        scans: files or folders.
+        out: a file .vtk, .nii.gz or .vti, or a folder.
+        output: format of the files, None for that of `out`, or vtk in a folder.
+
+    Raises:
+        ClientError: BAD_OUTPUT, exit code 2.
+    """
+    named = next((known for known in protocol.OUTPUTS if out.name.endswith(f".{known}")), None)
+    if named and not out.is_dir():
+        if len(scans) > 1:
+            raise ClientError(
+                "BAD_OUTPUT", f"Expected a folder for {len(scans)} scans, received the file {out}.", EXIT_BAD_INPUT
+            )
+        if output not in (None, named):
+            raise ClientError("BAD_OUTPUT", f"Expected a name in .{output}, received {out}.", EXIT_BAD_INPUT)
+        return [out]
+    if out.suffix and not out.is_dir():
+        names = ", ".join(f".{known}" for known in protocol.OUTPUTS)
+        raise ClientError(
+            "BAD_OUTPUT", f"Expected a file ending in one of {names}, or a folder, received {out}.", EXIT_BAD_INPUT
+        )
+    paths = [out / f"{_stem(scan)}.{output or 'vtk'}" for scan in scans]
+    twice = next((path for number, path in enumerate(paths) if path in paths[:number]), None)
+    if twice:
+        raise ClientError(
+            "BAD_OUTPUT", f"Expected scans of different names, received two that give {twice}.", EXIT_BAD_INPUT
+        )
+    return paths
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    outputs = output_paths(arguments.scans, arguments.out, arguments.format)
+    for scan in arguments.scans:
+        check_readable(scan)
+    results: list[dict[str, Any]] = []
+    exit_code = EXIT_DONE
+    with Client(arguments.server) as client, _progress() as show:
+        for scan, out in zip(arguments.scans, outputs, strict=True):
+            try:
+                paths, measurements = client.segment(
+                    scan, arguments.model, out, arguments.timeout_s, lambda *news, name=scan.name: show(name, *news)
+                )
+            except ClientError as error:
+                if len(arguments.scans) == 1 or error.exit_code != EXIT_BAD_INPUT:
+                    raise
+                exit_code = EXIT_BAD_INPUT  # one bad scan of many costs that scan alone
+                results.append({"scan": str(scan), "error": {"code": error.code, "text": error.sentence}})
+                print(f"serving.client: {error.sentence}", file=sys.stderr)
+                continue
+            results.append({"scan": str(scan), "files": [str(path) for path in paths], **measurements})
+            print(out)
+    if arguments.json:
+        temporary = arguments.json.with_name(f".partial-{uuid.uuid4().hex[:8]}-{arguments.json.name}")
+        try:
+            temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            temporary.replace(arguments.json)
+        except OSError as error:
+            raise ClientError(
+                "BAD_OUTPUT",
+                f"Expected a file to write, received '{error.strerror}' for {arguments.json}.",
+                EXIT_BAD_INPUT,
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+    return exit_code
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    with Client(arguments.server) as client:
+        for model in client.greeting.models:
+            print(f"{model.name}/{model.version}  {model.sha256}")
+    return EXIT_DONE
+
+
+def _ping(arguments: argparse.Namespace) -> int:
+    with Client(arguments.server) as client:
+        state = "ready" if client.greeting.ready else "loading its models"
+        print(f"{client.greeting.build}, {state}, {client.ping():.1f} ms")
+    return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, str, int, int], None]]:
+    """What shows how far each scan is: bars on a terminal, else a line for each new stage and now and then."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True)) as bars:
+            tasks: dict[str, Any] = {}
+
+            def draw(name: str, stage: str, done: int, total: int) -> None:
+                if name not in tasks:
+                    tasks[name] = bars.add_task(name, total=None)
+                label = f"{name}: {done} before it" if stage == "queue" else f"{name}: {stage}"
+                bars.update(tasks[name], description=label, completed=done, total=total or None)
+
+            yield draw
+        return
+    last = ("", "")
+    due = 0.0
+
+    def write(name: str, stage: str, done: int, total: int) -> None:
+        nonlocal last, due
+        if (name, stage) == last and time.monotonic() < due:
+            return
+        last, due = (name, stage), time.monotonic() + PLAIN_LINE_EVERY_S
+        news = f", {done} before it" if stage == "queue" else f" {done} of {total}" if total else ""
+        print(f"{name}: {stage}{news}", file=sys.stderr)
+
+    yield write
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _reading(scan: Path) -> Iterator[None]:
+    """Turns what can go wrong with local files into sentences."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ClientError("NOT_FOUND", f"Expected a scan, received no such file: {scan}.", EXIT_BAD_INPUT) from error
+    except OSError as error:
+        raise ClientError(
+            "NOT_READABLE", f"Expected a scan that can be read, received '{error.strerror}' for {scan}.", EXIT_BAD_INPUT
+        ) from error
+
+
+def _members(scan: Path) -> list[Path]:
+    """The files of a folder, by the rule of the reader of DICOM: one that holds only a folder stands for that one."""
+    folder = scan
+    while len(inside := sorted(folder.iterdir())) == 1 and inside[0].is_dir():
+        folder = inside[0]
+    members = [path for path in inside if path.is_file()]
+    if not members:
+        raise ClientError("NOT_FOUND", f"Expected DICOM files, received none in the folder {folder}.", EXIT_BAD_INPUT)
+    return members
+
+
+def _zip(members: Sequence[Path], content: IO[bytes]) -> None:
+    """A stored zip: zstd packs it afterwards. Without the names, which often hold the patient's, or any date."""
+    with zipfile.ZipFile(content, "w") as archive:
+        for number, member in enumerate(members, start=1):
+            suffix = member.suffix.lower() if member.suffix.lower() in protocol.MEMBER_SUFFIXES else ".bin"
+            with member.open("rb") as source, archive.open(zipfile.ZipInfo(f"{number:06d}{suffix}"), "w") as entry:
+                while piece := source.read(PIECE_BYTES):
+                    entry.write(piece)
+
+
+def _packed(name: str, kind: str, content: IO[bytes], members: tuple[str, ...] = ()) -> Package:
+    import zstandard
+
+    packer = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compressobj()
+    return _copied(name, kind, "zstd", content, packer.compress, packer.flush, members)
+
+
+def _unchanged(name: str, content: IO[bytes]) -> Package:
+    return _copied(name, "file", "raw", content, lambda piece: piece, lambda: b"", ())
+
+
+def _copied(
+    name: str,
+    kind: str,
+    codec: str,
+    content: IO[bytes],
+    pack: Callable[[bytes], bytes],
+    flush: Callable[[], bytes],
+    members: tuple[str, ...],
+) -> Package:
+    """Through `pack` into a file of our own, so that what is sent is what was hashed, whoever changes the scan."""
+    packed: IO[bytes] = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 the caller closes it
+    digest = hashlib.sha256()
+    size = 0
+    while piece := content.read(PIECE_BYTES):
+        size += len(piece)
+        part = pack(piece)
+        digest.update(part)
+        packed.write(part)
+    part = flush()
+    digest.update(part)
+    packed.write(part)
+    return Package(name, kind, codec, packed, packed.tell(), size, digest.hexdigest(), members)
+
+
+def _stem(scan: Path) -> str:
+    if scan.is_dir():
+        return scan.resolve().name
+    return scan.name[: len(scan.name) - len(protocol.suffix_of(scan.name))] or scan.name
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 86_400:
+        raise argparse.ArgumentTypeError(f"expected seconds between 0 and 86400, received {text}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.client",
+        description="Sends scans to a server and writes the segmentations that come back.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    server = argparse.ArgumentParser(add_help=False)
+    server.add_argument("--server", default=SERVER, metavar="ADDRESS", help=f"default: {SERVER}")
+    submit = commands.add_parser(
+        "submit",
+        parents=[server],
+        help="have scans segmented",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    submit.add_argument("scans", nargs="+", type=Path, metavar="SCAN", help="a file, or a folder of DICOM files")
+    submit.add_argument("--model", required=True, help="such as volume; see the command models")
+    submit.add_argument("-o", "--out", required=True, type=Path, help="a file .vtk, .nii.gz or .vti, or a folder")
+    submit.add_argument("--format", choices=protocol.OUTPUTS, help="of the files in a folder (default: vtk)")
+    submit.add_argument("--json", type=Path, metavar="FILE", help="write the measurements here")
+    submit.add_argument("--timeout-s", type=_seconds, default=600.0, metavar="S", help="for each scan (default: 600)")
+    submit.set_defaults(run=_submit)
+    commands.add_parser("models", parents=[server], help="list what the server serves").set_defaults(run=_models)
+    commands.add_parser("ping", parents=[server], help="ask whether the server is there").set_defaults(run=_ping)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,789 @@
+"""Server and client as real processes over real sockets: right answers, codes for bad requests, killed processes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+import zstandard
+from bad_files import bad_scans, volume
+from serving_fixtures import DEADLY, DIGEST, LIMIT_S, STUCK, Server, is_alive, make_models, running, start, until
+
+from lvseg.formats import read_volume, write_volume
+from serving import client, protocol
+from serving.client import Client, ClientError, Package
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all tests that leave it as it was."""
+    limits = {"spool_free_bytes": 0, "upload_bytes": 4_000_000, "content_bytes": 8_000_000, "members": 20}
+    limits.update(chunk_bytes=1000, window_bytes=8000, queue=3)
+    with running(tmp_path_factory.mktemp("server"), limits=limits) as one:
+        yield one
+        assert one.process.poll() is None
+        assert one.spooled() == []
+
+
+@pytest.fixture
+def held(server: Server) -> Iterator[Path]:
+    """While the file that this gives exists, the server finishes no scan."""
+    server.hold.touch()
+    yield server.hold
+    server.hold.unlink(missing_ok=True)
+
+
+def scan_file(folder: Path, seed: int = 0, brightest: int | None = None, name: str = "scan.nii.gz") -> Path:
+    """A small scan of noise."""
+    scan = volume((6, 20, 24), seed)
+    if brightest is not None:
+        scan.voxels[2, 3, 4] = brightest
+    return write_volume(scan, folder / name)[0]
+
+
+def expect_right_mask(scan: Path, mask: Path) -> None:
+    """The model's answer, worked out here, on the scan's own grid."""
+    there, back = read_volume(scan), read_volume(mask)
+    there, back = there.canonical(), back.canonical()
+    np.testing.assert_array_equal(back.voxels, there.voxels > there.voxels.mean())
+    np.testing.assert_allclose(back.affine, there.affine, atol=1e-4)
+
+
+def expect_serving(server: Server, folder: Path) -> None:
+    """Whatever happened before: the next scan is answered."""
+    with Client(server.endpoint) as other:
+        scan = scan_file(folder, seed=99, name="next.nii.gz")
+        other.segment(scan, "bright", folder / "next_mask.nii.gz", LIMIT_S)
+    expect_right_mask(scan, folder / "next_mask.nii.gz")
+
+
+class Raw:
+    """A peer that sends what it likes."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.connect(endpoint)
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+        self.context.term()
+
+    def take(self) -> Any:
+        assert self.socket.poll(1000 * LIMIT_S), "no answer"
+        return protocol.decode(self.socket.recv_multipart(), protocol.TO_CLIENT)
+
+    def ask(self, message: Any) -> Any:
+        self.socket.send_multipart(protocol.encode(message))
+        return self.take()
+
+    def take_until(self, *kinds: type[Any]) -> Any:
+        while not isinstance(message := self.take(), kinds):
+            pass
+        return message
+
+
+def submit_of(content: bytes, **change: Any) -> protocol.Submit:
+    """The announcement of some bytes."""
+    values: dict[str, Any] = {"name": "scan.nii.gz", "kind": "file", "model": "bright", "output": "nii.gz"}
+    values.update(codec="raw", bytes=len(content), content_bytes=len(content), deadline_ms=20_000)
+    return protocol.Submit(**{**values, "sha256": hashlib.sha256(content).hexdigest(), **change})
+
+
+def send_all(peer: Raw, content: bytes, **change: Any) -> bytes:
+    """Uploads some bytes as fast as credit allows; the job's key."""
+    peer.socket.send_multipart(protocol.encode(submit_of(content, **change)))
+    accepted = peer.take_until(protocol.Accepted, protocol.Error)
+    assert isinstance(accepted, protocol.Accepted), accepted
+    offset, until_byte = 0, accepted.until
+    while offset < len(content):
+        piece = content[offset : min(offset + 1000, until_byte)]
+        peer.socket.send_multipart(protocol.encode(protocol.Chunk(accepted.job, offset, piece)))
+        offset += len(piece)
+        if offset == until_byte < len(content):
+            until_byte = peer.take_until(protocol.Credit).until
+    return accepted.job
+
+
+def send_bad(server: Server, content: bytes, **change: Any) -> protocol.Error:
+    """The error that an uploaded scan ends in."""
+    with Raw(server.endpoint) as peer:
+        job = send_all(peer, content, **change)
+        error = peer.take_until(protocol.Error)
+        assert error.job == job
+        assert peer.ask(protocol.Close(job)) in (protocol.Closed(job), peer_not_found(job))
+    return error
+
+
+def peer_not_found(job: bytes) -> protocol.Error:
+    text = "Expected a job of this server, received an unknown key."
+    return protocol.Error(job, "NOT_FOUND", "queue", "access", False, 0, text)
+
+
+# ---- answers
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".vtk", ".vti"])
+@pytest.mark.parametrize("output", protocol.OUTPUTS)
+def test_each_format_goes_there_and_another_comes_back(
+    server: Server, tmp_path: Path, suffix: str, output: str
+) -> None:
+    scan = scan_file(tmp_path, name="scan" + suffix)
+    with Client(server.endpoint) as peer:
+        paths, measurements = peer.segment(scan, "bright", tmp_path / "out" / f"liver.{output}", LIMIT_S)
+    assert paths == [tmp_path / "out" / f"liver.{output}"]
+    assert list((tmp_path / "out").iterdir()) == paths
+    expect_right_mask(scan, paths[0])
+    assert measurements["source"] == scan.name
+    assert server.spooled() == []
+
+
+def test_an_oblique_scan_brings_its_sidecar_under_the_masks_name(server: Server, tmp_path: Path) -> None:
+    scan = volume((6, 20, 24))
+    cos, sin = np.cos(0.3), np.sin(0.3)
+    tilt = np.array([[1, 0, 0, 0], [0, cos, -sin, 0], [0, sin, cos, 0], [0, 0, 0, 1.0]])
+    path = write_volume(type(scan)(scan.voxels, tilt @ scan.affine), tmp_path / "scan.nii.gz")[0]
+    with Client(server.endpoint) as peer:
+        paths, _ = peer.segment(path, "bright", tmp_path / "liver.vtk", LIMIT_S)
+    assert [one.name for one in paths] == ["liver.vtk", "liver.vtk.json"]
+    expect_right_mask(path, paths[0])
+
+
+def test_an_earlier_scans_sidecar_does_not_stay_beside_a_new_mask(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "liver.vtk.json").write_text("{}")
+    with Client(server.endpoint) as peer:
+        peer.segment(scan_file(tmp_path), "bright", tmp_path / "liver.vtk", LIMIT_S)
+    assert not (tmp_path / "liver.vtk.json").exists()
+
+
+def test_several_clients_at_once_each_get_their_own(server: Server, tmp_path: Path) -> None:
+    def one(number: int) -> None:
+        scan = scan_file(tmp_path, seed=number, name=f"{number}.nii.gz")
+        with Client(server.endpoint) as peer:
+            for turn in range(3):
+                out = tmp_path / f"{number}_{turn}.nii.gz"
+                _, measurements = peer.segment(scan, "bright", out, LIMIT_S)
+                expect_right_mask(scan, out)
+                assert measurements["source"] == scan.name
+
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(one, number) for number in range(6)]:
+            done.result(LIMIT_S)
+
+
+def test_credit_is_kept_and_every_stage_is_told(server: Server, tmp_path: Path) -> None:
+    content = scan_file(tmp_path).read_bytes()
+    with Raw(server.endpoint) as peer:
+        accepted = peer.ask(submit_of(content))
+        assert (accepted.offset, accepted.until) == (0, min(8000, len(content)))
+        assert peer.ask(protocol.Close(accepted.job)) == protocol.Closed(accepted.job)
+        job = send_all(peer, content)
+        stages = []
+        while not isinstance(message := peer.take(), protocol.Done):
+            if isinstance(message, protocol.Progress) and message.stage not in stages:
+                stages.append(message.stage)
+        assert [stage for stage in stages if stage != "queue"] == ["unpack", "read", "segment", "write"]
+        assert [file.name for file in message.files] == ["mask.nii.gz", "measurements.json"]
+        assert peer.ask(protocol.Status(job)) == message
+        assert peer.ask(protocol.Close(job)) == protocol.Closed(job)
+
+
+def test_a_lost_chunk_is_sent_again_from_where_the_server_is(server: Server, tmp_path: Path) -> None:
+    content = scan_file(tmp_path).read_bytes()
+    with Raw(server.endpoint) as peer:
+        job = peer.ask(submit_of(content)).job
+        peer.socket.send_multipart(protocol.encode(protocol.Chunk(job, 0, content[:500])))
+        refused = peer.ask(protocol.Chunk(job, 600, content[600:700]))
+        assert (refused.code, refused.retryable) == ("BAD_OFFSET", True)
+    with Raw(server.endpoint) as another:  # as after a lost connection
+        assert another.ask(protocol.Status(job)).offset == 500
+        for offset in range(500, len(content), 500):
+            another.socket.send_multipart(protocol.encode(protocol.Chunk(job, offset, content[offset : offset + 500])))
+        assert isinstance(another.take_until(protocol.Done), protocol.Done)
+        assert another.ask(protocol.Close(job)) == protocol.Closed(job)
+
+
+def test_the_queue_tells_positions_and_refuses_when_full(server: Server, held: Path, tmp_path: Path) -> None:
+    content = scan_file(tmp_path).read_bytes()
+    with Raw(server.endpoint) as peer:
+        jobs = []
+        for waiting in range(4):  # one runs, three wait
+            jobs.append(send_all(peer, content))
+            peer.take_until(protocol.Stored)
+            progress = peer.take_until(protocol.Progress)
+            while progress.job != jobs[-1]:
+                progress = peer.take_until(protocol.Progress)
+            assert progress.position == max(0, waiting - 1)
+        peer.socket.send_multipart(protocol.encode(submit_of(content)))
+        busy = peer.take_until(protocol.Error)
+        assert (busy.code, busy.retryable, busy.fault) == ("BUSY", True, "access")
+        assert busy.retry_after_ms > 0
+        # Without the second, the last moves up; without the first, which runs, so does everyone.
+        for closed, position in ((jobs[1], 1), (jobs[0], 0)):
+            peer.socket.send_multipart(protocol.encode(protocol.Close(closed)))
+            moved = peer.take_until(protocol.Progress)
+            while (moved.job, moved.stage, moved.position) != (jobs[3], "queue", position):
+                moved = peer.take_until(protocol.Progress)
+        held.unlink()
+        finished = set()
+        while len(finished) < 2:
+            finished.add(peer.take_until(protocol.Done).job)
+        assert finished == set(jobs[2:])
+        for job in jobs[2:]:
+            peer.socket.send_multipart(protocol.encode(protocol.Close(job)))
+            peer.take_until(protocol.Closed)
+    until(lambda: server.spooled() == [], "the spool is empty after CLOSE")
+
+
+def test_a_busy_server_is_asked_again_until_it_takes_the_scan(server: Server, held: Path, tmp_path: Path) -> None:
+    scan = scan_file(tmp_path)
+    content = scan.read_bytes()
+    with Raw(server.endpoint) as peer, ThreadPoolExecutor(1) as pool, Client(server.endpoint) as late:
+        jobs = [send_all(peer, content) for _ in range(4)]
+        peer.socket.send_multipart(protocol.encode(protocol.Ping()))
+        # Answered in order: once it has answered this, it has all four.
+        while not isinstance(peer.take(), protocol.Pong):
+            pass
+        with pytest.raises(ClientError, match="busy") as refused:
+            late.segment(scan, "bright", tmp_path / "late.nii.gz", timeout_s=0.2)
+        assert refused.value.exit_code == 4
+        answer = pool.submit(late.segment, scan, "bright", tmp_path / "late.nii.gz", LIMIT_S)
+        for job in jobs:
+            peer.socket.send_multipart(protocol.encode(protocol.Close(job)))
+            peer.take_until(protocol.Closed)
+        held.unlink()
+        answer.result(LIMIT_S)
+    expect_right_mask(scan, tmp_path / "late.nii.gz")
+
+
+# ---- bad requests
+
+
+def test_garbage_from_a_zmq_peer_gets_its_code(server: Server, tmp_path: Path) -> None:
+    good = protocol.encode(protocol.Hello(1, 1, "test"))
+    with Raw(server.endpoint) as peer:
+        for frames, code in (
+            ([b""], "BAD_FRAME"),
+            ([b"garbage"] * 40, "BAD_FRAME"),
+            ([*good[:3], b"\x80\x04pickled"], "BAD_FRAME"),
+            ([*good[:3], b"[" * 10000], "BAD_FRAME"),
+            ([b"LVS2", *good[1:]], "PROTO_UNSUPPORTED"),
+            (protocol.encode(protocol.Hello(2, 9, "newer")), "PROTO_UNSUPPORTED"),
+            (protocol.encode(protocol.Heartbeat()), "BAD_FRAME"),
+            (protocol.encode(protocol.Status(b"k" * 32)), "NOT_FOUND"),
+            (protocol.encode(protocol.Chunk(b"k" * 32, 0, b"abc")), "NOT_FOUND"),
+            (protocol.encode(protocol.Fetch(b"k" * 32, "mask.vtk", 0, 10)), "NOT_FOUND"),
+            (protocol.encode(protocol.Close(b"k" * 32)), "NOT_FOUND"),
+        ):
+            peer.socket.send_multipart(frames)
+            error = peer.take()
+            assert isinstance(error, protocol.Error)
+            assert (error.code, error.fault) == (code, "access"), error
+            assert error.text.endswith(".")
+        assert isinstance(peer.ask(protocol.Ping()), protocol.Pong)
+    expect_serving(server, tmp_path)
+
+
+def test_raw_tcp_bytes_and_a_frame_beyond_the_limit_harm_nobody(server: Server, tmp_path: Path) -> None:
+    host, port = server.endpoint.removeprefix("tcp://").split(":")
+    for content in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096), b"\xff" + b"\0" * 8 + b"\x7f"):
+        with socket.create_connection((host, int(port)), LIMIT_S) as raw:
+            raw.sendall(content)
+    with Raw(server.endpoint) as peer:
+        peer.socket.send_multipart([*protocol.encode(protocol.Ping()), b"x" * (protocol.FRAME_BYTES_MAX + 1)])
+        expect_serving(server, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "fault"),
+    [
+        ({"model": "kidney"}, "MODEL_UNKNOWN", "input"),
+        ({"bytes": 4_000_001}, "TOO_LARGE", "input"),
+        ({"codec": "zstd", "content_bytes": 8_000_001}, "TOO_LARGE", "input"),
+        ({"content_bytes": 6}, "BAD_FRAME", "access"),
+    ],
+)
+def test_an_announcement_that_cannot_be_kept_is_refused_before_a_byte(
+    server: Server, change: dict[str, Any], code: str, fault: str
+) -> None:
+    with Raw(server.endpoint) as peer:
+        error = peer.ask(submit_of(b"12345", **change))
+    assert (error.code, error.fault) == (code, fault)
+    assert server.spooled() == []
+
+
+def test_bytes_beyond_the_credit_are_refused_and_the_job_lives_on(server: Server) -> None:
+    content = os.urandom(20_000)
+    with Raw(server.endpoint) as peer:
+        job = peer.ask(submit_of(content)).job
+        assert peer.ask(protocol.Chunk(job, 0, content[:9000])).code == "OVER_CREDIT"
+        assert peer.ask(protocol.Status(job)) == protocol.Accepted(job, 0, 8000)
+        assert peer.ask(protocol.Close(job)) == protocol.Closed(job)
+
+
+def test_a_wrong_digest_discards_the_upload(server: Server) -> None:
+    error = send_bad(server, b"12345", sha256="0" * 64)
+    assert (error.code, error.retryable) == ("DIGEST_MISMATCH", True)
+    assert server.spooled() == []
+
+
+def test_a_result_that_is_not_there_has_its_code(server: Server, held: Path, tmp_path: Path) -> None:
+    with Raw(server.endpoint) as peer:
+        job = send_all(peer, scan_file(tmp_path).read_bytes())
+        peer.take_until(protocol.Stored)
+        peer.socket.send_multipart(protocol.encode(protocol.Fetch(job, "mask.vtk", 0, 100)))
+        assert peer.take_until(protocol.Error).code == "NO_SUCH_FILE"
+        held.unlink()
+        done = peer.take_until(protocol.Done)
+        size = done.files[0].bytes
+        assert peer.ask(protocol.Fetch(job, "mask.nii.gz", size, 100)).code == "BAD_OFFSET"
+        assert len(peer.ask(protocol.Fetch(job, "mask.nii.gz", size - 5, 100)).payload) == 5
+        assert peer.ask(protocol.Close(job)) == protocol.Closed(job)
+
+
+def zipped(members: int, content: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for number in range(members):
+            archive.writestr(f"../../{number}.dcm", content)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "content_bytes", "code"),
+    [
+        (zipped(21, b"a"), None, "ARCHIVE_LIMIT"),
+        (zipped(2, bytes(5_000_000), zipfile.ZIP_DEFLATED), None, "ARCHIVE_LIMIT"),
+        (zipped(2, b"a" * 100, zipfile.ZIP_BZIP2), None, "ARCHIVE_UNSUPPORTED"),
+        (zipped(3, b"a" * 500)[:-30], None, "INPUT_CORRUPT"),
+        (zipped(0, b""), None, "EMPTY_IMAGE"),
+        (zipped(3, b"no DICOM" * 100), None, "UNSUPPORTED_FORMAT"),
+        (zstandard.compress(bytes(7_000_000)), 5_000_000, "DECOMPRESS_LIMIT"),
+        (zstandard.compress(bytes(5000))[:-8], 5000, "INPUT_TRUNCATED"),
+        (zstandard.compress(bytes(4000)), 5000, "INPUT_TRUNCATED"),
+        (zstandard.compress(bytes(5000)) + b"more", 5000, "INPUT_CORRUPT"),
+        (b"no zstd at all" * 10, 5000, "INPUT_CORRUPT"),
+        (
+            zstandard.ZstdCompressor(
+                compression_params=zstandard.ZstdCompressionParameters(window_log=27, write_content_size=False)
+            ).compressobj().compress(os.urandom(3_000_000)),
+            5_000_000,
+            "DECOMPRESS_LIMIT",
+        ),
+    ],
+)  # fmt: skip
+def test_bombs_and_broken_archives_have_their_codes(
+    server: Server, tmp_path: Path, content: bytes, content_bytes: int | None, code: str
+) -> None:
+    how: dict[str, Any] = {"name": "study", "kind": "series"}
+    if content_bytes is not None:
+        how.update(codec="zstd", content_bytes=content_bytes)
+    else:
+        how.update(content_bytes=len(content))
+    error = send_bad(server, content, **how)
+    assert (error.code, error.fault) == (code, "input"), error
+    assert "study" in error.text
+    assert str(server.spool) not in error.text
+    assert server.spooled() == []
+
+
+def test_each_bad_scan_has_the_readers_code_and_the_clients_name(server: Server, tmp_path: Path) -> None:
+    cases = bad_scans(tmp_path)
+    assert cases
+    with Client(server.endpoint) as peer:
+        for kind, (path, code) in cases.items():
+            with pytest.raises(ClientError) as refused:
+                peer.segment(path, "bright", tmp_path / "out.vtk", LIMIT_S)
+            assert (refused.value.code, refused.value.exit_code) == (code, 2), (kind, refused.value.sentence)
+            sentence = refused.value.sentence
+            assert path.name in sentence
+            assert sentence.endswith(".")
+            assert "upload-" not in sentence
+            assert str(server.spool) not in sentence
+    assert not (tmp_path / "out.vtk").exists()
+    expect_serving(server, tmp_path)
+
+
+def test_no_name_or_path_of_a_scan_is_logged(server: Server, tmp_path: Path) -> None:
+    secret = tmp_path / "Doe_Jane_1970.nii.gz"
+    secret.write_text("no scan")
+    with Client(server.endpoint) as peer:
+        with pytest.raises(ClientError, match="Doe_Jane_1970"):
+            peer.segment(secret, "bright", tmp_path / "out.vtk", LIMIT_S)
+        peer.segment(scan_file(tmp_path, name="Doe_Jane_good.nii.gz"), "bright", tmp_path / "out.vtk", LIMIT_S)
+    log = server.log.read_text()
+    assert "failed at read" in log
+    assert "Doe" not in log
+    assert "upload-" not in log
+
+
+# ---- killed and stuck processes
+
+
+def test_a_worker_killed_during_a_job_costs_nobody_an_answer(server: Server, held: Path, tmp_path: Path) -> None:
+    scan = scan_file(tmp_path)
+    with Client(server.endpoint) as peer, ThreadPoolExecutor(1) as pool:
+        segmenting = threading.Event()
+
+        def watch(stage: str, done: int, total: int) -> None:
+            if stage == "segment":
+                segmenting.set()
+
+        answer = pool.submit(peer.segment, scan, "bright", tmp_path / "out.nii.gz", LIMIT_S, watch)
+        assert segmenting.wait(LIMIT_S)
+        (worker,) = server.workers()
+        os.kill(worker, signal.SIGKILL)
+        held.unlink()
+        answer.result(LIMIT_S)
+    expect_right_mask(scan, tmp_path / "out.nii.gz")
+    assert server.workers() != [worker]
+
+
+def test_a_scan_that_kills_its_worker_twice_is_given_up_and_the_next_one_served(server: Server, tmp_path: Path) -> None:
+    with Client(server.endpoint) as peer, pytest.raises(ClientError) as refused:
+        peer.segment(scan_file(tmp_path, brightest=DEADLY), "bright", tmp_path / "out.vtk", LIMIT_S)
+    assert (refused.value.code, refused.value.exit_code) == ("POISON_INPUT", 2)
+    assert "scan.nii.gz was lost 2 times" in refused.value.sentence
+    expect_serving(server, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["stuck", "stopped"])
+def test_a_worker_that_gets_no_further_is_replaced(tmp_path: Path, how: str) -> None:
+    deadlines = {"segment_s": 0.3} if how == "stuck" else {"silent_s": 2.5}
+    with running(tmp_path, deadlines=deadlines) as server, Client(server.endpoint) as peer:
+        if how == "stuck":
+            with pytest.raises(ClientError) as refused:
+                peer.segment(scan_file(tmp_path, brightest=STUCK), "bright", tmp_path / "out.vtk", LIMIT_S)
+            assert refused.value.code == "POISON_INPUT"
+        else:
+            (worker,) = server.workers()
+            os.kill(worker, signal.SIGSTOP)
+        expect_serving(server, tmp_path)
+
+
+def test_a_client_killed_while_it_sends_leaves_nothing_behind(tmp_path: Path) -> None:
+    content = scan_file(tmp_path).read_bytes()
+    announcement = tuple(vars(submit_of(content)).values())
+    child = (
+        "import sys, zmq; sys.path.insert(0, sys.argv[1])\n"
+        "from serving import protocol\n"
+        "s = zmq.Context().socket(zmq.DEALER); s.connect(sys.argv[2])\n"
+        f"s.send_multipart(protocol.encode(protocol.Submit(*{announcement!r})))\n"
+        "job = protocol.decode(s.recv_multipart()).job\n"
+        "s.send_multipart(protocol.encode(protocol.Chunk(job, 0, b'half')))\n"
+        "print('sent', flush=True); sys.stdin.read()\n"
+    )
+    with running(tmp_path, deadlines={"upload_idle_s": 1.0}) as server:
+        with subprocess.Popen(
+            [sys.executable, "-c", child, str(ROOT), server.endpoint],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as sender:
+            assert sender.stdout is not None
+            assert sender.stdout.readline() == "sent\n"
+            until(server.spooled, "the upload has begun")
+            sender.kill()
+        expect_serving(server, tmp_path)
+        until(lambda: server.spooled() == [], "the abandoned upload is deleted")
+        assert "failed at upload with EXPIRED" in server.log.read_text()
+
+
+def test_a_result_that_nobody_closes_is_deleted(tmp_path: Path) -> None:
+    with running(tmp_path, deadlines={"result_keep_s": 0.5}) as server:
+        with Raw(server.endpoint) as peer:
+            send_all(peer, scan_file(tmp_path).read_bytes())
+            peer.take_until(protocol.Done)
+        until(lambda: server.spooled() == [], "the result is deleted")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all_processes_and_tells_who_waits(tmp_path: Path, number: int) -> None:
+    with running(tmp_path, workers=2) as server, Raw(server.endpoint) as peer:
+        server.hold.touch()
+        job = send_all(peer, scan_file(tmp_path).read_bytes())
+        peer.take_until(protocol.Stored)
+        workers = server.workers()
+        assert len(workers) == 2
+        server.process.send_signal(number)
+        error = peer.take_until(protocol.Error)
+        assert (error.job, error.code, error.retryable) == (job, "SERVER_STOPPING", True)
+        assert server.process.wait(LIMIT_S) == 0
+        assert not any(is_alive(pid) for pid in workers)
+        assert server.spooled() == []
+        assert not (tmp_path / "endpoint").exists()
+
+
+def test_no_worker_outlives_a_killed_server_and_the_next_one_clears_the_spool(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        with Raw(server.endpoint) as peer:
+            server.hold.touch()
+            send_all(peer, scan_file(tmp_path).read_bytes())
+            peer.take_until(protocol.Stored)
+        (worker,) = server.workers()
+        server.process.kill()
+        until(lambda: not is_alive(worker), "the worker ends")
+        assert server.spooled() != []
+    (tmp_path / "second").mkdir()
+    with running(tmp_path / "second", spool=str(tmp_path / "spool")):
+        pass
+    process = start(tmp_path)  # in the first one's folder
+    try:
+        until(lambda: server.spooled() == [], "the spool is cleared")
+    finally:
+        process.terminate()
+        assert process.wait(LIMIT_S) == 0
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+# ---- wrong starts
+
+
+@pytest.mark.parametrize(
+    ("break_it", "sentence"),
+    [
+        (lambda folder: (folder / "models" / "bright" / "3" / "saved_model.pb").unlink(), "saved_model.pb"),
+        (lambda folder: (folder / "models").rename(folder / "elsewhere"), "no such folder"),
+        (lambda folder: (folder / "models" / "bright" / "3" / "model.json").write_text("{}"), "weights_sha256"),
+        (lambda folder: {"limits": {"queu": 5}}, "limits.queu' (did you mean 'queue'?)"),
+        (lambda folder: {"workers": "two"}, "'workers'"),
+        (lambda folder: {"limits": 5}, "'limits'"),
+    ],
+)
+def test_a_wrong_start_ends_with_two_and_a_sentence(tmp_path: Path, break_it: Any, sentence: str) -> None:
+    make_models(tmp_path / "models")
+    sections = break_it(tmp_path)
+    process = start(tmp_path, **(sections if isinstance(sections, dict) else {}))
+    output, _ = process.communicate(timeout=LIMIT_S)
+    log = (tmp_path / "log").read_text()
+    assert (process.returncode, output) == (2, "")
+    assert sentence in log
+    assert log.strip().endswith(".")
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://0.0.0.0:*", "tcp://*:5557", "tcp://192.168.1.1:5557", "ipc:///tmp/x", "5557"]
+)
+def test_only_loopback_is_bound_without_encryption(tmp_path: Path, address: str) -> None:
+    from serving.gate import CannotServe, check_bind
+
+    with pytest.raises(CannotServe, match="loopback") as refused:
+        check_bind(address)
+    assert refused.value.exit_code == 2
+
+
+def test_an_address_in_use_and_a_spool_in_use_are_told(server: Server, tmp_path: Path) -> None:
+    make_models(tmp_path / "models")
+    for arguments, sentence in (
+        (["--bind", server.endpoint, "--spool", str(tmp_path / "spool")], "an address in use"),
+        (["--bind", "tcp://127.0.0.1:*", "--spool", str(server.spool)], "one in use"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "serving.server", "--cfg", "serving/server.yaml", *arguments]
+            + ["--models", str(tmp_path / "models")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+        )
+        assert done.returncode == 2
+        assert sentence in done.stderr
+
+
+# ---- the client
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The client as users run it."""
+    return subprocess.run(
+        [sys.executable, "-m", "serving.client", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+
+
+def test_the_command_segments_scans_and_writes_their_measurements(server: Server, tmp_path: Path) -> None:
+    scans = [scan_file(tmp_path, seed=seed, name=f"{seed}.nii.gz") for seed in (1, 2)]
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_text("no scan")
+    arguments = ("--server", server.endpoint, "--model", "bright", "-o", tmp_path / "out")
+    done = command("submit", scans[0], bad, scans[1], *arguments, "--format", "nii.gz", "--json", tmp_path / "all.json")
+    assert done.returncode == 2
+    assert "bad.nii.gz" in done.stderr
+    assert "Traceback" not in done.stderr
+    for scan in scans:
+        expect_right_mask(scan, tmp_path / "out" / scan.name)
+    results = json.loads((tmp_path / "all.json").read_text())
+    assert [Path(result["scan"]).name for result in results] == ["1.nii.gz", "bad.nii.gz", "2.nii.gz"]
+    assert results[1]["error"]["code"] == "UNSUPPORTED_FORMAT"
+    assert results[0]["voxels"] > 0
+
+
+def test_ping_and_models_answer(server: Server) -> None:
+    assert "ready" in command("ping", "--server", server.endpoint).stdout
+    assert command("models", "--server", server.endpoint).stdout.split() == ["bright/3", DIGEST]
+
+
+def test_what_is_wrong_here_needs_no_server(tmp_path: Path) -> None:
+    scan = scan_file(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for arguments, sentence in (
+        ((tmp_path / "missing.nii.gz", "-o", tmp_path / "out.vtk"), "missing.nii.gz"),
+        ((tmp_path / "empty", "-o", tmp_path / "out.vtk"), "received none"),
+        ((scan, "-o", tmp_path / "out.png"), "out.png"),
+        ((scan, scan, "-o", tmp_path / "out"), "different names"),
+        ((scan, scan, "-o", tmp_path / "out.vtk"), "a folder for 2 scans"),
+    ):
+        done = command("submit", "--server", "tcp://127.0.0.1:1", "--model", "bright", *arguments)
+        assert done.returncode == 2, done.stderr
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_model_is_wrong_use(server: Server, tmp_path: Path) -> None:
+    done = command(
+        "submit", scan_file(tmp_path), "--server", server.endpoint, "--model", "kidney", "-o", tmp_path / "out.vtk"
+    )
+    assert done.returncode == 2
+    assert "Expected a model of bright, received 'kidney'." in done.stderr
+
+
+@pytest.fixture(params=["closed", "silent", "other"])
+def dead_end(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A port where nothing listens, one that takes connections and says nothing, one that says something else."""
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        if request.param == "silent":
+            listener.listen()
+        elif request.param == "other":
+            listener.listen()
+            stack.callback(threading.Thread(target=_speak_http, args=(listener,), daemon=True).start)
+            stack.pop_all().close()
+        yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def _speak_http(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+def test_a_dead_end_is_told_within_the_limit(dead_end: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(ClientError) as refused:
+        Client(dead_end, connect_s=0.5)
+    assert time.monotonic() - began < 3.0
+    assert (refused.value.code, refused.value.exit_code) == ("UNREACHABLE", 4)
+    assert dead_end in refused.value.sentence
+
+
+def test_the_command_ends_with_four_where_no_server_is(tmp_path: Path) -> None:
+    done = command("ping", "--server", "tcp://127.0.0.1:1")
+    assert done.returncode == 4
+    assert "check that it runs" in done.stderr
+    assert command("ping", "--server", "nonsense").returncode == 2
+
+
+def test_no_result_in_time_is_told_and_the_job_given_up(server: Server, held: Path, tmp_path: Path) -> None:
+    with Client(server.endpoint) as peer, pytest.raises(ClientError, match="--timeout-s") as refused:
+        peer.segment(scan_file(tmp_path), "bright", tmp_path / "out.vtk", timeout_s=0.5)
+    assert (refused.value.code, refused.value.exit_code) == ("TIMEOUT", 4)
+    until(lambda: server.spooled() == [], "the job is deleted")
+    assert list(tmp_path.glob("*out*")) == []
+
+
+def test_a_server_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "SILENCE_S", 1.0)
+    monkeypatch.setattr(client, "ASK_S", 0.2)
+    with running(tmp_path) as server, Client(server.endpoint) as peer:
+        server.hold.touch()
+
+        def kill(stage: str, done: int, total: int) -> None:
+            if stage == "segment":
+                server.process.kill()
+
+        with pytest.raises(ClientError, match="for 1 s") as refused:
+            peer.segment(scan_file(tmp_path), "bright", tmp_path / "out.vtk", LIMIT_S, kill)
+    assert (refused.value.code, refused.value.exit_code) == ("UNREACHABLE", 4)
+
+
+def test_a_series_is_sent_without_its_names_and_named_in_errors(server: Server, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    study.mkdir()
+    (study / "Jane_Doe_1.dcm").write_bytes(b"no DICOM" * 100)
+    with client.package(study).file as sent:
+        content = zstandard.ZstdDecompressor().stream_reader(sent.seek(0) or sent).read()
+    assert b"Jane" not in content
+    assert b"000001.dcm" in content
+    with Client(server.endpoint) as peer, pytest.raises(ClientError) as refused:
+        peer.segment(study, "bright", tmp_path / "out.vtk", LIMIT_S)
+    assert refused.value.code == "UNSUPPORTED_FORMAT"
+    assert "study/Jane_Doe_1.dcm" in refused.value.sentence
+
+
+def test_too_large_is_told_before_a_byte_is_sent(server: Server, tmp_path: Path) -> None:
+    big = tmp_path / "big.nii.gz"
+    big.write_bytes(bytes(4_000_001))
+    with Client(server.endpoint) as peer, pytest.raises(ClientError, match="4000001") as refused:
+        peer.segment(big, "bright", tmp_path / "out.vtk", LIMIT_S)
+    assert (refused.value.code, refused.value.exit_code) == ("TOO_LARGE", 2)
+
+
+def test_gate_client_and_protocol_start_fast_and_without_numpy(tmp_path: Path) -> None:
+    check = (
+        "import sys, serving.gate, serving.client, serving.protocol\n"
+        "heavy = [name for name in sys.modules if name.split('.')[0] in ('numpy', 'lvseg', 'tensorflow', 'nibabel')]\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, timeout=LIMIT_S)
+    began = time.monotonic()
+    done = command("submit", "--help")
+    assert time.monotonic() - began < 0.5
+    assert "example" in done.stdout
+
+
+def test_a_package_of_a_gz_is_the_file_itself_and_others_are_packed(tmp_path: Path) -> None:
+    gz, plain = scan_file(tmp_path), scan_file(tmp_path, name="scan.nii")
+
+    def sent(path: Path) -> tuple[Package, bytes]:
+        one = client.package(path)
+        with one.file as file:
+            file.seek(0)
+            return one, file.read()
+
+    one, content = sent(gz)
+    assert (one.codec, content) == ("raw", gz.read_bytes())
+    one, content = sent(plain)
+    assert one.codec == "zstd"
+    assert zstandard.ZstdDecompressor().decompressobj().decompress(content) == plain.read_bytes()
+    assert one.content_bytes == plain.stat().st_size
+    assert one.sha256 == hashlib.sha256(content).hexdigest()
