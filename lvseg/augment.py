@@ -28,6 +28,8 @@ Array = npt.NDArray[Any]
 # Widths in bits of the fields that `sample_seeds` packs; each word stays below 2**63, since int64 has a sign.
 SEED_BITS, STREAM_BITS = 47, 16
 STEP_BITS, INDEX_BITS = 31, 32
+# Every use of a run's random numbers has a stream of its own; dropout layer k takes DROPOUT_STREAM + k.
+ELASTIC_STREAM, SHUFFLE_STREAM, DROPOUT_STREAM = 0, 1, 16
 
 
 def elastic(

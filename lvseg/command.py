@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import shutil
 import signal
@@ -34,7 +35,7 @@ def run(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], in
         0 done; 2 bad input, with the sentence on stderr; 1 interrupted. Any other exception propagates (Python exits 1).
     """
     arguments = parser.parse_args(argv)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported, or it is not heard
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported, or it is not heard
     with contextlib.suppress(ValueError):  # signals belong to the main thread; elsewhere the caller handles them
         signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -63,7 +64,7 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         if temporary.is_dir() and path.is_dir():
             shutil.rmtree(path)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -88,3 +89,10 @@ def progress(items: Iterable[Item], label: str, total: int | None = None) -> Ite
         if now - last >= PLAIN_LINE_EVERY_S:
             last = now
             print(f"{label}: {count}{f' of {total}' if total else ''}, {now - started:.0f} s", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back what a library prints to stdout, so that a command's own lines stay readable."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -24,22 +24,23 @@ Array = npt.NDArray[Any]
 
 # Axes further from a right angle than this (radians) are a sheared or tilted stack, not rounded direction cosines.
 SHEAR_TOLERANCE_RAD = 5e-3
-# Within this of an axis (largest off-axis direction cosine) a scan counts as axis-aligned.
-OBLIQUE_TOLERANCE = 1e-4
+# A grid without tilt may place a voxel this far from the truth before the scan counts as oblique.
+OBLIQUE_TOLERANCE_MM = 0.01
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # comparing arrays gives arrays, so == and hash() go by identity
 class Volume:
     """One scan or mask with its geometry.
 
     Args:
         voxels: any real dtype [slice, row, column].
-        affine: float64 [4, 4], voxel index (slice, row, column, 1) to LPS millimetres.
+        affine: float64 [4, 4], voxel index (slice, row, column, 1) to LPS millimetres; kept as a read-only copy.
         source: the file or folder it came from, for messages; empty for a volume made in memory.
         metadata: facts of the file that travel with it, such as ``modality`` ("MR", "CT").
 
     Raises:
-        InputError: BAD_GEOMETRY for an affine that is not finite, singular or sheared; NEEDS_VOLUME_INDEX if not 3-D.
+        InputError: BAD_GEOMETRY for an affine that is not finite, singular or sheared; NEEDS_VOLUME_INDEX if not 3-D;
+            UNSUPPORTED_PIXEL_TYPE for anything but one real number or truth value per voxel.
     """
 
     voxels: Array
@@ -56,7 +57,15 @@ class Volume:
             )
         if 0 in self.voxels.shape:
             raise InputError("EMPTY_IMAGE", f"Expected voxels, received shape {self.voxels.shape} in {name}.")
-        check_affine(self.affine, name)
+        if self.voxels.dtype.kind not in "biuf":
+            raise InputError(
+                "UNSUPPORTED_PIXEL_TYPE",
+                f"Expected one real number per voxel, received dtype {self.voxels.dtype} in {name}.",
+            )
+        affine = np.array(self.affine, dtype=np.float64)
+        check_affine(affine, name)
+        affine.setflags(write=False)  # volumes of one grid share it
+        object.__setattr__(self, "affine", affine)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -82,9 +91,11 @@ class Volume:
 
     @property
     def is_oblique(self) -> bool:
-        """Whether the voxel axes are tilted against the world axes."""
-        largest_on_axis = np.sort(np.abs(self.directions), axis=0)
-        return bool(largest_on_axis[1].max() > OBLIQUE_TOLERANCE)
+        """Whether a grid along the world axes, with the same first voxel, would misplace a voxel by over 0.01 mm."""
+        canonical = self.canonical()
+        along_axes = np.diag(canonical.spacing_mm)[::-1]  # slices along z, rows along y, columns along x
+        furthest = np.abs(canonical.affine[:3, :3] - along_axes) @ (np.array(canonical.shape) - 1)
+        return bool(np.linalg.norm(furthest) > OBLIQUE_TOLERANCE_MM)
 
     def world_mm(self, index: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """LPS positions in mm, float64 [..., 3], of voxel indices [..., 3] in (slice, row, column) order."""
@@ -121,8 +132,11 @@ def check_affine(affine: npt.NDArray[np.float64], name: str) -> None:
     Raises:
         InputError: BAD_GEOMETRY.
     """
-    if affine.shape != (4, 4) or not np.all(np.isfinite(affine)):
-        raise InputError("BAD_GEOMETRY", f"Expected a finite 4 x 4 affine, received {affine.tolist()} in {name}.")
+    if affine.shape != (4, 4) or not np.all(np.isfinite(affine)) or affine[3].tolist() != [0, 0, 0, 1]:
+        raise InputError(
+            "BAD_GEOMETRY",
+            f"Expected a finite 4 x 4 affine whose last row is 0, 0, 0, 1, received {affine.tolist()} in {name}.",
+        )
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if np.any(lengths <= 0) or np.any(lengths > 1e4):
         raise InputError(

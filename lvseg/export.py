@@ -1,0 +1,151 @@
+"""Writes the SavedModel that predict, evaluate and the server use; as a command, hands a run's model to the server.
+
+python -m lvseg.export --run runs/volume/best-fold0 --out models/volume
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from lvseg import command, preprocess
+from lvseg.errors import InputError
+
+
+def export_model(model: keras.Model, card: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Writes the network with its preprocessing as a SavedModel of four signatures, and `model.json` beside it.
+
+    Signatures: `prepare` (voxels float32 [S,H,W], spacing_mm float32 [3]) -> slices float32 [S,size,size]; `infer`
+    (stacks float32 [B,size,size,2n+1]) -> probabilities float32 [B,size,size,C]; `restore` (probabilities, shape
+    int32 [3], spacing_mm) -> labels uint8 [S,H,W]; `segment`, also `serving_default`, is the three in one, batch by
+    batch, so that its memory beyond the scan's does not grow with S.
+
+    Args:
+        model: of `models.unet`.
+        card: what `model.json` says: size, neighbours, spacing_mm, normalisation, batch_size and the rest of it.
+        folder: written whole or not at all; replaced if there.
+
+    Returns:
+        The card with `weights_sha256`, as written.
+    """
+    size, neighbours, batch_size = card["size"], card["neighbours"], card["batch_size"]
+    target_mm, normalisation = card["spacing_mm"], card["normalisation"]
+    clip, global_bounds = card["clip_percentiles"], card["global_bounds"]
+
+    def bounds(voxels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        scan = preprocess.statistics(voxels, percentiles=clip is not None)
+        return scan.minimum, *preprocess.intensity_bounds(scan, normalisation, clip, global_bounds)
+
+    def harmonise(
+        planes: tf.Tensor, spacing_mm: tf.Tensor, fill: tf.Tensor, low: tf.Tensor, high: tf.Tensor
+    ) -> tf.Tensor:
+        slices = preprocess.harmonise(planes, spacing_mm, target_mm, size, fill)
+        return preprocess.normalise(slices, low[:, None, None], high[:, None, None], normalisation)
+
+    def network(stacks: tf.Tensor) -> tf.Tensor:
+        return model([stacks, tf.zeros([tf.shape(stacks)[0], 2], tf.int64)], training=False)
+
+    def prepare(voxels: tf.Tensor, spacing_mm: tf.Tensor) -> dict[str, tf.Tensor]:
+        fill, low, high = bounds(voxels)
+        return {"slices": harmonise(voxels, spacing_mm, fill, low, high)}
+
+    def infer(stacks: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"probabilities": network(stacks)}
+
+    def restore(probabilities: tf.Tensor, shape: tf.Tensor, spacing_mm: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"labels": preprocess.restore(probabilities, shape, spacing_mm, target_mm)}
+
+    def segment(voxels: tf.Tensor, spacing_mm: tf.Tensor) -> dict[str, tf.Tensor]:
+        fill, low, high = bounds(voxels)
+        shape = tf.shape(voxels)
+        count = shape[0]
+
+        def one_batch(first: tf.Tensor) -> tf.Tensor:
+            # The batch's slices with their neighbours, the ends repeated: stack i's channel k is plane i + k.
+            around = tf.clip_by_value(first + tf.range(-neighbours, batch_size + neighbours), 0, count - 1)
+            planes = harmonise(
+                tf.gather(voxels, around), spacing_mm, fill, tf.gather(low, around), tf.gather(high, around)
+            )
+            channels = tf.range(batch_size)[:, None] + tf.range(2 * neighbours + 1)[None, :]
+            stacks = tf.transpose(tf.gather(planes, channels), [0, 2, 3, 1])
+            return preprocess.restore(network(stacks), shape, spacing_mm, target_mm)
+
+        labels = tf.map_fn(
+            one_batch, tf.range(0, count, batch_size), fn_output_signature=tf.uint8, parallel_iterations=1
+        )
+        return {"labels": tf.reshape(labels, [-1, shape[1], shape[2]])[:count]}
+
+    voxels = tf.TensorSpec([None, None, None], tf.float32, "voxels")
+    spacing = tf.TensorSpec([3], tf.float32, "spacing_mm")
+    stacks = tf.TensorSpec([None, size, size, 2 * neighbours + 1], tf.float32, "stacks")
+    probabilities = tf.TensorSpec([None, size, size, len(card["labels"])], tf.float32, "probabilities")
+    shape = tf.TensorSpec([3], tf.int32, "shape")
+
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint("serving_default", segment, [voxels, spacing])
+    archive.add_endpoint("segment", segment, [voxels, spacing])
+    archive.add_endpoint("prepare", prepare, [voxels, spacing])
+    archive.add_endpoint("infer", infer, [stacks])
+    archive.add_endpoint("restore", restore, [probabilities, shape, spacing])
+    with command.atomic(folder) as temporary:
+        with command.quiet():
+            archive.write_out(str(temporary))
+        card = {**card, "weights_sha256": weights_sha256(temporary)}
+        (temporary / "model.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    return card
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over a SavedModel's variables files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted((folder / "variables").iterdir()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def publish(run: Path, out: Path) -> Path:
+    """Copies a run's model to the next free version folder under `out` and returns it.
+
+    Raises:
+        InputError: NOT_FOUND if the run has no model yet.
+    """
+    model = run / "model"
+    if not (model / "model.json").is_file():
+        raise InputError(
+            "NOT_FOUND", f"Expected a trained model in {model}, received none; train the run to its end first."
+        )
+    versions = [int(path.name) for path in out.iterdir() if path.name.isdigit()] if out.is_dir() else []
+    folder = out / str(max(versions, default=0) + 1)
+    with command.atomic(folder) as temporary:
+        shutil.copytree(model, temporary)
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="lvseg.export",
+        description="Copies a run's model to the next version folder, from which predict and the server load it.",
+        epilog="Example: python -m lvseg.export --run runs/volume/best-fold0 --out models/volume",
+    )
+    parser.add_argument("--run", type=Path, required=True, help="run folder")
+    parser.add_argument("--out", type=Path, required=True, help="models/<task>; the version folder is made in it")
+
+    def body(arguments: argparse.Namespace) -> None:
+        print(publish(arguments.run, arguments.out))
+
+    return command.run(parser, body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""YAML files with checked keys: what experiment files and dataset cards have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lvseg.errors import InputError
+
+
+class Keys(BaseModel):
+    """A group of keys: no others are known, and a value of another type is refused, not converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+Checked = TypeVar("Checked", bound=Keys)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping; InputError NOT_FOUND or BAD_CONFIG."""
+    if not path.is_file():
+        raise InputError("NOT_FOUND", f"Expected a YAML file, received a path that does not exist: {path}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(
+            "BAD_CONFIG", f"Expected YAML, received text that does not parse in {path}: {problem}."
+        ) from error
+    if not isinstance(values, dict):
+        raise InputError("BAD_CONFIG", f"Expected keys with values, received {type(values).__name__} in {path}.")
+    return values
+
+
+def check_keys(kind: type[Checked], values: dict[str, Any], path: Path) -> Checked:
+    """Builds `kind` from a file's values; InputError BAD_CONFIG with one sentence that names file and key."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first, *others = error.errors()
+        more = f" ({len(others)} more like it)" if others else ""
+        raise InputError("BAD_CONFIG", f"{_sentence(kind, first)} in {path}{more}.") from error
+
+
+def _sentence(kind: type[BaseModel], error: Any) -> str:
+    names = [str(part) for part in error["loc"]]
+    key = ".".join(names)
+    if error["type"] == "extra_forbidden":
+        siblings = list(_group(kind, names[:-1]).model_fields)
+        close = difflib.get_close_matches(names[-1], siblings, n=1)
+        meant = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(siblings)}"
+        return f"Unknown key {key}, {meant}"
+    if error["type"] == "missing":
+        return f"Expected the key {key}, received none"
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        return message[0].upper() + message[1:]
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    hint = ""
+    if isinstance(error["input"], str) and error["type"].startswith(("float", "int")):
+        with contextlib.suppress(ValueError):
+            hint = f" (YAML reads it as text; write {float(error['input']):.1e})"
+    return f"Expected {expected} for {key}, received {error['input']!r}{hint}"
+
+
+def _group(kind: type[BaseModel], names: list[str]) -> type[BaseModel]:
+    for name in names:
+        field = kind.model_fields.get(name)
+        if field is None:
+            break
+        annotation: Any = field.annotation
+        options = get_args(annotation) if get_origin(annotation) is not None else (annotation,)
+        groups = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if groups:
+            kind = groups[0]
+    return kind
+
+
+def digest(values: Any) -> str:
+    """sha256 of a JSON-able value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names, dotted, of the keys whose values differ between two resolved configs."""
+    names = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            names += changed_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            names.append(f"{prefix}{key}")
+    return names

@@ -1,0 +1,94 @@
+"""The report's U-Net: padding "same", 2 x 2 transposed convolutions, dropout in the two deepest blocks.
+
+Sources: Ronneberger et al., 2015; Iglovikov and Shvets (TernausNet), 2018, for the VGG11 encoder and its decoder.
+"""
+
+from __future__ import annotations
+
+import keras
+
+from lvseg.augment import DROPOUT_STREAM
+from lvseg.models.layers import StatelessDropout
+
+DEPTH = 5
+HE = {"kernel_initializer": "he_normal"}
+# Output channels of VGG11's convolutions, block by block (Simonyan and Zisserman, 2014, configuration A).
+VGG11_WIDTHS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+
+
+def unet(
+    size: int,
+    channels: int,
+    classes: int,
+    width: int = 64,
+    encoder: str | None = None,
+    residual: bool = False,
+    dropout: float = 0.5,
+    input_offset: float = 0.0,
+    input_scale: float = 1.0,
+) -> keras.Model:
+    """Builds the network.
+
+    Args:
+        size: pixels of a side, a multiple of 16 (of 32 with VGG11).
+        channels: slices of a stack.
+        classes: with the background, which is class 0.
+        width: filters of the first block, doubled at every pooling; with VGG11 the decoder's follow it.
+        encoder: None for the base network, "vgg11" for the widths of the pretrained one (T).
+        residual: short skips over the convolution blocks (R): a 1 x 1 projection of a block's input is added before
+            its last ReLU.
+        dropout: rate in the two deepest blocks.
+        input_offset, input_scale: constants of the training patients; the network sees (intensity - offset) * scale.
+
+    Returns:
+        keras.Model of (stacks float32 [B, size, size, channels], seeds int64 [B, 2]) to probabilities float32
+        [B, size, size, classes]; seeds only matter with training=True.
+    """
+    stacks = keras.Input((size, size, channels), name="stacks")
+    seeds = keras.Input((2,), dtype="int64", name="seeds")
+    x = keras.layers.Rescaling(input_scale, -input_offset * input_scale, name="input_scaling")(stacks)
+
+    if encoder is None:
+        widths: list[tuple[int, ...]] = [(width * 2**level,) * 2 for level in range(DEPTH)]
+    else:
+        widths = [*VGG11_WIDTHS, (width * 8,)]
+    bridges = []
+    for level, filters in enumerate(widths, start=1):
+        if level > 1:
+            x = keras.layers.MaxPooling2D(2, name=f"enc{level}_pool")(x)
+        x = _block(x, filters, residual and level > 1, f"enc{level}")
+        if level > len(widths) - 2:
+            x = StatelessDropout(dropout, DROPOUT_STREAM + level, name=f"enc{level}_dropout")(x, seeds)
+        bridges.append(x)
+    bridges.pop()
+
+    for level in range(len(widths) - 1, 0, -1):
+        bridge = bridges[level - 1]
+        if encoder is None:
+            filters, kernel, activation = widths[level - 1], 2, None
+            up = filters[0]
+        else:
+            # TernausNet: a transposed 3 x 3 convolution with ReLU, then one 3 x 3 convolution on the bridge.
+            up = width * min(4, 2 ** (level - 2)) if level > 1 else width // 2
+            filters, kernel, activation = ((2 * up if level > 1 else up),), 3, "relu"
+        x = keras.layers.Conv2DTranspose(
+            max(1, up), kernel, strides=2, padding="same", activation=activation, **HE, name=f"dec{level}_up"
+        )(x)
+        x = keras.layers.Concatenate(name=f"dec{level}_bridge")([bridge, x])
+        x = _block(x, filters, residual, f"dec{level}")
+
+    logits = keras.layers.Conv2D(classes, 1, dtype="float32", name="logits")(x)
+    probabilities = keras.layers.Softmax(dtype="float32", name="probabilities")(logits)
+    return keras.Model([stacks, seeds], probabilities, name="unet")
+
+
+def _block(x: keras.KerasTensor, filters: tuple[int, ...], residual: bool, name: str) -> keras.KerasTensor:
+    """3 x 3 convolutions with ReLU; with `residual` the block's projected input joins before the last ReLU."""
+    start = x
+    for number, count in enumerate(filters, start=1):
+        x = keras.layers.Conv2D(max(1, count), 3, padding="same", **HE, name=f"{name}_conv{number}")(x)
+        if residual and number == len(filters):
+            short = keras.layers.Conv2D(max(1, count), 1, **HE, name=f"{name}_short")(start)
+            x = keras.layers.Add(name=f"{name}_add")([x, short])
+        x = keras.layers.ReLU(name=f"{name}_relu{number}")(x)
+    return x

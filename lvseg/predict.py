@@ -1,0 +1,240 @@
+"""Segments scans with an exported model; as a command, writes the masks and their measurements.
+
+python -m lvseg.predict --model models/volume scan.nii.gz -o liver.vtk
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvseg import biomarkers, command
+from lvseg.errors import InputError
+from lvseg.formats import read_volume, stem, write_volume
+from lvseg.volume import Array, Volume
+
+FORMATS = ("vtk", "nii.gz", "vti")
+# Voxels brighter than this share of the scan's range (minimum to 99th percentile) count as tissue when the crop cuts.
+TISSUE_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A scan's mask, uint8 on the scan's own grid, and what was measured in it (JSON-able, units in the names)."""
+
+    mask: Volume
+    measurements: dict[str, Any]
+
+
+def newest_version(model: Path) -> Path:
+    """The SavedModel folder that `model` means: itself, or its version folder with the highest number.
+
+    Raises:
+        InputError: MODEL_UNAVAILABLE.
+    """
+    if (model / "saved_model.pb").is_file():
+        return model
+    versions = [path for path in model.iterdir() if path.name.isdigit()] if model.is_dir() else []
+    if not versions:
+        raise InputError(
+            "MODEL_UNAVAILABLE", f"Expected an exported model or a folder of its versions, received {model}."
+        )
+    return max(versions, key=lambda path: int(path.name))
+
+
+class Segmenter:
+    """An exported model, loaded once, that segments scans one after another.
+
+    Args:
+        model: models/<task>/<version>, models/<task> for its newest version, or a run's model folder.
+
+    Raises:
+        InputError: MODEL_UNAVAILABLE if it is missing, incomplete or damaged.
+    """
+
+    def __init__(self, model: Path) -> None:
+        import tensorflow as tf
+
+        folder = newest_version(model)
+        try:
+            self.info: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+            self._loaded = tf.saved_model.load(str(folder))
+            signatures = self._loaded.signatures
+            self._prepare, self._infer, self._restore = (signatures[name] for name in ("prepare", "infer", "restore"))
+        except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
+            raise InputError(
+                "MODEL_UNAVAILABLE",
+                f"Expected a model that lvseg.export wrote, received a damaged or foreign one in {folder}"
+                f" ({type(error).__name__}).",
+            ) from error
+        self.info.setdefault("version", int(folder.name) if folder.name.isdigit() else None)
+
+    def segment(self, scan: Volume, on_progress: Callable[[int, int], None] | None = None) -> Segmentation:
+        """Segments one scan.
+
+        Args:
+            scan: any real dtype, any orientation.
+            on_progress: called with (slices done, slices in all) after every batch.
+
+        Raises:
+            InputError: NONFINITE_VOXELS, EMPTY_IMAGE.
+        """
+        import tensorflow as tf
+
+        from lvseg.preprocess import AXIS_PERMUTATIONS
+
+        canonical = scan.canonical()
+        check_intensities(canonical)
+        permutation = AXIS_PERMUTATIONS[self.info["axis"]]
+        voxels = canonical.voxels.transpose(permutation).astype(np.float32)
+        spacing_mm = tf.constant([canonical.spacing_mm[axis] for axis in permutation], tf.float32)
+
+        prepared = self._prepare(voxels=tf.constant(voxels), spacing_mm=spacing_mm)["slices"].numpy()
+        count, neighbours, batch_size = len(prepared), self.info["neighbours"], self.info["batch_size"]
+        labels = np.empty(voxels.shape, np.uint8)
+        for first in range(0, count, batch_size):
+            # The last batch is padded with the last slice: one shape of batch, so nothing is traced anew.
+            slices = np.minimum(np.arange(first, first + batch_size), count - 1)
+            channels = np.clip(slices[:, None] + np.arange(-neighbours, neighbours + 1), 0, count - 1)
+            stacks = prepared[channels].transpose(0, 2, 3, 1)
+            probabilities = self._infer(stacks=tf.constant(stacks))["probabilities"]
+            restored = self._restore(
+                probabilities=probabilities, shape=tf.constant(voxels.shape, tf.int32), spacing_mm=spacing_mm
+            )["labels"].numpy()
+            last = min(first + batch_size, count)
+            labels[first:last] = restored[: last - first]
+            if on_progress is not None:
+                on_progress(last, count)
+        mask = scan.from_canonical(labels.transpose(np.argsort(permutation)))
+        return Segmentation(mask, self._measure(scan, mask, cut_tissue(voxels, spacing_mm.numpy(), self.info)))
+
+    def _measure(self, scan: Volume, mask: Volume, cut: bool) -> dict[str, Any]:
+        volumes, voxels, flags = {}, {}, []
+        for label, name in enumerate(self.info["labels"][1:], start=1):
+            voxels[name] = int(np.count_nonzero(mask.voxels == label))
+            volumes[name] = biomarkers.volume_ml(mask, label)
+            if not voxels[name]:
+                flags.append(f"{name}: empty")
+            flags += [f"{name}: touches {edge}" for edge in biomarkers.touches_edge(mask, label)]
+        if cut:
+            flags.append("tissue beyond the network's field of view was left out")
+        return {
+            "volume_ml": volumes,
+            "voxels": voxels,
+            "flags": flags,
+            "model": {key: self.info[key] for key in ("task", "version", "weights_sha256")},
+            "geometry": {
+                "shape": list(scan.shape),
+                "spacing_mm": list(scan.spacing_mm),
+                "affine_lps": scan.affine.tolist(),
+                "oblique": scan.is_oblique,
+            },
+        }
+
+
+def check_intensities(scan: Volume) -> None:
+    """Refuses a scan that no network can see anything in: InputError NONFINITE_VOXELS or EMPTY_IMAGE."""
+    name = scan.source or "the scan"
+    if np.iscomplexobj(scan.voxels) or scan.voxels.dtype.kind not in "iufb":
+        raise InputError("UNSUPPORTED_PIXEL_TYPE", f"Expected real voxels, received {scan.voxels.dtype} in {name}.")
+    if scan.voxels.dtype.kind == "f" and not np.isfinite(scan.voxels).all():
+        raise InputError("NONFINITE_VOXELS", f"Expected finite voxels, received NaN or infinity in {name}.")
+    if scan.voxels.min() == scan.voxels.max():
+        raise InputError(
+            "EMPTY_IMAGE", f"Expected an image, received one value, {scan.voxels.min()}, everywhere in {name}."
+        )
+
+
+def cut_tissue(voxels: Array, spacing_mm: Sequence[float], info: dict[str, Any]) -> bool:
+    """Whether tissue lies beyond the network's field of view, where the answer is background.
+
+    Args:
+        voxels: [S, H, W] along the model's axis; spacing_mm: (slice, row, column); info: of model.json.
+    """
+    outside = np.zeros(voxels.shape[1:], bool)
+    for axis in (1, 2):
+        reach = info["size"] * info["spacing_mm"][axis - 1] / 2
+        distance = np.abs(np.arange(voxels.shape[axis]) - (voxels.shape[axis] - 1) / 2) * spacing_mm[axis]
+        outside |= np.expand_dims(distance > reach, 2 - axis)
+    if not outside.any():
+        return False
+    dark = float(voxels.min())
+    bright = float(np.percentile(voxels[:: max(1, len(voxels) // 8)], 99))
+    return bool((voxels[:, outside] > dark + TISSUE_SHARE * (bright - dark)).any())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="lvseg.predict",
+        description="Segments scans: files (.nii, .nii.gz, .vtk, .vti, .dcm) or folders of one DICOM series each.",
+        epilog="Example: python -m lvseg.predict --model models/volume scan.nii.gz -o liver.vtk",
+    )
+    parser.add_argument("scans", nargs="+", type=Path, metavar="SCAN")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="models/<task>/<version>, or models/<task> for the newest"
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, help="a file .vtk, .nii.gz or .vti, or a folder")
+    parser.add_argument("--format", choices=FORMATS, default="vtk", help="of the files in a folder (default: vtk)")
+    parser.add_argument("--json", type=Path, help="write the measurements here")
+    return command.run(parser, _segment_scans, argv)
+
+
+def _segment_scans(arguments: argparse.Namespace) -> int:
+    outputs = output_paths(arguments.scans, arguments.out, arguments.format)
+    for path in arguments.scans:
+        if not path.exists():
+            raise InputError("NOT_FOUND", f"Expected a scan, received a path that does not exist: {path}.")
+    newest_version(arguments.model)  # a wrong folder is told before TensorFlow's seconds
+    segmenter = Segmenter(arguments.model)
+    results, failed = [], 0
+    for path, out in command.progress(list(zip(arguments.scans, outputs, strict=True)), "segmenting"):
+        try:
+            answer = segmenter.segment(read_volume(path))
+        except InputError as error:
+            if len(arguments.scans) == 1:
+                raise
+            failed += 1  # one bad scan of many costs that scan alone
+            results.append({"scan": str(path), "error": {"code": error.code, "text": error.sentence}})
+            print(f"lvseg.predict: {error.sentence}", file=sys.stderr)
+            continue
+        written = write_volume(answer.mask, out)
+        results.append({"scan": str(path), "files": [str(file) for file in written], **answer.measurements})
+        volumes = ", ".join(f"{name} {volume:.1f} ml" for name, volume in answer.measurements["volume_ml"].items())
+        notes = f" ({'; '.join(answer.measurements['flags'])})" if answer.measurements["flags"] else ""
+        print(f"{out}: {volumes}{notes}")
+    if arguments.json is not None:
+        with command.atomic(arguments.json) as temporary:
+            temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return command.EXIT_BAD_INPUT if failed else command.EXIT_DONE
+
+
+def output_paths(scans: Sequence[Path], out: Path, form: str) -> list[Path]:
+    """Where each scan's mask goes: `out` itself for one scan if it names a file, else <stem>.<format> in that folder.
+
+    Raises:
+        InputError: BAD_OUTPUT for several scans into one file, or two scans of one name.
+    """
+    if out.name.endswith(tuple(f".{known}" for known in FORMATS)) and not out.is_dir():
+        if len(scans) > 1:
+            raise InputError("BAD_OUTPUT", f"Expected a folder for {len(scans)} scans, received the file {out}.")
+        return [out]
+    if out.suffix and not out.is_dir():
+        valid = ", ".join(f".{known}" for known in FORMATS)
+        raise InputError("BAD_OUTPUT", f"Expected a file ending in one of {valid}, or a folder, received {out}.")
+    outputs = [out / f"{stem(path)}.{form}" for path in scans]
+    for number, path in enumerate(outputs):
+        if path in outputs[:number]:
+            raise InputError("BAD_OUTPUT", f"Expected scans of different names, received two that give {path}.")
+    return outputs
+
+
+if __name__ == "__main__":
+    sys.exit(main())

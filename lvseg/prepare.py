@@ -1,0 +1,218 @@
+"""Command: dataset cards -> shards, a volume each, with a manifest beside them.
+
+python -m lvseg.prepare --cfg experiments/volume.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+
+from lvseg import command
+from lvseg.cards import Card, Scan, find_scans, load_card
+from lvseg.config import Data, load_experiment
+from lvseg.errors import InputError
+from lvseg.keys import digest
+from lvseg.split import Split, split_patients
+from lvseg.volume import Array, Volume
+
+# Raise when what is written into a shard changes, so that old shards are not taken for new ones.
+SHARD_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """The shards of one card: its folder, a manifest row a volume, and the class names."""
+
+    card: Card
+    folder: Path
+    rows: list[dict[str, Any]]
+
+    def files(self, patients: Sequence[str]) -> list[Path]:
+        """Shards of these patients, in the manifest's order."""
+        return [self.folder / row["file"] for row in self.rows if row["patient"] in patients]
+
+
+def prepare(data: Data, jobs: int = -1) -> list[ShardSet]:
+    """Makes the shards of an experiment that are missing, simulating patients first where a card says so.
+
+    Args:
+        data: the experiment's `data` keys.
+        jobs: processes, -1 for one a core.
+
+    Returns:
+        One set a card, in the order of `data.datasets`.
+
+    Raises:
+        InputError: a card or scan that cannot be used; DUPLICATE_SCAN for the same voxels under two patient ids.
+    """
+    sets = [_prepare_card(Path(path), data, jobs) for path in data.datasets]
+    names = {tuple(shards.card.classes) for shards in sets}
+    if len(names) > 1:
+        raise InputError("BAD_CONFIG", f"Expected the same labels in all of data.datasets, received {sorted(names)}.")
+    seen: dict[str, tuple[str, str]] = {}
+    for shards in sets:
+        for row in shards.rows:
+            patient, where = seen.setdefault(row["voxels_sha256"], (row["patient"], shards.card.name))
+            if patient != row["patient"]:
+                raise InputError(
+                    "DUPLICATE_SCAN",
+                    f"Expected each scan under one patient id, received the same voxels for {patient} in card {where}"
+                    f" and {row['patient']} in card {shards.card.name}.",
+                )
+    return sets
+
+
+def split(data: Data, sets: Sequence[ShardSet]) -> Split:
+    """The experiment's patients for training, validation and test; InputError BAD_SPLIT."""
+    scanners: dict[str, list[str]] = {}
+    for shards in sets:
+        scanners.setdefault(shards.card.scanner, []).extend(row["patient"] for row in shards.rows)
+    return split_patients(scanners, data.folds, data.fold, data.test_fraction, data.test_patients, data.folds_file)
+
+
+def dataset_scans(data: Data) -> list[Scan]:
+    """Every scan of an experiment's cards, for evaluation on the scans' own grids."""
+    return [scan for path in data.datasets for scan in find_scans(*load_card(Path(path)))]
+
+
+def _prepare_card(path: Path, data: Data, jobs: int) -> ShardSet:
+    card, root = load_card(path)
+    if card.simulate is not None:
+        from lvseg.phantom.simulate import simulate
+
+        simulate(card.simulate.scanner, card.simulate.patients, card.simulate.seed, root, jobs)
+    scans = find_scans(card, root)
+    made_by = {
+        "format": SHARD_FORMAT,
+        "labels": card.labels,
+        "scanner": card.scanner,
+        "axis": data.axis,
+        "spacing_mm": data.spacing_mm,
+        "size": data.size,
+    }
+    folder = Path(data.shards) / f"{card.name}-{digest(made_by)[:8]}"
+    tasks = (joblib.delayed(_shard)(scan, folder, data) for scan in scans)
+    rows = joblib.Parallel(n_jobs=min(jobs, len(scans)) if jobs > 0 else jobs, return_as="generator")(tasks)
+    kept = list(command.progress(rows, f"preparing {card.name}", total=len(scans)))
+    manifest = {"card": card.model_dump(), "made_by": made_by, "volumes": kept}
+    with command.atomic(folder / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1))
+    return ShardSet(card, folder, kept)
+
+
+def _shard(scan: Scan, folder: Path, data: Data) -> dict[str, Any]:
+    """Writes a scan's shard unless it is there and made of the same files; returns its manifest row."""
+    from lvseg import records
+
+    sources = [_file_sha256(path) for path in (scan.image, scan.mask, scan.tissues) if path is not None]
+    path = folder / f"{scan.patient}_{scan.study}.tfrecord"
+    if path.exists():
+        row = records.read_row(path)
+        if row["sources"] == sources:
+            return row
+    records.write_shard(harmonise_scan(scan, sources, data), path)
+    return records.read_row(path)
+
+
+def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data) -> Any:
+    """Reads a scan with its mask and harmonises both: a `records.Harmonised`.
+
+    Raises:
+        InputError: an unreadable file; GEOMETRY_MISMATCH if mask and image do not lie on one grid.
+    """
+    import tensorflow as tf
+
+    from lvseg import preprocess, records
+    from lvseg.formats import read_volume
+
+    image = read_volume(scan.image)
+    permutation = preprocess.AXIS_PERMUTATIONS[data.axis]
+    canonical = image.canonical()
+    voxels = canonical.voxels.transpose(permutation)
+    slice_mm, row_mm, column_mm = (canonical.spacing_mm[axis] for axis in permutation)
+    spacing_mm = tf.constant([slice_mm, row_mm, column_mm], tf.float32)
+    intensities = tf.constant(voxels.astype(np.float32))
+    statistics = preprocess.statistics(intensities)
+    target = data.spacing_mm
+
+    def labels(path: Path, values: Sequence[Sequence[int]] | None) -> Array:
+        mask = read_volume(path)
+        _same_grid(image, mask)
+        found = mask.canonical().voxels.transpose(permutation)
+        if values is not None:
+            mapped = np.zeros(found.shape, np.uint8)
+            for label, raw in enumerate(values, start=1):
+                mapped[np.isin(found, raw)] = label
+            found = mapped
+        count = int(found.max()) + 1 if values is None else len(values) + 1
+        return preprocess.harmonise_labels(
+            tf.constant(found.astype(np.uint8)), spacing_mm, target, data.size, count
+        ).numpy()
+
+    return records.Harmonised(
+        patient=scan.patient,
+        study=scan.study,
+        scanner=scan.card.scanner,
+        dataset=scan.card.name,
+        sources=tuple(sources),
+        voxels_sha256=records.voxels_sha256(canonical.voxels, canonical.spacing_mm),
+        shape=voxels.shape,
+        spacing_mm=(slice_mm, row_mm, column_mm),
+        statistics=statistics,
+        image=preprocess.harmonise(intensities, spacing_mm, target, data.size, statistics.minimum).numpy(),
+        mask=labels(scan.mask, list(scan.card.labels.values())),
+        tissues=labels(scan.tissues, None) if scan.tissues is not None else None,
+    )
+
+
+def _same_grid(image: Volume, mask: Volume, tolerance_mm: float = 0.01) -> None:
+    corner = np.array(image.shape) - 1
+    far = [0, 0, 0] if image.shape != mask.shape else np.abs(image.world_mm(corner) - mask.world_mm(corner))
+    if image.shape != mask.shape or max(np.max(far), np.abs(image.affine - mask.affine).max()) > tolerance_mm:
+        raise InputError(
+            "GEOMETRY_MISMATCH",
+            f"Expected the grid of {image.source} (shape {image.shape}), received another one (shape {mask.shape}) in"
+            f" {mask.source}.",
+        )
+
+
+def _file_sha256(path: Path) -> str:
+    """sha256 of a file, or of the sorted contents of a folder of files."""
+    if path.is_dir():
+        parts = sorted(_file_sha256(member) for member in path.iterdir() if member.is_file())
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="lvseg.prepare",
+        description="Makes the shards of an experiment that are missing.",
+        epilog="Example: python -m lvseg.prepare --cfg experiments/volume.yaml",
+    )
+    parser.add_argument("--cfg", type=Path, required=True, help="experiment file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
+    parser.add_argument("--jobs", type=int, default=-1, help="processes (default: one a core)")
+
+    def body(arguments: argparse.Namespace) -> None:
+        experiment = load_experiment(arguments.cfg, arguments.set)
+        for shards in prepare(experiment.data, arguments.jobs):
+            print(f"{shards.card.name}: {len(shards.rows)} volumes in {shards.folder}")
+
+    return command.run(parser, body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

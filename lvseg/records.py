@@ -1,0 +1,202 @@
+"""One harmonised scan <-> one `tf.train.SequenceExample` in a shard of its own.
+
+A shard holds one volume, so a split by patient is a choice of files and no reader opens a patient it should not see.
+Context: who (patient, study, scanner, dataset), the scan's own shape and spacing, its statistics before padding, and
+`slope` and `intercept`. Feature lists, one entry a slice: `image` (uint16, little-endian, value * slope + intercept is
+the intensity, harmonised, not normalised), `slice_minimum` and `slice_maximum` (of the scan before padding), `mask`
+(uint8, zlib) and, for simulated patients, `tissues` (uint8, zlib).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from lvseg import preprocess
+from lvseg.command import atomic
+from lvseg.errors import InputError
+from lvseg.preprocess import Statistics
+from lvseg.volume import Array
+
+ZLIB_LEVEL = 6
+
+
+@dataclass(frozen=True)
+class Harmonised:
+    """A scan ready for a shard.
+
+    Args:
+        patient, study, scanner, dataset: who and what it is; text without geometry.
+        sources: sha256 of every file it was made from, by name, in the order they were read.
+        voxels_sha256: of the scan's canonical voxels, shape and spacing, to notice the same scan under two names.
+        shape, spacing_mm: of the scan, (slice, row, column), with slices along the card's axis.
+        statistics: of the scan before padding.
+        image: float32 [S, size, size]; mask: uint8 [S, size, size]; tissues: uint8 [S, size, size] or None.
+    """
+
+    patient: str
+    study: str
+    scanner: str
+    dataset: str
+    sources: tuple[str, ...]
+    voxels_sha256: str
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    statistics: Statistics
+    image: Array
+    mask: Array
+    tissues: Array | None
+
+
+class Slices(NamedTuple):
+    """A shard's volume as the pipeline sees it.
+
+    image: uint16 [S, size, size]; mask: uint8 [S, size, size]; slope, intercept: float32; statistics: of the scan.
+    """
+
+    image: tf.Tensor
+    mask: tf.Tensor
+    slope: tf.Tensor
+    intercept: tf.Tensor
+    statistics: Statistics
+
+
+def voxels_sha256(voxels: Array, spacing_mm: tuple[float, float, float]) -> str:
+    """Digest of a scan's canonical voxels, their type, shape and spacing; equal scans give equal digests."""
+    header = f"{voxels.dtype.str} {voxels.shape} {[round(mm, 4) for mm in spacing_mm]} "
+    return hashlib.sha256(header.encode() + np.ascontiguousarray(voxels).tobytes()).hexdigest()
+
+
+def encode(volume: Harmonised) -> bytes:
+    """Serialises a volume; the same volume gives the same bytes."""
+    low, high = float(volume.statistics.minimum), float(volume.statistics.maximum)
+    slope = (high - low) / 65535 or 1.0
+    stored = np.rint((volume.image.astype(np.float64) - low) / slope).clip(0, 65535).astype("<u2")
+    context = {
+        "patient": _text(volume.patient),
+        "study": _text(volume.study),
+        "scanner": _text(volume.scanner),
+        "dataset": _text(volume.dataset),
+        "sources": _text(*volume.sources),
+        "voxels_sha256": _text(volume.voxels_sha256),
+        "shape": tf.train.Feature(int64_list=tf.train.Int64List(value=volume.shape)),
+        "size": tf.train.Feature(int64_list=tf.train.Int64List(value=[volume.image.shape[1]])),
+        "spacing_mm": _floats(volume.spacing_mm),
+        "slope": _floats([slope]),
+        "intercept": _floats([low]),
+    }
+    for name in ("minimum", "maximum", "percentiles"):
+        context[name] = _floats(np.atleast_1d(np.asarray(getattr(volume.statistics, name))))
+    lists = {
+        "image": _bytes_list([plane.tobytes() for plane in stored]),
+        "mask": _bytes_list([zlib.compress(plane.tobytes(), ZLIB_LEVEL) for plane in volume.mask]),
+    }
+    for name in ("slice_minimum", "slice_maximum"):
+        values = np.asarray(getattr(volume.statistics, name))
+        lists[name] = tf.train.FeatureList(feature=[_floats([value]) for value in values])
+    if volume.tissues is not None:
+        lists["tissues"] = _bytes_list([zlib.compress(plane.tobytes(), ZLIB_LEVEL) for plane in volume.tissues])
+    example = tf.train.SequenceExample(
+        context=tf.train.Features(feature=context), feature_lists=tf.train.FeatureLists(feature_list=lists)
+    )
+    return example.SerializeToString(deterministic=True)
+
+
+def decode(serialised: tf.Tensor, size: int) -> Slices:
+    """Parses a serialised volume inside a TensorFlow graph.
+
+    Args:
+        serialised: string scalar, from `encode`.
+        size: pixels of a side of the slices.
+    """
+    scalar = tf.io.FixedLenFeature([], tf.float32)
+    extreme = tf.io.FixedLenSequenceFeature([], tf.float32)
+    planes = tf.io.FixedLenSequenceFeature([], tf.string)
+    context, lists = tf.io.parse_single_sequence_example(
+        serialised,
+        context_features={
+            "slope": scalar,
+            "intercept": scalar,
+            "minimum": scalar,
+            "maximum": scalar,
+            "percentiles": tf.io.FixedLenFeature([preprocess.PERCENTILE_STEPS + 1], tf.float32),
+        },
+        sequence_features={"image": planes, "mask": planes, "slice_minimum": extreme, "slice_maximum": extreme},
+    )
+    image = tf.io.decode_raw(lists["image"], tf.uint16, little_endian=True)
+    mask = tf.io.decode_raw(tf.io.decode_compressed(lists["mask"], "ZLIB"), tf.uint8)
+    return Slices(
+        tf.reshape(image, [-1, size, size]),
+        tf.reshape(mask, [-1, size, size]),
+        context["slope"],
+        context["intercept"],
+        Statistics(
+            context["minimum"],
+            context["maximum"],
+            lists["slice_minimum"],
+            lists["slice_maximum"],
+            context["percentiles"],
+        ),
+    )
+
+
+def write_shard(volume: Harmonised, path: Path) -> None:
+    """Writes a volume's shard under its final name only once it is whole."""
+    with atomic(path) as temporary, tf.io.TFRecordWriter(str(temporary)) as writer:
+        writer.write(encode(volume))
+
+
+def read_row(path: Path) -> dict[str, Any]:
+    """The manifest's row of a shard, read from the shard itself.
+
+    Raises:
+        InputError: BAD_SHARD if the file is not a whole shard of this project.
+    """
+    try:
+        serialised = next(iter(tf.data.TFRecordDataset(str(path)))).numpy()
+        example = tf.train.SequenceExample.FromString(serialised)
+    except (StopIteration, tf.errors.OpError, ValueError) as error:
+        raise InputError("BAD_SHARD", f"Expected a shard, received a damaged file in {path}; delete it.") from error
+    context = example.context.feature
+
+    def text(name: str) -> str:
+        return context[name].bytes_list.value[0].decode()
+
+    return {
+        "patient": text("patient"),
+        "study": text("study"),
+        "scanner": text("scanner"),
+        "dataset": text("dataset"),
+        "file": path.name,
+        "shard_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "voxels_sha256": text("voxels_sha256"),
+        "sources": [value.decode() for value in context["sources"].bytes_list.value],
+        "shape": list(context["shape"].int64_list.value),
+        "spacing_mm": [round(value, 6) for value in context["spacing_mm"].float_list.value],
+        "minimum": context["minimum"].float_list.value[0],
+        "maximum": context["maximum"].float_list.value[0],
+        "percentiles": {
+            str(percent): float(preprocess.percentile(np.asarray(context["percentiles"].float_list.value), percent))
+            for percent in (0.5, 50, 99.5)
+        },
+    }
+
+
+def _text(*values: str) -> tf.train.Feature:
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value.encode() for value in values]))
+
+
+def _floats(values: Any) -> tf.train.Feature:
+    return tf.train.Feature(float_list=tf.train.FloatList(value=[float(value) for value in values]))
+
+
+def _bytes_list(values: list[bytes]) -> tf.train.FeatureList:
+    return tf.train.FeatureList(
+        feature=[tf.train.Feature(bytes_list=tf.train.BytesList(value=[value])) for value in values]
+    )

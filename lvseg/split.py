@@ -1,0 +1,104 @@
+"""Which patients are for training, validation and test: by a hash of the patient's id, never by slice.
+
+The hash of one id does not depend on the others, so adding patients moves nobody else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lvseg.errors import InputError
+from lvseg.keys import read_yaml
+
+
+@dataclass(frozen=True)
+class Split:
+    """Patient ids of each part, sorted."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def uniform(patient: str, purpose: str) -> float:
+    """A number in [0, 1) that depends on the patient's id and the purpose alone (first 8 bytes of a sha256)."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}:{patient}".encode()).digest()[:8], "big") / 2**64
+
+
+def split_patients(
+    scanners: Mapping[str, Sequence[str]],
+    folds: int,
+    fold: int,
+    test_fraction: float,
+    test_patients: Sequence[str] | None = None,
+    folds_file: str | None = None,
+) -> Split:
+    """Divides patients into training, validation and test.
+
+    Args:
+        scanners: patient ids by scanner; one id under two scanners goes the same way under both.
+        folds: how many folds the patients outside the test set form; fold: the one for validation.
+        test_fraction: expected share of test patients, by hash.
+        test_patients: their ids instead, where a set is small.
+        folds_file: YAML with `folds`, a list of lists of patient ids, instead of the hash.
+
+    Raises:
+        InputError: BAD_SPLIT for an unknown patient, a scanner without test patients, or an empty fold.
+    """
+    patients = sorted({patient for ids in scanners.values() for patient in ids})
+    if test_patients is not None:
+        _known(test_patients, patients, "data.test_patients")
+        test = set(test_patients)
+    else:
+        test = {patient for patient in patients if uniform(patient, "test") < test_fraction}
+    for scanner, ids in sorted(scanners.items()):
+        if (test_fraction > 0 or test_patients is not None) and not test.intersection(ids):
+            raise InputError(
+                "BAD_SPLIT",
+                f"Expected test patients of every scanner, received none of the {len(ids)} of {scanner};"
+                " name some in data.test_patients or raise data.test_fraction.",
+            )
+    rest = [patient for patient in patients if patient not in test]
+    if folds_file is not None:
+        assigned = _read_folds(Path(folds_file), folds, rest)
+    else:
+        assigned = {patient: int(uniform(patient, "fold") * folds) for patient in rest}
+    for number in range(folds):
+        if number not in assigned.values():
+            raise InputError(
+                "BAD_SPLIT",
+                f"Expected patients in every fold, received none in fold {number} of {folds} for {len(rest)} patients;"
+                " lower data.folds or give data.folds_file.",
+            )
+    return Split(
+        tuple(patient for patient in rest if assigned[patient] != fold),
+        tuple(patient for patient in rest if assigned[patient] == fold),
+        tuple(sorted(test)),
+    )
+
+
+def _read_folds(path: Path, folds: int, patients: Sequence[str]) -> dict[str, int]:
+    lists = read_yaml(path).get("folds")
+    if not isinstance(lists, list) or len(lists) != folds or not all(isinstance(ids, list) for ids in lists):
+        raise InputError("BAD_SPLIT", f"Expected a key folds with {folds} lists of patient ids in {path}.")
+    assigned: dict[str, int] = {}
+    for number, ids in enumerate(lists):
+        _known(ids, patients, str(path))
+        for patient in ids:
+            if assigned.setdefault(patient, number) != number:
+                raise InputError("BAD_SPLIT", f"Expected each patient once, received {patient} in two folds in {path}.")
+    missing = [patient for patient in patients if patient not in assigned]
+    if missing:
+        raise InputError("BAD_SPLIT", f"Expected every patient in a fold, received none for {missing[0]} in {path}.")
+    return assigned
+
+
+def _known(ids: Sequence[str], patients: Sequence[str], where: str) -> None:
+    for patient in ids:
+        if patient not in patients:
+            raise InputError(
+                "BAD_SPLIT", f"Expected ids of patients at hand, received {patient} in {where}."
+            )

@@ -1,0 +1,90 @@
+"""Command: an experiment file -> a trained, evaluated and exported network in a run folder.
+
+    python -m lvseg.train --cfg experiments/volume.yaml
+
+The same command again goes on from the last checkpoint. Every random number follows from (seed, step, sample), so a
+resumed run equals one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from lvseg import command
+from lvseg.config import Experiment, load_experiment
+from lvseg.errors import InputError
+from lvseg.keys import changed_keys
+
+
+def train(experiment: Experiment) -> None:
+    """Trains an experiment's fold in its run folder, or goes on where it was stopped.
+
+    Raises:
+        InputError: input that cannot be used; CHANGED_CONFIG if the run was started with another config.
+    """
+    from lvseg import prepare, provenance
+    from lvseg.evaluate import evaluate_run
+    from lvseg.fit import Fit
+
+    run = experiment.run_folder
+    if _is_finished(run, experiment):
+        print(f"{run} is finished; give the experiment another name to train it anew.")
+        return
+
+    sets = prepare.prepare(experiment.data)
+    split = prepare.split(experiment.data, sets)
+    _start(run, experiment)
+
+    fit = Fit(experiment, sets, split, run)
+    manifest = provenance.manifest(experiment, sets, split, fit.encoder_weights_sha256)
+    provenance.write(run, manifest)
+    fit.run()
+    card = fit.export(run / "model", manifest)
+
+    evaluate_run(run, "validation")
+    provenance.write(run, {**manifest, "weights_sha256": card["weights_sha256"], "finished": True})
+    print(f"trained: {run} (model in {run / 'model'}, look with: tensorboard --logdir {run.parent})")
+
+
+def _is_finished(run: Path, experiment: Experiment) -> bool:
+    """Whether the run is done; InputError CHANGED_CONFIG if it belongs to another config."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        return False
+    keys = changed_keys(yaml.safe_load(path.read_text(encoding="utf-8")), experiment.model_dump())
+    if keys:
+        raise InputError(
+            "CHANGED_CONFIG",
+            f"Expected the config that the run was started with, received another {', '.join(keys)} than in {path};"
+            " give the experiment another name.",
+        )
+    manifest = run / "manifest.json"
+    return manifest.is_file() and bool(json.loads(manifest.read_text(encoding="utf-8")).get("finished"))
+
+
+def _start(run: Path, experiment: Experiment) -> None:
+    if not (run / "config.yaml").is_file():
+        with command.atomic(run / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(experiment.model_dump(), sort_keys=False), encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="lvseg.train",
+        description="Trains an experiment; missing shards are prepared first, a stopped run goes on.",
+        epilog="Example: python -m lvseg.train --cfg experiments/volume.yaml --set data.fold=3",
+    )
+    parser.add_argument("--cfg", type=Path, required=True, help="experiment file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
+    return command.run(parser, lambda arguments: train(load_experiment(arguments.cfg, arguments.set)), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

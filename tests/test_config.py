@@ -1,0 +1,107 @@
+"""The experiment file: the report's defaults, and one sentence for everything that is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lvseg.config import load_experiment
+from lvseg.errors import InputError
+from lvseg.keys import changed_keys, digest
+
+MINIMAL = {"task": "volume", "name": "best", "data": {"datasets": ["data/some.yaml"]}}
+
+
+def write(tmp_path, values):
+    path = tmp_path / "experiment.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return path
+
+
+def test_the_reports_numbers_are_the_defaults(tmp_path):
+    experiment = load_experiment(write(tmp_path, MINIMAL))
+    data, model, train = experiment.data, experiment.model, experiment.train
+    assert (data.size, data.neighbours, data.folds, data.test_fraction) == (256, 1, 10, 0.11)
+    assert data.spacing_mm == [1.75, 1.75]
+    assert (model.width, model.dropout) == (64, 0.5)
+    assert (train.steps, train.batch_size, train.learning_rate, train.loss) == (100_000, 1, 1e-4, "cross_entropy")
+    assert (train.beta_1, train.beta_2) == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("path", sorted(Path("experiments").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_experiments_are_valid_and_say_how_they_are_run(path):
+    load_experiment(path)
+    assert f"python -m lvseg.train --cfg {path}" in path.read_text()
+
+
+def test_the_volume_experiment_has_all_four_methods_of_the_report():
+    experiment = load_experiment(Path("experiments/volume.yaml"))
+    assert experiment.augment.elastic is not None and experiment.augment.elastic.sigma_px == 8.0
+    assert experiment.augment.elastic.grid == 8
+    assert experiment.data.neighbours == 1 and experiment.model.residual
+    assert (experiment.model.encoder, experiment.model.encoder_weights) == ("vgg11", "imagenet")
+    assert (experiment.train.steps, experiment.train.batch_size, experiment.train.learning_rate) == (100_000, 1, 1e-4)
+    assert load_experiment(Path("experiments/volume.yaml"), ["augment.elastic=null"]).augment.elastic is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train": {"lerning_rate": 0.1}}, ("train.lerning_rate", "did you mean learning_rate?")),
+        ({"augment": {"elastic": {"sigma": 3.0}}}, ("augment.elastic.sigma", "did you mean sigma_px?")),
+        ({"optimiser": 1}, ("optimiser", "expected one of task, name")),
+        ({"train": {"steps": "many"}}, ("train.steps", "integer", "'many'")),
+        ({"train": {"steps": 2.5}}, ("train.steps", "integer", "2.5")),
+        ({"train": {"deterministic": 1}}, ("train.deterministic", "boolean")),
+        ({"train": {"loss": "hinge"}}, ("train.loss", "cross_entropy", "hinge")),
+        ({"data": {"datasets": ["x"], "size": 200}}, ("data.size", "16", "200")),
+        ({"data": {"datasets": ["x"], "fold": 10}}, ("fold=10", "folds=10")),
+        ({"data": {"datasets": ["x"], "clip_percentiles": [0.25, 99]}}, ("clip_percentiles", "0.25")),
+        ({"data": {"datasets": ["x"], "clip_percentiles": [99.0, 1.0]}}, ("clip_percentiles",)),
+        ({"data": {}}, ("data.datasets",)),
+        ({"name": "a b/c"}, ("name", "a b/c")),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence_with_file_and_key(tmp_path, change, words):
+    path = write(tmp_path, {**MINIMAL, **change})
+    with pytest.raises(InputError) as error:
+        load_experiment(path)
+    assert error.value.code == "BAD_CONFIG"
+    assert "\n" not in error.value.sentence and error.value.sentence.count(". ") == 0
+    for word in (*words, str(path)):
+        assert word in error.value.sentence
+
+
+def test_a_number_that_yaml_reads_as_text_is_explained(tmp_path):
+    path = write(tmp_path, "task: volume\nname: a\ndata: {datasets: [x]}\ntrain: {learning_rate: 1e-4}\n")
+    with pytest.raises(InputError, match=r"train\.learning_rate, received '1e-4' \(YAML reads it as text; write 1\.0e-04"):
+        load_experiment(path)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- list\n", "", "\x00"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    with pytest.raises(InputError, match=r"experiment\.yaml"):
+        load_experiment(write(tmp_path, text))
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(InputError, match="nowhere.yaml") as error:
+        load_experiment(Path("nowhere.yaml"))
+    assert error.value.code == "NOT_FOUND"
+
+
+def test_set_overrides_any_key_and_is_checked(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    experiment = load_experiment(path, ["train.steps=7", "augment.elastic.sigma_px=2.0", "data.fold=3"])
+    assert (experiment.train.steps, experiment.augment.elastic.sigma_px, experiment.data.fold) == (7, 2.0, 3)
+    assert experiment.run_folder == Path("runs/volume/best-fold3")
+    for wrong in ("train.stepz=7", "train.steps", "name.x=1"):
+        with pytest.raises(InputError):
+            load_experiment(path, [wrong])
+
+
+def test_changed_keys_are_named_dotted_and_digest_ignores_order():
+    old = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert changed_keys(old, {"a": {"b": 1, "c": {"d": 5}}, "e": 3, "f": 1}) == ["a.c.d", "f"]
+    assert changed_keys(old, old) == []
+    assert digest({"x": 1, "y": 2}) == digest({"y": 2, "x": 1}) != digest({"x": 1, "y": 3})
