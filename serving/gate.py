@@ -147,6 +147,7 @@ class Gate:
         poller = zmq.Poller()
         poller.register(self.front, zmq.POLLIN)
         poller.register(self.back, zmq.POLLIN)
+        check_at = 0.0
         while not stopping():
             unsent = any(box.waiting for box in self.outboxes.values())
             ready = dict(poller.poll(FLUSH_MS if unsent else TICK_MS))
@@ -155,8 +156,10 @@ class Gate:
                 self._drain(self.back, self._from_worker, now)
             if self.front in ready:
                 self._drain(self.front, self._from_client, now)
-            self._watch_workers(now)
-            self._expire(now)
+            if now >= check_at:  # not at every message: both look at all workers and jobs
+                check_at = now + TICK_MS / 2000
+                self._watch_workers(now)
+                self._expire(now)
             self._dispatch(now)
             self._flush()
             if not self.was_ready and len(self.workers) == self.config.workers:

@@ -93,7 +93,7 @@ class Raw:
         self.context.term()
 
     def take(self) -> Any:
-        assert self.socket.poll(1000 * LIMIT_S), "no answer"
+        assert self.socket.poll(int(1000 * LIMIT_S)), "no answer"
         return protocol.decode(self.socket.recv_multipart(), protocol.TO_CLIENT)
 
     def ask(self, message: Any) -> Any:
@@ -248,7 +248,7 @@ def test_the_queue_tells_positions_and_refuses_when_full(server: Server, held: P
             while (moved.job, moved.stage, moved.position) != (jobs[3], "queue", position):
                 moved = peer.take_until(protocol.Progress)
         held.unlink()
-        finished = set()
+        finished: set[bytes] = set()
         while len(finished) < 2:
             finished.add(peer.take_until(protocol.Done).job)
         assert finished == set(jobs[2:])
@@ -678,14 +678,12 @@ def test_a_wrong_model_is_wrong_use(server: Server, tmp_path: Path) -> None:
 @pytest.fixture(params=["closed", "silent", "other"])
 def dead_end(request: pytest.FixtureRequest) -> Iterator[str]:
     """A port where nothing listens, one that takes connections and says nothing, one that says something else."""
-    with socket.socket() as listener, contextlib.ExitStack() as stack:
+    with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        if request.param == "silent":
+        if request.param != "closed":
             listener.listen()
-        elif request.param == "other":
-            listener.listen()
-            stack.callback(threading.Thread(target=_speak_http, args=(listener,), daemon=True).start)
-            stack.pop_all().close()
+        if request.param == "other":
+            threading.Thread(target=_speak_http, args=(listener,), daemon=True).start()
         yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
 
 
@@ -741,7 +739,8 @@ def test_a_series_is_sent_without_its_names_and_named_in_errors(server: Server, 
     study.mkdir()
     (study / "Jane_Doe_1.dcm").write_bytes(b"no DICOM" * 100)
     with client.package(study).file as sent:
-        content = zstandard.ZstdDecompressor().stream_reader(sent.seek(0) or sent).read()
+        sent.seek(0)
+        content = zstandard.ZstdDecompressor().stream_reader(sent).read()
     assert b"Jane" not in content
     assert b"000001.dcm" in content
     with Client(server.endpoint) as peer, pytest.raises(ClientError) as refused:

@@ -1,0 +1,163 @@
+"""The whole service with a real SavedModel: what comes back is voxel for voxel what lvseg.predict gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bad_files import volume
+from serving_fixtures import children, is_alive, until
+
+from lvseg.formats import read_volume, write_volume
+from lvseg.predict import Segmenter
+from serving.client import Client, ClientError
+
+ROOT = Path(__file__).parents[1]
+START_S = 120.0
+LIMIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with a network of one layer, which marks intensities above zero."""
+    import keras
+
+    from lvseg.export import export_model
+
+    stacks = keras.Input((32, 32, 3), name="stacks")
+    seeds = keras.Input((2,), dtype="int64", name="seeds")
+    layer = keras.layers.Conv2D(2, 1, activation="softmax")
+    network = keras.Model([stacks, seeds], layer(stacks))
+    kernel = np.zeros((1, 1, 3, 2), np.float32)
+    kernel[0, 0, 1, 1] = 0.01  # of the slice in the middle
+    layer.set_weights([kernel, np.zeros(2, np.float32)])
+    card = {
+        "task": "volume",
+        "labels": ["background", "liver"],
+        "spacing_mm": [2.0, 2.0],
+        "size": 32,
+        "neighbours": 1,
+        "axis": "transversal",
+        "batch_size": 4,
+        "normalisation": "none",
+        "clip_percentiles": None,
+        "global_bounds": None,
+    }
+    folder = tmp_path_factory.mktemp("models")
+    export_model(network, card, folder / "volume" / "1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endpoint(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a server as its command starts it."""
+    folder = tmp_path_factory.mktemp("server")
+    arguments = ["--cfg", "serving/server.yaml", "--models", str(models), "--bind", "tcp://127.0.0.1:*"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serving.server", *arguments, "--spool", str(folder / "spool")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert select.select([process.stdout], [], [], START_S)[0], "not ready"
+        line = process.stdout.readline().split()
+        assert (line[0], line[2:]) == ("ready", ["volume/1"])
+        (worker,) = children(process.pid)
+        yield line[1]
+        process.terminate()
+        assert process.wait(LIMIT_S) == 0
+        assert not is_alive(worker)
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+def test_the_served_mask_is_that_of_predict_voxel_for_voxel(models: Path, endpoint: str, tmp_path: Path) -> None:
+    segmenter = Segmenter(models / "volume")
+    for seed, shape in enumerate([(5, 30, 34), (9, 40, 20)]):
+        scan = write_volume(volume(shape, seed), tmp_path / f"{seed}.nii.gz")[0]
+        expected = segmenter.segment(read_volume(scan))
+        with Client(endpoint) as client:
+            (path,), measurements = client.segment(scan, "volume", tmp_path / f"{seed}_mask.nii.gz", LIMIT_S)
+        served = read_volume(path)
+        assert 0 < expected.mask.voxels.sum() < expected.mask.voxels.size
+        np.testing.assert_array_equal(served.voxels, expected.mask.voxels)
+        np.testing.assert_allclose(served.affine, expected.mask.affine, atol=1e-5)
+        assert measurements == json.loads(json.dumps(expected.measurements))
+
+
+def test_a_bad_scan_costs_the_next_one_nothing(endpoint: str, tmp_path: Path) -> None:
+    bad = tmp_path / "flat.nii.gz"
+    flat = volume((5, 30, 34))
+    flat.voxels[:] = 7
+    write_volume(flat, bad)
+    good = write_volume(volume((5, 30, 34)), tmp_path / "good.nii.gz")[0]
+    with Client(endpoint) as client:
+        with pytest.raises(ClientError, match=r"everywhere in flat\.nii\.gz\.") as refused:
+            client.segment(bad, "volume", tmp_path / "out.vtk", LIMIT_S)
+        assert refused.value.code == "EMPTY_IMAGE"
+        client.segment(good, "volume", tmp_path / "out.vtk", LIMIT_S)
+
+
+@pytest.mark.skipif("LVSEG_REAL_DATA" not in os.environ, reason="needs LVSEG_REAL_DATA")
+def test_a_real_dicom_series_comes_back_on_its_own_grid(models: Path, endpoint: str, tmp_path: Path) -> None:
+    series = Path(os.environ["LVSEG_REAL_DATA"]) / "ct_dicom_series"
+    expected = Segmenter(models / "volume").segment(read_volume(series))
+    with Client(endpoint) as client:
+        for output in ("nii.gz", "vtk"):
+            paths, _ = client.segment(series, "volume", tmp_path / f"mask.{output}", LIMIT_S)
+            served, own = read_volume(paths[0]).canonical(), expected.mask.canonical()
+            np.testing.assert_array_equal(served.voxels, own.voxels)
+            np.testing.assert_allclose(served.affine, own.affine, atol=1e-3)
+
+
+def test_a_damaged_model_ends_the_server_with_two_and_a_sentence(models: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(models, tmp_path / "models")
+    (tmp_path / "models" / "volume" / "1" / "saved_model.pb").write_bytes(b"no model")
+    arguments = ["--cfg", "serving/server.yaml", "--models", str(tmp_path / "models"), "--bind", "tcp://127.0.0.1:*"]
+    done = subprocess.run(
+        [sys.executable, "-m", "serving.server", *arguments, "--spool", str(tmp_path / "spool")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "received a damaged or foreign one" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_stopped_worker_is_not_waited_for_at_the_end(models: Path, tmp_path: Path) -> None:
+    """A signal while the worker still loads TensorFlow, which hears none: the server ends all the same."""
+    arguments = ["--cfg", "serving/server.yaml", "--models", str(models), "--bind", "tcp://127.0.0.1:*"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serving.server", *arguments, "--spool", str(tmp_path / "spool")], cwd=ROOT
+    )
+    try:
+
+        def started() -> list[int]:
+            pids = children(process.pid)  # a child that is no worker yet is still part of starting it
+            return [pid for pid in pids if b"serving.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+        (worker,) = until(started, "the worker starts", LIMIT_S)
+        os.kill(worker, signal.SIGSTOP)
+        process.terminate()
+        assert process.wait(LIMIT_S) == 0
+        assert not is_alive(worker)
+    finally:
+        process.kill()
+        process.wait()
