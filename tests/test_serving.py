@@ -764,10 +764,12 @@ def test_gate_client_and_protocol_start_fast_and_without_numpy(tmp_path: Path) -
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, timeout=LIMIT_S)
-    began = time.monotonic()
-    done = command("submit", "--help")
-    assert time.monotonic() - began < 0.5
-    assert "example" in done.stdout
+    times = []
+    for _ in range(3):  # the fastest: the others may have met a busy machine
+        began = time.monotonic()
+        assert "example" in command("submit", "--help").stdout
+        times.append(time.monotonic() - began)
+    assert min(times) < 0.5
 
 
 def test_a_package_of_a_gz_is_the_file_itself_and_others_are_packed(tmp_path: Path) -> None:
