@@ -5,10 +5,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --progress-bar off
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format clean
 
 demo: .venv/.demo
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python experiments/demo.py
 
 test: .venv/.dev
 	$(BIN)/python -m pytest --cov --cov-report=term

@@ -43,9 +43,6 @@ class Fit:
         data, train = experiment.data, experiment.train
         if train.deterministic:
             tf.config.experimental.enable_op_determinism()
-        # For the initial weights; nothing later draws from global state. Not 0: tf.data compares a global seed of 0 with
-        # its own, which fails for a seed that is a tensor, as the pipeline's is.
-        keras.utils.set_random_seed(experiment.seed + 1)
         self.experiment, self.run_folder = experiment, run
         self.classes = sets[0].card.classes
         self.files = [file for shards in sets for file in shards.files(split.train)]
@@ -70,7 +67,7 @@ class Fit:
         model = experiment.model
         self.model = unet(
             data.size, 2 * data.neighbours + 1, len(self.classes), model.width, model.encoder, model.residual,
-            model.dropout, offset, scale,
+            model.dropout, offset, scale, experiment.seed,
         )  # fmt: skip
         self.encoder_weights_sha256 = vgg.load_encoder(self.model, model.encoder_weights) if model.encoder else None
         self.optimizer = keras.optimizers.Adam(self._schedule(), beta_1=train.beta_1, beta_2=train.beta_2)

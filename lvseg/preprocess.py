@@ -12,7 +12,7 @@ functions into the SavedModel, so training and serving cannot differ.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import tensorflow as tf
 
@@ -140,6 +140,8 @@ def intensity_bounds(
         clip_percentiles: (lower, upper) in percent of the scan, or None for no clipping.
         global_bounds: minimum and maximum over the training patients, for "global".
     """
+    if normalisation not in get_args(Normalisation):
+        raise ValueError(f"Expected one of {get_args(Normalisation)}, received normalisation={normalisation!r}.")
     low, high = scan.minimum, scan.maximum
     if clip_percentiles is not None:
         low, high = (percentile(scan.percentiles, percent) for percent in clip_percentiles)

@@ -5,13 +5,15 @@ Sources: Ronneberger et al., 2015; Iglovikov and Shvets (TernausNet), 2018, for 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import keras
 
 from lvseg.augment import DROPOUT_STREAM
 from lvseg.models.layers import StatelessDropout
 
 DEPTH = 5
-HE = {"kernel_initializer": "he_normal"}
 # Output channels of VGG11's convolutions, block by block (Simonyan and Zisserman, 2014, configuration A).
 VGG11_WIDTHS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
@@ -26,6 +28,7 @@ def unet(
     dropout: float = 0.5,
     input_offset: float = 0.0,
     input_scale: float = 1.0,
+    seed: int = 0,
 ) -> keras.Model:
     """Builds the network.
 
@@ -39,6 +42,7 @@ def unet(
             its last ReLU.
         dropout: rate in the two deepest blocks.
         input_offset, input_scale: constants of the training patients; the network sees (intensity - offset) * scale.
+        seed: of the initial weights (He et al., 2015, normal); each layer's follow from it and the layer's place.
 
     Returns:
         keras.Model of (stacks float32 [B, size, size, channels], seeds int64 [B, 2]) to probabilities float32
@@ -52,11 +56,16 @@ def unet(
         widths: list[tuple[int, ...]] = [(width * 2**level,) * 2 for level in range(DEPTH)]
     else:
         widths = [*VGG11_WIDTHS, (width * 8,)]
+    seeds_of_layers = itertools.count(seed * 1000)
+
+    def initial() -> keras.initializers.Initializer:
+        return keras.initializers.HeNormal(seed=next(seeds_of_layers))
+
     bridges = []
     for level, filters in enumerate(widths, start=1):
         if level > 1:
             x = keras.layers.MaxPooling2D(2, name=f"enc{level}_pool")(x)
-        x = _block(x, filters, residual and level > 1, f"enc{level}")
+        x = _block(x, filters, residual and level > 1, initial, f"enc{level}")
         if level > len(widths) - 2:
             x = StatelessDropout(dropout, DROPOUT_STREAM + level, name=f"enc{level}_dropout")(x, seeds)
         bridges.append(x)
@@ -69,26 +78,32 @@ def unet(
             up = filters[0]
         else:
             # TernausNet: a transposed 3 x 3 convolution with ReLU, then one 3 x 3 convolution on the bridge.
-            up = width * min(4, 2 ** (level - 2)) if level > 1 else width // 2
+            up = width * min(4, 2 ** (level - 2)) if level > 1 else max(1, width // 2)
             filters, kernel, activation = ((2 * up if level > 1 else up),), 3, "relu"
         x = keras.layers.Conv2DTranspose(
-            max(1, up), kernel, strides=2, padding="same", activation=activation, **HE, name=f"dec{level}_up"
+            up, kernel, strides=2, padding="same", activation=activation, kernel_initializer=initial(), name=f"dec{level}_up"
         )(x)
         x = keras.layers.Concatenate(name=f"dec{level}_bridge")([bridge, x])
-        x = _block(x, filters, residual, f"dec{level}")
+        x = _block(x, filters, residual, initial, f"dec{level}")
 
-    logits = keras.layers.Conv2D(classes, 1, dtype="float32", name="logits")(x)
+    logits = keras.layers.Conv2D(classes, 1, kernel_initializer=initial(), dtype="float32", name="logits")(x)
     probabilities = keras.layers.Softmax(dtype="float32", name="probabilities")(logits)
     return keras.Model([stacks, seeds], probabilities, name="unet")
 
 
-def _block(x: keras.KerasTensor, filters: tuple[int, ...], residual: bool, name: str) -> keras.KerasTensor:
+def _block(
+    x: keras.KerasTensor,
+    filters: tuple[int, ...],
+    residual: bool,
+    initial: Callable[[], keras.initializers.Initializer],
+    name: str,
+) -> keras.KerasTensor:
     """3 x 3 convolutions with ReLU; with `residual` the block's projected input joins before the last ReLU."""
-    start = x
+    short = x
     for number, count in enumerate(filters, start=1):
-        x = keras.layers.Conv2D(max(1, count), 3, padding="same", **HE, name=f"{name}_conv{number}")(x)
+        x = keras.layers.Conv2D(count, 3, padding="same", kernel_initializer=initial(), name=f"{name}_conv{number}")(x)
         if residual and number == len(filters):
-            short = keras.layers.Conv2D(max(1, count), 1, **HE, name=f"{name}_short")(start)
+            short = keras.layers.Conv2D(count, 1, kernel_initializer=initial(), name=f"{name}_short")(short)
             x = keras.layers.Add(name=f"{name}_add")([x, short])
         x = keras.layers.ReLU(name=f"{name}_relu{number}")(x)
     return x

@@ -1,0 +1,164 @@
+"""From nothing to served .vtk files, with the commands that a user has: `make demo` runs it.
+
+Simulates patients, prepares shards, trains experiments/demo.yaml, evaluates it on held-out patients, exports it, starts
+the server, sends it every held-out scan, and checks the .vtk files that come back: voxel for voxel the masks that
+lvseg.predict gives, and the very numbers of summary.json. Ends the server it started.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvseg import biomarkers, metrics
+from lvseg.cards import Scan, find_scans, load_card
+from lvseg.command import atomic
+from lvseg.config import load_experiment
+from lvseg.formats import read_volume
+
+EXPERIMENT = Path("experiments/demo.yaml")
+OUT = Path("demo")
+SERVER_READY_S = 120.0
+
+
+def main() -> int:
+    """Runs the demo; 0 if everything agreed."""
+    started = time.monotonic()
+    experiment = load_experiment(EXPERIMENT)
+    run = experiment.run_folder
+    cards = [load_card(Path(path)) for path in experiment.data.datasets]
+    shutil.rmtree(OUT, ignore_errors=True)
+
+    for card, root in cards:
+        simulation = card.simulate
+        if simulation is None:
+            raise ValueError(f"Expected a card of simulated patients, received {card.name}.")
+        step(f"simulating {simulation.patients} patients in {simulation.scanner}")
+        module("lvseg.phantom", "--scanner", simulation.scanner, "--patients", simulation.patients,
+               "--seed", simulation.seed, "--out", root)  # fmt: skip
+    step("preparing shards")
+    module("lvseg.prepare", "--cfg", EXPERIMENT)
+    step(f"training {experiment.train.steps} steps")
+    module("lvseg.train", "--cfg", EXPERIMENT)
+    step("evaluating on held-out patients")
+    module("lvseg.evaluate", "--run", run, "--split", "test")
+    step("exporting the model")
+    module("lvseg.export", "--run", run, "--out", OUT / "models" / "volume")
+
+    test = set(json.loads((run / "manifest.json").read_text())["split"]["test"])
+    scans = [scan for card, root in cards for scan in find_scans(card, root) if scan.patient in test]
+    step(f"serving {len(scans)} held-out scans")
+    served = serve(scans)
+    step("segmenting the same scans with lvseg.predict")
+    module("lvseg.predict", "--model", OUT / "models" / "volume", "-o", OUT / "predicted", *links(scans))
+    step("checking the served .vtk files")
+    problems = check(scans, served, run)
+
+    summary = json.loads((run / "report" / "summary.json").read_text())
+    with atomic(OUT / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1))
+    table(summary)
+    print(f"\nserved masks   {OUT / 'served'}/*.vtk (open them in 3D Slicer or ParaView)")
+    print(f"pictures       {run / 'report'}/overlay_*.png")
+    print(f"numbers        {run / 'report'}/summary.json and patients.csv")
+    print(f"TensorBoard    {Path(sys.executable).parent / 'tensorboard'} --logdir {run.parent}")
+    for problem in problems:
+        print(f"demo: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"every served .vtk equals lvseg.predict's mask, voxel for voxel; {time.monotonic() - started:.0f} s in all")
+    return 1 if problems else 0
+
+
+def step(name: str) -> None:
+    """Says what comes next."""
+    print(f"\n== {name}", flush=True)
+
+
+def module(name: str, *arguments: Any) -> None:
+    """Runs a command of the project as a user would; its output is the user's to see."""
+    subprocess.run([sys.executable, "-m", name, *map(str, arguments)], check=True)
+
+
+def links(scans: list[Scan]) -> list[Path]:
+    """The scans under names of their own, since every patient's file is called image.nii.gz."""
+    folder = OUT / "scans"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for scan in scans:
+        path = folder / f"{scan.patient}_{scan.card.scanner}.nii.gz"
+        if not path.exists():
+            os.link(scan.image, path)
+        paths.append(path)
+    return paths
+
+
+def serve(scans: list[Scan]) -> list[Path]:
+    """Starts a server on a free port, sends it the scans, ends it; returns the masks that came back."""
+    endpoint = OUT / "endpoint"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "serving.server", "--cfg", "serving/server.yaml", "--models", str(OUT / "models"),
+         "--spool", str(OUT / "spool"), "--bind", "tcp://127.0.0.1:*", "--endpoint-file", str(endpoint)]
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + SERVER_READY_S
+        while not endpoint.exists():
+            if server.poll() is not None:
+                raise RuntimeError(f"The server ended with exit code {server.returncode} before it was ready.")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"The server was not ready within {SERVER_READY_S:.0f} s.")
+            time.sleep(0.1)
+        paths = links(scans)
+        module("serving.client", "submit", *paths, "--model", "volume", "-o", OUT / "served",
+               "--server", endpoint.read_text().strip())  # fmt: skip
+        return [OUT / "served" / path.name.replace(".nii.gz", ".vtk") for path in paths]
+    finally:
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def check(scans: list[Scan], served: list[Path], run: Path) -> list[str]:
+    """What does not agree between the served masks, lvseg.predict's, the truth and the run's report; empty if all does."""
+    problems = []
+    with (run / "report" / "patients.csv").open(newline="") as file:
+        report = {(row["patient"], row["scanner"]): row for row in csv.DictReader(file)}
+    for scan, path in zip(scans, served, strict=True):
+        mask, predicted = read_volume(path), read_volume(OUT / "predicted" / path.name)
+        truth = read_volume(scan.mask).canonical()
+        if not np.array_equal(mask.voxels, predicted.voxels) or not np.array_equal(mask.affine, predicted.affine):
+            problems.append(f"{path} differs from lvseg.predict's mask")
+        if not np.allclose(mask.affine, truth.affine, atol=1e-6):
+            problems.append(f"{path} does not lie where its scan lies")
+        row = report[scan.patient, scan.card.scanner]
+        dice = metrics.dice(mask.voxels, truth.voxels)
+        volume_ml = biomarkers.volume_ml(mask)
+        if abs(dice - float(row["dice"])) > 1e-9 or abs(volume_ml - float(row["predicted_volume_ml"])) > 0.01:
+            problems.append(f"{path}: Dice {dice} and {volume_ml} ml, but the report says {row}")
+    return problems
+
+
+def table(summary: dict[str, Any]) -> None:
+    """Prints the numbers of the held-out patients."""
+    print(f"\n{'scanner':<18}{'patients':>9}{'mean Dice':>11}{'volume bias':>13}{'mean abs. error':>17}")
+    for name, part in [*summary["by_scanner"].items(), ("all", summary)]:
+        volume = part["volume_ml"]
+        print(
+            f"{name:<18}{part['patients']:>9}{part['dice']['mean']:>11.3f}{volume['bias']:>10.1f} ml"
+            f"{volume['mean_absolute_error_percent']:>15.2f} %"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""What several tests share: quiet TensorFlow, and one small study trained once."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two scanners' scans, their cards and an experiment (small_study.py)."""
+    from small_study import write_study
+
+    return write_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="session")
+def trained(study: Path) -> Path:
+    """The run folder of that experiment, trained to its end by the command in a process of its own."""
+    from small_study import command
+
+    done = command(study, "lvseg.train", "--cfg", "experiment.yaml")
+    assert done.returncode == 0, done.stderr
+    return study / "runs/volume/small-fold0"
+
+
+@pytest.fixture
+def in_study(study: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The study as the working folder, as its experiment expects."""
+    monkeypatch.chdir(study)
+    yield study
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real scans; skips where LVSEG_REAL_DATA does not name one."""
+    folder = os.environ.get("LVSEG_REAL_DATA")
+    if not folder:
+        pytest.skip("LVSEG_REAL_DATA names no folder of real scans")
+    return Path(folder).resolve()

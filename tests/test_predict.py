@@ -1,0 +1,291 @@
+"""The exported model and what predict does with it: one answer whatever the way, on the grid that came in."""
+
+import itertools
+import json
+import shutil
+
+import nibabel
+import numpy as np
+import pytest
+import tensorflow as tf
+from bad_files import bad_scans
+from small_study import command, scan
+
+from lvseg import metrics, predict, preprocess
+from lvseg.errors import InputError
+from lvseg.export import export_model, publish, weights_sha256
+from lvseg.formats import read_volume, write_volume
+from lvseg.models.unet import unet
+from lvseg.predict import Segmenter, newest_version
+from lvseg.volume import Volume
+
+
+def card(**changes):
+    return {
+        "task": "volume", "labels": ["background", "organ"], "axis": "transversal", "spacing_mm": [4.0, 3.0], "size": 32,
+        "neighbours": 1, "normalisation": "patient", "clip_percentiles": None, "global_bounds": None, "batch_size": 4,
+        **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return unet(32, 3, 2, 2, input_offset=0.2, input_scale=2.0, seed=1)
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "volume" / "1"
+    export_model(model, card(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def signatures(exported):
+    loaded = tf.saved_model.load(str(exported))
+    yield loaded.signatures
+    del loaded  # the signatures die with it
+
+
+VOXELS = np.random.default_rng(0).normal(100, 40, (11, 37, 45)).astype(np.float32)
+SPACING_MM = tf.constant([5.0, 2.5, 2.0])
+
+
+def test_signatures_keep_their_contract(exported, signatures):
+    assert set(signatures) >= {"prepare", "infer", "restore", "segment", "serving_default"}
+    slices = signatures["prepare"](voxels=tf.constant(VOXELS), spacing_mm=SPACING_MM)["slices"]
+    assert slices.shape == (11, 32, 32) and slices.dtype == tf.float32
+    stacks = preprocess.stack_neighbours(slices, 1)
+    probabilities = signatures["infer"](stacks=stacks)["probabilities"]
+    assert probabilities.shape == (11, 32, 32, 2) and probabilities.dtype == tf.float32
+    labels = signatures["restore"](
+        probabilities=probabilities, shape=tf.constant(VOXELS.shape), spacing_mm=SPACING_MM
+    )["labels"]
+    assert labels.shape == VOXELS.shape and labels.dtype == tf.uint8
+    written = json.loads((exported / "model.json").read_text())
+    assert written["weights_sha256"] == weights_sha256(exported) and written["batch_size"] == 4
+
+
+def test_prepare_is_harmonise_and_normalise(signatures):
+    slices = signatures["prepare"](voxels=tf.constant(VOXELS), spacing_mm=SPACING_MM)["slices"].numpy()
+    harmonised = preprocess.harmonise(tf.constant(VOXELS), SPACING_MM, (4.0, 3.0), 32, tf.constant(VOXELS.min())).numpy()
+    np.testing.assert_allclose(slices, (harmonised - VOXELS.min()) / np.ptp(VOXELS), atol=1e-5)
+
+
+def test_infer_is_the_network(signatures, model):
+    stacks = np.random.default_rng(1).uniform(size=(4, 32, 32, 3)).astype(np.float32)
+    np.testing.assert_allclose(
+        signatures["infer"](stacks=tf.constant(stacks))["probabilities"],
+        model([stacks, np.zeros((4, 2), np.int64)]),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("slices", [1, 3, 4, 5, 11])
+def test_segment_in_one_call_is_the_three_one_after_another(signatures, slices):
+    voxels = tf.constant(VOXELS[:slices])
+    prepared = signatures["prepare"](voxels=voxels, spacing_mm=SPACING_MM)["slices"]
+    probabilities = signatures["infer"](stacks=preprocess.stack_neighbours(prepared, 1))["probabilities"]
+    parts = signatures["restore"](
+        probabilities=probabilities, shape=tf.shape(voxels), spacing_mm=SPACING_MM
+    )["labels"].numpy()
+    for name in ("segment", "serving_default"):
+        whole = signatures[name](voxels=voxels, spacing_mm=SPACING_MM)["labels"].numpy()
+        assert whole.shape == parts.shape
+        assert np.mean(whole != parts) < 1e-3  # other batches round differently where two classes are even
+    assert 0 < parts.mean() < 1
+
+
+def test_the_segmenter_gives_what_the_signatures_give(exported, signatures):
+    affine = np.array([[0, 0, 2.0, 0], [0, 2.5, 0, 0], [5.0, 0, 0, 0], [0, 0, 0, 1]])
+    answer = Segmenter(exported).segment(Volume(VOXELS, affine))
+    whole = signatures["segment"](voxels=tf.constant(VOXELS), spacing_mm=SPACING_MM)["labels"].numpy()
+    assert np.mean(answer.mask.voxels != whole) < 1e-3
+    assert answer.measurements["voxels"]["organ"] == np.count_nonzero(answer.mask.voxels)
+    assert answer.measurements["volume_ml"]["organ"] == pytest.approx(answer.measurements["voxels"]["organ"] * 0.025)
+
+
+def test_progress_tells_every_slice_once(exported):
+    affine = np.diag([1.0, 1, 1, 1])[[2, 1, 0, 3]]
+    told = []
+    Segmenter(exported).segment(Volume(VOXELS, affine), lambda done, total: told.append((done, total)))
+    assert told == [(4, 11), (8, 11), (11, 11)]
+
+
+def orientations():
+    """The 48 ways to store one scan: every order of the axes, every direction of each."""
+    return list(itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)))
+
+
+def test_each_of_the_48_orientations_of_one_scan_gets_the_same_mask_in_its_own(trained, tmp_path):
+    image, truth = scan("a", 1)
+    path = write_volume(image, tmp_path / "image.nii.gz")[0]
+    nifti = nibabel.load(path)
+    segmenter = Segmenter(trained / "model")
+    expected = segmenter.segment(read_volume(path)).mask
+    assert metrics.dice(expected.voxels, truth.voxels) > 0.8
+    write_volume(expected, tmp_path / "mask.nii.gz")
+    reference = nibabel.load(tmp_path / "mask.nii.gz")
+    for number, (order, signs) in enumerate(orientations()):
+        orientation = np.array(list(zip(order, signs, strict=True)), dtype=float)
+        turned = nifti.as_reoriented(orientation)
+        source, target = tmp_path / f"{number}.nii.gz", tmp_path / f"{number}-mask.nii.gz"
+        nibabel.save(turned, source)
+        write_volume(segmenter.segment(read_volume(source)).mask, target)
+        answer = nibabel.load(target)
+        np.testing.assert_array_equal(answer.affine, turned.affine)
+        np.testing.assert_array_equal(
+            np.asarray(answer.dataobj), np.asarray(reference.as_reoriented(orientation).dataobj)
+        )
+
+
+@pytest.mark.parametrize("axis", ["coronal", "sagittal"])
+def test_a_model_of_another_axis_answers_on_the_scans_own_grid(model, tmp_path, axis):
+    export_model(model, card(axis=axis), tmp_path / "1")
+    affine = np.array([[0, 0, 2.0, 0], [0, 2.5, 0, 0], [5.0, 0, 0, 0], [0, 0, 0, 1]])
+    answer = Segmenter(tmp_path).segment(Volume(VOXELS, affine)).mask
+    order = preprocess.AXIS_PERMUTATIONS[axis]
+    turned = np.ascontiguousarray(VOXELS.transpose(order))
+    spacing_mm = tf.constant(np.array([5.0, 2.5, 2.0], np.float32)[list(order)])
+    labels = tf.saved_model.load(str(tmp_path / "1")).signatures["segment"]
+    expected = labels(voxels=tf.constant(turned), spacing_mm=spacing_mm)["labels"].numpy()
+    assert np.mean(answer.voxels.transpose(order) != expected) < 1e-3
+
+
+@pytest.mark.parametrize(("normalisation", "clip"), [("none", [1.0, 99.0]), ("slice", None), ("global", [1.0, 99.0])])
+def test_every_normalisation_travels_inside_the_model(model, tmp_path, normalisation, clip):
+    bounds = [0.0, 200.0] if normalisation == "global" else None
+    export_model(model, card(normalisation=normalisation, clip_percentiles=clip, global_bounds=bounds), tmp_path / "1")
+    prepare = tf.saved_model.load(str(tmp_path / "1")).signatures["prepare"]
+    slices = prepare(voxels=tf.constant(VOXELS), spacing_mm=SPACING_MM)["slices"].numpy()
+    if normalisation == "none":
+        low, high = np.percentile(VOXELS, clip)
+        assert slices.min() == pytest.approx(low, rel=1e-3) and slices.max() == pytest.approx(high, rel=1e-3)
+    else:
+        assert slices.min() >= 0 and slices.max() <= 1 and slices.std() > 0.05
+
+
+def test_unknown_normalisation_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="z_score"):
+        export_model(model, card(normalisation="z_score"), tmp_path / "1")
+
+
+def test_what_the_crop_cuts_off_is_background_and_said(exported):
+    wide = np.full((4, 60, 60), 10, np.int16)
+    wide[:, :, 2:58] = 100  # 5 mm pixels: 280 mm of tissue, the network sees 128 x 96 mm
+    affine = np.array([[0, 0, 5.0, 0], [0, 5.0, 0, 0], [5.0, 0, 0, 0], [0, 0, 0, 1]])
+    answer = Segmenter(exported).segment(Volume(wide, affine))
+    assert any("field of view" in flag for flag in answer.measurements["flags"])
+    narrow = np.full((4, 60, 60), 10, np.int16)
+    narrow[:, 24:36, 24:36] = 100
+    answer = Segmenter(exported).segment(Volume(narrow, affine))
+    assert not any("field of view" in flag for flag in answer.measurements["flags"])
+
+
+@pytest.mark.parametrize(
+    ("voxels", "code"),
+    [(np.full((3, 8, 8), 7), "EMPTY_IMAGE"), (np.array([[[1.0, np.nan]]]), "NONFINITE_VOXELS")],
+)
+def test_scans_without_an_image_are_refused(exported, voxels, code):
+    with pytest.raises(InputError) as error:
+        Segmenter(exported).segment(Volume(voxels, np.eye(4)[[2, 1, 0, 3]], "scan.nii"))
+    assert error.value.code == code and "scan.nii" in error.value.sentence
+
+
+def test_a_model_folder_means_its_newest_version(exported, tmp_path):
+    for version in ("2", "10", "notes"):
+        shutil.copytree(exported, tmp_path / version)
+    assert newest_version(tmp_path) == tmp_path / "10"
+    assert newest_version(tmp_path / "2") == tmp_path / "2"
+    assert Segmenter(tmp_path).info["version"] == 10
+
+
+def test_export_takes_the_next_version(exported, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "models"
+    shutil.copytree(exported, run / "model")
+    assert [publish(run, out).name for _ in range(3)] == ["1", "2", "3"]
+    assert weights_sha256(out / "3") == weights_sha256(exported)
+    with pytest.raises(InputError, match="no-run"):
+        publish(tmp_path / "no-run", out)
+
+
+def test_damaged_models_are_refused_by_name(exported, tmp_path):
+    def damage(name):
+        folder = tmp_path / name
+        shutil.copytree(exported, folder)
+        return folder
+
+    (damage("no-card") / "model.json").unlink()
+    (damage("bad-graph") / "saved_model.pb").write_bytes(b"nonsense")
+    next((damage("no-weights") / "variables").glob("*.data*")).unlink()
+    for name in ("no-card", "bad-graph", "no-weights", "missing"):
+        with pytest.raises(InputError, match=name) as error:
+            Segmenter(tmp_path / name)
+        assert error.value.code == "MODEL_UNAVAILABLE"
+
+
+def test_the_command_writes_masks_and_measurements(exported, tmp_path):
+    scans = []
+    for number in range(2):
+        scans += write_volume(scan("b", number)[0], tmp_path / f"scan{number}.nii.gz")
+    done = command(
+        tmp_path, "lvseg.predict", "--model", exported, *scans, "-o", "out", "--format", "nii.gz", "--json", "m.json"
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "m.json").read_text())
+    for number, (path, result) in enumerate(zip(scans, told, strict=True)):
+        mask = read_volume(tmp_path / "out" / f"scan{number}.nii.gz")
+        np.testing.assert_array_equal(mask.affine, read_volume(path).affine)
+        assert result["voxels"]["organ"] == np.count_nonzero(mask.voxels) and "volume_ml" in result
+
+
+def test_one_bad_scan_of_several_costs_that_scan_alone(exported, tmp_path):
+    good = write_volume(scan("a", 0)[0], tmp_path / "good.nii.gz")[0]
+    (tmp_path / "bad.nii.gz").write_text("no scan")
+    done = command(
+        tmp_path, "lvseg.predict", "--model", exported, tmp_path / "bad.nii.gz", good, "-o", "out", "--json", "m.json"
+    )
+    assert done.returncode == 2 and (tmp_path / "out/good.vtk").is_file() and not (tmp_path / "out/bad.vtk").exists()
+    first, second = json.loads((tmp_path / "m.json").read_text())
+    assert first["error"]["code"] == "UNSUPPORTED_FORMAT" and "volume_ml" in second
+
+
+def test_bad_scans_get_one_sentence_that_names_the_file_and_exit_code_2(exported, tmp_path, capsys):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for kind, (path, _) in bad_scans(folder).items():
+        code = predict.main(["--model", str(exported), str(path), "-o", str(tmp_path / "out.vtk")])
+        said = capsys.readouterr().err.strip()
+        assert code == 2, kind
+        assert said.count("\n") == 0 and path.name in said and said.endswith("."), (kind, said)
+        assert not (tmp_path / "out.vtk").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["a.nii.gz", "b.nii.gz", "-o", "one.vtk"], "one.vtk"),
+        (["x/a.nii.gz", "y/a.nii.gz", "-o", "out"], "a.vtk"),
+        (["a.nii.gz", "-o", "liver.png"], "liver.png"),
+    ],
+)
+def test_outputs_that_cannot_be_are_refused(exported, arguments, word, capsys):
+    assert predict.main(["--model", str(exported), *arguments]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_a_real_series_goes_through_and_keeps_its_place(exported, tmp_path, real_data):
+    series = real_data / "ct_dicom_series"
+    answer = Segmenter(exported).segment(read_volume(series))
+    truth = nibabel.load(real_data / "ct_dicom_series_organs.nii.gz")
+    assert answer.mask.spacing_mm[0] == pytest.approx(2.0, abs=0.01)
+    write_volume(answer.mask, tmp_path / "mask.nii.gz")
+    vtk = read_volume(write_volume(answer.mask, tmp_path / "mask.vtk")[0])
+    nifti = read_volume(tmp_path / "mask.nii.gz").canonical()
+    corners = np.array(list(itertools.product(*((0, count - 1) for count in vtk.shape))))
+    np.testing.assert_allclose(vtk.world_mm(corners), nifti.world_mm(corners), atol=0.01)
+    np.testing.assert_array_equal(vtk.voxels, nifti.voxels)
+    theirs = nibabel.as_closest_canonical(truth)
+    own = sorted(map(tuple, np.round(vtk.world_mm(corners) * [-1, -1, 1], 2)))
+    ends = np.array(list(itertools.product(*((0, count - 1) for count in theirs.shape))))
+    assert np.allclose(own, sorted(map(tuple, nibabel.affines.apply_affine(theirs.affine, ends))), atol=0.02)
