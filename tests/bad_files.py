@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,6 @@ def error_of(read: Callable[[Path], object], path: Path) -> tuple[str, str]:
 
 
 def is_one_sentence_naming(sentence: str, path: Path) -> bool:
-    """Whether it is exactly one sentence and names the file."""
-    text = sentence.replace(str(path), path.name)
+    """Whether it is exactly one sentence and names the file; what it quotes of the file may hold any character."""
+    text = re.sub(r"""b?'(?:\\.|[^'])*'|b?"(?:\\.|[^"])*\"""", "''", sentence.replace(str(path), path.name))
     return sentence.startswith("Expected ") and text.endswith(".") and ". " not in text and path.name in text

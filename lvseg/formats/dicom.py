@@ -178,7 +178,7 @@ def _header(path: Path) -> pydicom.Dataset:
     if not syntax or syntax == DeflatedExplicitVRLittleEndian or not _has_decoder(syntax):
         raise InputError(
             "UNSUPPORTED_TRANSFER_SYNTAX",
-            f"Expected a transfer syntax with a decoder here, received '{syntax.name or 'none'}' in {path}.",
+            f"Expected a transfer syntax with a decoder here, received {syntax.name or 'none'!r} in {path}.",
         )
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
@@ -236,7 +236,7 @@ def _check_pixel_type(header: pydicom.Dataset, path: Path) -> None:
         raise InputError(
             "UNSUPPORTED_PIXEL_TYPE",
             f"Expected one MONOCHROME2 sample of 8, 16 or 32 bits with the lowest bits stored, received {samples} of"
-            f" '{photometric}' with {stored} of {allocated} bits in {path}.",
+            f" {photometric!r} with {stored} of {allocated} bits in {path}.",
         )
     if "ModalityLUTSequence" in header:
         raise InputError(
@@ -271,7 +271,7 @@ def _one_series(headers: Sequence[pydicom.Dataset], path: Path) -> None:
     listed = []
     for (uid, *_), members in series.items():
         description, number = members[0]
-        listed.append(f"'{description}' number {number} uid ...{uid[-6:]} with {len(members)} files")
+        listed.append(f"{description[:64]!r} number {number} uid ...{uid[-6:]} with {len(members)} files")
     raise InputError("MULTIPLE_SERIES", f"Expected one series, received {len(series)} in {path}: {'; '.join(listed)}.")
 
 

@@ -120,7 +120,7 @@ def read(path: Path) -> Volume:
     if code is None or components != "1":
         raise InputError(
             "UNSUPPORTED_PIXEL_TYPE",
-            f"Expected one real number per voxel, received {components[:20]} of type"
+            f"Expected one real number per voxel, received {components[:20]!r} of type"
             f" {array.attributes.get('type', '')[:40]!r} in {path}.",
         )
     # Text goes through 64-bit numbers.
@@ -171,8 +171,8 @@ def _header(content: bytes, path: Path) -> _Header:
             if name != "VTKFile" or attributes.get("type") != "ImageData":
                 raise InputError(
                     "UNSUPPORTED_FORMAT",
-                    f"Expected a VTKFile of type ImageData, received {name[:40]} {attributes.get('type', '')[:40]} in"
-                    f" {path}.",
+                    f"Expected a VTKFile of type ImageData, received {name[:40]!r} of type"
+                    f" {attributes.get('type', '')[:40]!r} in {path}.",
                 )
             header.root = attributes
         elif name == "ImageData":

@@ -149,7 +149,7 @@ def read(path: Path) -> Volume:
         if whole_number(header["POINT_DATA"][0], path) != count:
             raise InputError(
                 "UNSUPPORTED_FORMAT",
-                f"Expected POINT_DATA {count} as DIMENSIONS say, received {header['POINT_DATA'][0]} in {path}.",
+                f"Expected POINT_DATA {count} as DIMENSIONS say, received {header['POINT_DATA'][0][:40]!r} in {path}.",
             )
         directions, source = _directions_of_title(title, path)
         affine = affine_of_grid(
@@ -246,7 +246,7 @@ def _legacy_header(file: IO[bytes], path: Path) -> tuple[dict[str, list[str]], l
         header[keyword] = words[1:]
         if keyword == "DATASET" and words[1].upper() != "STRUCTURED_POINTS":
             raise InputError(
-                "UNSUPPORTED_FORMAT", f"Expected DATASET STRUCTURED_POINTS, received {words[1][:80]} in {path}."
+                "UNSUPPORTED_FORMAT", f"Expected DATASET STRUCTURED_POINTS, received {words[1][:80]!r} in {path}."
             )
     missing = [name for name in lengths if name not in header]
     if missing:
@@ -275,7 +275,7 @@ def _legacy_type(scalars: list[str], path: Path) -> str:
     if code is None or components != "1":
         raise InputError(
             "UNSUPPORTED_PIXEL_TYPE",
-            f"Expected one real number per voxel, received {components[:20]} of type {words[1][:40]} in {path}.",
+            f"Expected one real number per voxel, received {components[:20]!r} of type {words[1][:40]!r} in {path}.",
         )
     return code
 
