@@ -75,7 +75,9 @@ def main() -> int:
     for problem in problems:
         print(f"demo: {problem}", file=sys.stderr)
     if not problems:
-        print(f"every served .vtk equals lvseg.predict's mask, voxel for voxel; {time.monotonic() - started:.0f} s in all")
+        print(
+            f"every served .vtk equals lvseg.predict's mask, voxel for voxel; {time.monotonic() - started:.0f} s in all"
+        )
     return 1 if problems else 0
 
 
@@ -130,7 +132,7 @@ def serve(scans: list[Scan]) -> list[Path]:
 
 
 def check(scans: list[Scan], served: list[Path], run: Path) -> list[str]:
-    """What does not agree between the served masks, lvseg.predict's, the truth and the run's report; empty if all does."""
+    """What does not agree between served masks, lvseg.predict, the truth and the report; empty if all does."""
     problems = []
     with (run / "report" / "patients.csv").open(newline="") as file:
         report = {(row["patient"], row["scanner"]): row for row in csv.DictReader(file)}

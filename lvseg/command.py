@@ -32,7 +32,8 @@ def run(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], in
         argv: the arguments, None for those of the process.
 
     Returns:
-        0 done; 2 bad input, with the sentence on stderr; 1 interrupted. Any other exception propagates (Python exits 1).
+        0 done; 2 bad input, with the sentence on stderr; 1 interrupted, or a number that is not finite. Any other
+        exception propagates (Python exits 1).
     """
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported, or it is not heard
@@ -43,6 +44,9 @@ def run(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], in
     except InputError as error:
         print(f"{parser.prog}: {error.sentence}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except FloatingPointError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; what was finished is kept.", file=sys.stderr)
         return EXIT_ERROR
@@ -73,7 +77,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
-    """Passes items on and shows how far it is: a bar where stderr is a terminal, a plain line now and then elsewhere."""
+    """Passes items on and shows how far it is: a bar where stderr is a terminal, plain lines elsewhere."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
     if sys.stderr.isatty():

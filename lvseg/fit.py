@@ -231,7 +231,7 @@ class Fit:
         return tf.cast(tf.argmax(self.model([stacks, seeds], training=False), axis=-1), tf.uint8)
 
     def _validate(self, number: int) -> float:
-        """Mean over patients of the foreground's Dice on the harmonised grid; keeps the weights if it is the best yet."""
+        """Mean over patients of the foreground's Dice on the harmonised grid; keeps the weights if it is the best."""
         scores = []
         for place, (row, file) in enumerate(self.validation):
             (volume,) = pipeline.volume_samples(tf.constant(str(file)), self.reading)

@@ -28,8 +28,8 @@ class Reading(NamedTuple):
 class Samples(NamedTuple):
     """Slices with their neighbours as they travel to the device, which finishes them with `intensities`.
 
-    stack: uint16 [B, size, size, 2n+1] (float32 once deformed); mask: uint8 [B, size, size, 1]; slope, intercept: float32 [B];
-    low, high: float32 [B, 2n+1], the bounds of each channel for `preprocess.normalise`.
+    stack: uint16 [B, size, size, 2n+1] (float32 once deformed); mask: uint8 [B, size, size, 1];
+    slope, intercept: float32 [B]; low, high: float32 [B, 2n+1], the bounds of each channel for `preprocess.normalise`.
     """
 
     stack: tf.Tensor

@@ -101,27 +101,46 @@ def _prepare_card(path: Path, data: Data, jobs: int) -> ShardSet:
         "size": data.size,
     }
     folder = Path(data.shards) / f"{card.name}-{digest(made_by)[:8]}"
-    tasks = (joblib.delayed(_shard)(scan, folder, data) for scan in scans)
-    rows = joblib.Parallel(n_jobs=min(jobs, len(scans)) if jobs > 0 else jobs, return_as="generator")(tasks)
-    kept = list(command.progress(rows, f"preparing {card.name}", total=len(scans)))
+    rows = [_finished_row(scan, folder) for scan in command.progress(scans, f"checking {card.name}")]
+    missing = [number for number, row in enumerate(rows) if row is None]
+    if missing:
+        made = joblib.Parallel(n_jobs=min(jobs, len(missing)) if jobs > 0 else jobs, return_as="generator")(
+            joblib.delayed(_write_shard)(scans[number], folder, data) for number in missing
+        )
+        labelled = zip(missing, made, strict=True)
+        for number, row in command.progress(labelled, f"preparing {card.name}", total=len(missing)):
+            rows[number] = row
+    kept = [row for row in rows if row is not None]
     manifest = {"card": card.model_dump(), "made_by": made_by, "volumes": kept}
     with command.atomic(folder / "manifest.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=1))
     return ShardSet(card, folder, kept)
 
 
-def _shard(scan: Scan, folder: Path, data: Data) -> dict[str, Any]:
-    """Writes a scan's shard unless it is there and made of the same files; returns its manifest row."""
+def _finished_row(scan: Scan, folder: Path) -> dict[str, Any] | None:
+    """The manifest row of a scan's shard if it is there and was made of the same files."""
     from lvseg import records
 
-    sources = [_file_sha256(path) for path in (scan.image, scan.mask, scan.tissues) if path is not None]
-    path = folder / f"{scan.patient}_{scan.study}.tfrecord"
-    if path.exists():
-        row = records.read_row(path)
-        if row["sources"] == sources:
-            return row
-    records.write_shard(harmonise_scan(scan, sources, data), path)
+    path = _shard_path(scan, folder)
+    row = records.read_row(path) if path.exists() else None
+    return row if row is not None and row["sources"] == _sources(scan) else None
+
+
+def _write_shard(scan: Scan, folder: Path, data: Data) -> dict[str, Any]:
+    """Writes a scan's shard and returns its manifest row."""
+    from lvseg import records
+
+    path = _shard_path(scan, folder)
+    records.write_shard(harmonise_scan(scan, _sources(scan), data), path)
     return records.read_row(path)
+
+
+def _shard_path(scan: Scan, folder: Path) -> Path:
+    return folder / f"{scan.patient}_{scan.study}.tfrecord"
+
+
+def _sources(scan: Scan) -> list[str]:
+    return [_file_sha256(path) for path in (scan.image, scan.mask, scan.tissues) if path is not None]
 
 
 def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data) -> Any:
@@ -166,7 +185,7 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data) -> Any:
         dataset=scan.card.name,
         sources=tuple(sources),
         voxels_sha256=records.voxels_sha256(canonical.voxels, canonical.spacing_mm),
-        shape=voxels.shape,
+        shape=(voxels.shape[0], voxels.shape[1], voxels.shape[2]),
         spacing_mm=(slice_mm, row_mm, column_mm),
         statistics=statistics,
         image=preprocess.harmonise(intensities, spacing_mm, target, data.size, statistics.minimum).numpy(),

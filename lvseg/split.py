@@ -99,6 +99,4 @@ def _read_folds(path: Path, folds: int, patients: Sequence[str]) -> dict[str, in
 def _known(ids: Sequence[str], patients: Sequence[str], where: str) -> None:
     for patient in ids:
         if patient not in patients:
-            raise InputError(
-                "BAD_SPLIT", f"Expected ids of patients at hand, received {patient} in {where}."
-            )
+            raise InputError("BAD_SPLIT", f"Expected ids of patients at hand, received {patient} in {where}.")

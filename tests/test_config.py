@@ -74,7 +74,9 @@ def test_what_is_wrong_is_said_in_one_sentence_with_file_and_key(tmp_path, chang
 
 def test_a_number_that_yaml_reads_as_text_is_explained(tmp_path):
     path = write(tmp_path, "task: volume\nname: a\ndata: {datasets: [x]}\ntrain: {learning_rate: 1e-4}\n")
-    with pytest.raises(InputError, match=r"train\.learning_rate, received '1e-4' \(YAML reads it as text; write 1\.0e-04"):
+    with pytest.raises(
+        InputError, match=r"train\.learning_rate, received '1e-4' \(YAML reads it as text; write 1\.0e-04"
+    ):
         load_experiment(path)
 
 
@@ -85,7 +87,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(InputError, match="nowhere.yaml") as error:
+    with pytest.raises(InputError, match=r"nowhere\.yaml") as error:
         load_experiment(Path("nowhere.yaml"))
     assert error.value.code == "NOT_FOUND"
 

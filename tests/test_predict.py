@@ -22,7 +22,8 @@ from lvseg.volume import Volume
 
 def card(**changes):
     return {
-        "task": "volume", "labels": ["background", "organ"], "axis": "transversal", "spacing_mm": [4.0, 3.0], "size": 32,
+        "task": "volume", "labels": ["background", "organ"], "axis": "transversal", "spacing_mm": [4.0, 3.0],
+        "size": 32,
         "neighbours": 1, "normalisation": "patient", "clip_percentiles": None, "global_bounds": None, "batch_size": 4,
         **changes,
     }  # fmt: skip
@@ -58,9 +59,9 @@ def test_signatures_keep_their_contract(exported, signatures):
     stacks = preprocess.stack_neighbours(slices, 1)
     probabilities = signatures["infer"](stacks=stacks)["probabilities"]
     assert probabilities.shape == (11, 32, 32, 2) and probabilities.dtype == tf.float32
-    labels = signatures["restore"](
-        probabilities=probabilities, shape=tf.constant(VOXELS.shape), spacing_mm=SPACING_MM
-    )["labels"]
+    labels = signatures["restore"](probabilities=probabilities, shape=tf.constant(VOXELS.shape), spacing_mm=SPACING_MM)[
+        "labels"
+    ]
     assert labels.shape == VOXELS.shape and labels.dtype == tf.uint8
     written = json.loads((exported / "model.json").read_text())
     assert written["weights_sha256"] == weights_sha256(exported) and written["batch_size"] == 4
@@ -68,7 +69,9 @@ def test_signatures_keep_their_contract(exported, signatures):
 
 def test_prepare_is_harmonise_and_normalise(signatures):
     slices = signatures["prepare"](voxels=tf.constant(VOXELS), spacing_mm=SPACING_MM)["slices"].numpy()
-    harmonised = preprocess.harmonise(tf.constant(VOXELS), SPACING_MM, (4.0, 3.0), 32, tf.constant(VOXELS.min())).numpy()
+    harmonised = preprocess.harmonise(
+        tf.constant(VOXELS), SPACING_MM, (4.0, 3.0), 32, tf.constant(VOXELS.min())
+    ).numpy()
     np.testing.assert_allclose(slices, (harmonised - VOXELS.min()) / np.ptp(VOXELS), atol=1e-5)
 
 
@@ -86,9 +89,9 @@ def test_segment_in_one_call_is_the_three_one_after_another(signatures, slices):
     voxels = tf.constant(VOXELS[:slices])
     prepared = signatures["prepare"](voxels=voxels, spacing_mm=SPACING_MM)["slices"]
     probabilities = signatures["infer"](stacks=preprocess.stack_neighbours(prepared, 1))["probabilities"]
-    parts = signatures["restore"](
-        probabilities=probabilities, shape=tf.shape(voxels), spacing_mm=SPACING_MM
-    )["labels"].numpy()
+    parts = signatures["restore"](probabilities=probabilities, shape=tf.shape(voxels), spacing_mm=SPACING_MM)[
+        "labels"
+    ].numpy()
     for name in ("segment", "serving_default"):
         whole = signatures[name](voxels=voxels, spacing_mm=SPACING_MM)["labels"].numpy()
         assert whole.shape == parts.shape

@@ -111,7 +111,9 @@ def test_beyond_the_crop_the_answer_is_background():
 
 def test_ties_between_probabilities_go_to_background():
     even = tf.fill([1, 16, 16, 2], 0.5)
-    assert not preprocess.restore(even, tf.constant([1, 16, 16]), tf.constant([1.0, 1.0, 1.0]), (1.0, 1.0)).numpy().any()
+    assert (
+        not preprocess.restore(even, tf.constant([1, 16, 16]), tf.constant([1.0, 1.0, 1.0]), (1.0, 1.0)).numpy().any()
+    )
 
 
 def test_percentiles_are_numpys():

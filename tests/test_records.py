@@ -67,7 +67,12 @@ def test_a_row_says_what_the_shard_holds(tmp_path):
     path = tmp_path / "one.tfrecord"
     records.write_shard(harmonised(), path)
     row = records.read_row(path)
-    assert (row["patient"], row["study"], row["scanner"], row["file"]) == ("patient", "study", "scanner", "one.tfrecord")
+    assert (row["patient"], row["study"], row["scanner"], row["file"]) == (
+        "patient",
+        "study",
+        "scanner",
+        "one.tfrecord",
+    )
     assert row["shape"] == [5, 20, 30] and row["spacing_mm"] == [5.0, 2.0, 2.0] and row["sources"] == ["a", "b"]
 
 

@@ -81,7 +81,13 @@ def unet(
             up = width * min(4, 2 ** (level - 2)) if level > 1 else max(1, width // 2)
             filters, kernel, activation = ((2 * up if level > 1 else up),), 3, "relu"
         x = keras.layers.Conv2DTranspose(
-            up, kernel, strides=2, padding="same", activation=activation, kernel_initializer=initial(), name=f"dec{level}_up"
+            up,
+            kernel,
+            strides=2,
+            padding="same",
+            activation=activation,
+            kernel_initializer=initial(),
+            name=f"dec{level}_up",
         )(x)
         x = keras.layers.Concatenate(name=f"dec{level}_bridge")([bridge, x])
         x = _block(x, filters, residual, initial, f"dec{level}")

@@ -1,0 +1,226 @@
+"""Training: what it leaves behind, that it learns, that it goes on exactly where it was killed, and evaluation."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import yaml
+from small_study import EXPERIMENT, ROOT, command, scan
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lvseg import biomarkers, metrics, prepare
+from lvseg.config import load_experiment
+from lvseg.fit import Fit
+from lvseg.formats import read_volume
+from lvseg.predict import Segmenter
+from lvseg.provenance import code_sha256
+
+LIMIT_S = 240.0
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_folder_holds_what_the_contract_names(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names >= {"config.yaml", "manifest.json", "checkpoints", "logs", "metrics.csv", "model", "report"}
+    assert yaml.safe_load((trained / "config.yaml").read_text())["train"]["beta_2"] == 0.999  # resolved
+    manifest = json.loads((trained / "manifest.json").read_text())
+    assert manifest["finished"] and manifest["code_sha256"] == code_sha256() and manifest["seed"] == EXPERIMENT["seed"]
+    card = json.loads((trained / "model/model.json").read_text())
+    assert card["weights_sha256"] == manifest["weights_sha256"]
+    assert card["labels"] == ["background", "organ"] and card["neighbours"] == 1 and card["axis"] == "transversal"
+    assert card["provenance"]["shards_sha256"] == manifest["shards_sha256"]
+
+
+def test_training_learns(trained):
+    steps = rows(trained / "metrics.csv")
+    assert [int(row["step"]) for row in steps] == [100, 200, 300]
+    assert float(steps[-1]["loss"]) < float(steps[0]["loss"])
+    assert max(float(row["validation_dice"]) for row in steps) > 0.85
+
+
+def test_tensorboard_shows_curves_and_overlays_of_validation_slices(trained):
+    events = EventAccumulator(str(trained / "logs"), size_guidance={"tensors": 0}).Reload()
+    tags = events.Tags()["tensors"]
+    assert {"loss/training", "dice/training", "dice/validation", "learning_rate", "input_wait_share"} <= set(tags)
+    assert [event.step for event in events.Tensors("dice/validation")] == [100, 200, 300]
+    for event in events.Tensors("input_wait_share"):
+        assert 0 <= tf.make_ndarray(event.tensor_proto) <= 1
+    overlays = [tag for tag in tags if tag.startswith("validation/")]
+    split = json.loads((trained / "manifest.json").read_text())["split"]
+    assert overlays and all(tag.split("/")[1].split()[0] in split["validation"] for tag in overlays)
+    picture = tf.io.decode_png(tf.make_ndarray(events.Tensors(overlays[0])[-1].tensor_proto)[2]).numpy()
+    assert picture.shape == (32, 32, 3)
+    assert (picture[..., 0].astype(int) - picture[..., 1] > 30).any()  # purple or red on grey
+
+
+def test_the_model_is_of_the_best_step(trained, in_study):
+    """The exported model scores on the validation patients what metrics.csv says of its best step, nearly."""
+    best = max(float(row["validation_dice"]) for row in rows(trained / "metrics.csv"))
+    card = json.loads((trained / "model/model.json").read_text())
+    assert card["measured"]["validation_dice"] == pytest.approx(best)
+    report = rows(trained / "report/patients.csv")
+    assert np.mean([float(row["dice"]) for row in report]) == pytest.approx(best, abs=0.1)
+
+
+def test_training_again_says_it_is_finished_and_touches_nothing(trained, study):
+    before = (trained / "manifest.json").stat().st_mtime_ns
+    done = command(study, "lvseg.train", "--cfg", "experiment.yaml")
+    assert done.returncode == 0 and "finished" in done.stdout
+    assert (trained / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_changed_config_is_an_error_that_names_the_keys(trained, study):
+    done = command(
+        study, "lvseg.train", "--cfg", "experiment.yaml", "--set", "train.beta_1=0.8", "--set", "data.neighbours=0"
+    )
+    assert done.returncode == 2
+    assert "train.beta_1" in done.stderr and "data.neighbours" in done.stderr and "train.beta_2" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def start_training(folder, *overrides):
+    return subprocess.Popen(
+        [sys.executable, "-m", "lvseg.train", "--cfg", "experiment.yaml", *overrides],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def stop_at_checkpoint(folder, step, how):
+    """Starts training, sends a signal once the checkpoint of a step is there, waits for its end."""
+    process = start_training(folder)
+    try:
+        wanted = folder / f"runs/volume/small-fold0/checkpoints/ckpt-{step}.index"
+        deadline = time.monotonic() + LIMIT_S
+        while not wanted.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(how)
+        return process.wait(timeout=LIMIT_S)
+    finally:
+        process.kill()
+
+
+def test_killed_and_interrupted_training_ends_with_the_weights_of_an_unbroken_one(trained, study, tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
+    assert stop_at_checkpoint(folder, 50, signal.SIGKILL) == -signal.SIGKILL
+    assert stop_at_checkpoint(folder, 200, signal.SIGTERM) == 1
+    done = command(folder, "lvseg.train", "--cfg", "experiment.yaml")
+    assert done.returncode == 0 and "going on from step" in done.stdout
+    resumed = folder / "runs/volume/small-fold0"
+    with np.load(trained / "checkpoints/best.npz") as unbroken, np.load(resumed / "checkpoints/best.npz") as broken:
+        assert unbroken.files == broken.files
+        for name in unbroken.files:
+            np.testing.assert_array_equal(unbroken[name], broken[name])
+    for one, other in zip(rows(trained / "metrics.csv"), rows(resumed / "metrics.csv"), strict=True):
+        assert (one["step"], one["validation_dice"]) == (other["step"], other["validation_dice"])
+    last = [tf.train.load_checkpoint(str(run / "checkpoints/ckpt-300")) for run in (trained, resumed)]
+    names = [name for name in last[0].get_variable_to_shape_map() if "kernel" in name or "bias" in name]
+    assert names
+    for name in names:
+        np.testing.assert_array_equal(last[0].get_tensor(name), last[1].get_tensor(name))
+    assert not list(resumed.rglob(".partial-*"))
+
+
+def test_evaluation_measures_the_test_patients_on_their_own_grids(trained, study, in_study):
+    done = command(study, "lvseg.evaluate", "--run", "runs/volume/small-fold0", "--split", "test")
+    assert done.returncode == 0, done.stderr
+    report = rows(trained / "report/patients.csv")
+    assert [(row["patient"], row["scanner"]) for row in report] == [("a-001", "a"), ("b-001", "b")]
+    summary = json.loads((trained / "report/summary.json").read_text())
+    segmenter = Segmenter(trained / "model")
+    for row in report:
+        image, truth = scan(row["scanner"], 1)
+        mask = segmenter.segment(image).mask
+        assert float(row["dice"]) == pytest.approx(metrics.dice(mask.voxels, truth.voxels))
+        assert float(row["predicted_volume_ml"]) == pytest.approx(biomarkers.volume_ml(mask), abs=0.01)
+        assert float(row["true_volume_ml"]) == pytest.approx(biomarkers.volume_ml(truth), abs=0.01)
+        assert (trained / "report" / f"overlay_{row['scanner']}.png").stat().st_size > 10_000
+    errors = np.array([float(row["predicted_volume_ml"]) - float(row["true_volume_ml"]) for row in report])
+    truths = np.array([float(row["true_volume_ml"]) for row in report])
+    assert summary["patients"] == 2 and summary["split"] == "test"
+    assert summary["dice"]["mean"] == pytest.approx(np.mean([float(row["dice"]) for row in report]))
+    assert summary["volume_ml"]["bias"] == pytest.approx(errors.mean(), abs=0.01)
+    percent = 100 * np.mean(np.abs(errors) / truths)
+    assert summary["volume_ml"]["mean_absolute_error_percent"] == pytest.approx(percent, abs=0.01)
+    for number, scanner in enumerate("ab"):
+        part = summary["by_scanner"][scanner]
+        assert part["patients"] == 1 and part["dice"]["mean"] == pytest.approx(float(report[number]["dice"]))
+
+
+def test_an_untrained_run_is_refused(study, tmp_path):
+    for run in ("runs/volume/nothing", tmp_path):
+        done = command(study, "lvseg.evaluate", "--run", run)
+        assert done.returncode == 2 and str(run) in done.stderr
+
+
+def test_training_opens_no_shard_of_a_test_patient(in_study, tmp_path):
+    experiment = load_experiment(in_study / "experiment.yaml")
+    sets = prepare.prepare(experiment.data, jobs=1)
+    split = prepare.split(experiment.data, sets)
+    assert split.test == ("a-001", "b-001")
+    fit = Fit(experiment, sets, split, tmp_path)
+    opened = [path.name for path in [*fit.files, *(path for _, path in fit.validation)]]
+    assert len(opened) == len(set(opened)) == 18
+    assert not [name for name in opened if "-001" in name]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(study, tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
+    done = command(
+        folder,
+        "lvseg.train",
+        "--cfg",
+        "experiment.yaml",
+        "--set",
+        "train.learning_rate=1.0e+30",
+        "--set",
+        "train.steps=50",
+    )
+    assert done.returncode == 1 and "step 25" in done.stderr and "Traceback" not in done.stderr
+    assert not (folder / "runs/volume/small-fold0/model").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["augment.elastic.where=host", "augment.elastic=null", "train.loss=cross_entropy_dice", "model.residual=true",
+     "data.axis=coronal", "data.normalise=slice", "data.normalise=global"],
+)  # fmt: skip
+def test_every_switch_trains_evaluates_and_exports(study, tmp_path, override):
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
+    small = ("--set", "train.steps=4", "--set", "train.validate_every=4", "--set", "model.width=2")
+    done = command(folder, "lvseg.train", "--cfg", "experiment.yaml", *small, "--set", override)
+    assert done.returncode == 0, done.stderr
+    run = folder / "runs/volume/small-fold0"
+    image = read_volume(folder / "raw/b/b-001/image.nii.gz")
+    assert Segmenter(run / "model").segment(image).mask.shape == image.shape
+
+
+def test_the_pretrained_encoder_trains_without_weights_only_when_told(study, tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
+    vgg = ("--set", "model.encoder=vgg11", "--set", "model.width=2", "--set", "train.steps=2")
+    refused = command(
+        folder, "lvseg.train", "--cfg", "experiment.yaml", *vgg, "--set", "model.encoder_weights=no.safetensors"
+    )
+    assert refused.returncode == 2 and "model.encoder_weights" in refused.stderr
+    done = command(folder, "lvseg.train", "--cfg", "experiment.yaml", *vgg, "--set", "model.encoder_weights=none",
+                   "--set", "name=vgg", "--set", "train.validate_every=2")  # fmt: skip
+    assert done.returncode == 0, done.stderr
