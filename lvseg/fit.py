@@ -232,13 +232,15 @@ class Fit:
 
     def _validate(self, number: int) -> float:
         """Mean over patients of the foreground's Dice on the harmonised grid; keeps the weights if it is the best."""
-        scores = []
+        scores: list[float] = []
+        # The same patients every time, spread over the datasets, so that every scanner is seen.
+        shown = set(np.linspace(0, len(self.validation) - 1, OVERLAYS).round().astype(int).tolist())
         for place, (row, file) in enumerate(self.validation):
             (volume,) = pipeline.volume_samples(tf.constant(str(file)), self.reading)
             predicted = np.concatenate([self.infer(part).numpy() for part in _parts(volume)])[: len(volume.stack)]
             true = volume.mask.numpy()[..., 0]
             scores.append(float(np.mean([metrics.dice(predicted, true, c) for c in range(1, len(self.classes))])))
-            if place < OVERLAYS:
+            if place in shown:
                 largest = int(np.argmax(np.count_nonzero(true, axis=(1, 2))))
                 grey = volume.stack[largest, ..., self.reading.neighbours].numpy()
                 picture = figures.overlay_rgb(grey, predicted[largest] > 0, true[largest] > 0)

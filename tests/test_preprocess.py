@@ -5,7 +5,9 @@ import pytest
 import scipy.ndimage
 import tensorflow as tf
 
-from lvseg import preprocess
+from lvseg import metrics, preprocess
+from lvseg.phantom.patients import draw_anatomy
+from lvseg.phantom.scanners import SCANNERS, image_patient
 
 
 def random_voxels(shape=(3, 23, 31), seed=0):
@@ -92,6 +94,15 @@ def test_there_and_back_keeps_a_mask(shape, spacing_mm):
     back = preprocess.restore(tf.one_hot(harmonised, 2), tf.constant(shape), spacing, (1.75, 1.75)).numpy()
     assert back.shape == shape and back.dtype == np.uint8
     assert 2 * np.sum(back & mask) / (back.sum() + mask.sum()) >= 0.985
+
+
+@pytest.mark.parametrize("scanner", sorted(SCANNERS))
+def test_there_and_back_keeps_a_simulated_liver(scanner):
+    liver = image_patient(draw_anatomy(11, 1), SCANNERS[scanner]).mask.canonical()
+    mask, spacing = tf.constant(np.ascontiguousarray(liver.voxels)), tf.constant(liver.spacing_mm, tf.float32)
+    harmonised = preprocess.harmonise_labels(mask, spacing, (1.75, 1.75), 256, 2)
+    back = preprocess.restore(tf.one_hot(harmonised, 2), tf.constant(liver.shape), spacing, (1.75, 1.75)).numpy()
+    assert metrics.dice(back, liver.voxels) >= 0.985
 
 
 def test_restore_resamples_probabilities_not_labels():
