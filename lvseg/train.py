@@ -28,14 +28,14 @@ def train(experiment: Experiment) -> None:
     Raises:
         InputError: input that cannot be used; CHANGED_CONFIG if the run was started with another config.
     """
-    from lvseg import prepare, provenance
-    from lvseg.evaluate import evaluate_run
-    from lvseg.fit import Fit
-
     run = experiment.run_folder
     if _is_finished(run, experiment):
         print(f"{run} is finished; give the experiment another name to train it anew.")
         return
+
+    from lvseg import prepare, provenance  # TensorFlow's seconds come after the cheap answers
+    from lvseg.evaluate import evaluate_run
+    from lvseg.fit import Fit
 
     sets = prepare.prepare(experiment.data)
     split = prepare.split(experiment.data, sets)

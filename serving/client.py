@@ -36,7 +36,7 @@ CONNECT_S = 5.0
 SILENCE_S = 20.0  # the server answers STATUS within milliseconds; this long without a word and it is gone
 ASK_S = 2.0  # without news for this long, STATUS asks; it also finds the job again after a lost connection
 FETCHES_AHEAD = 8
-PLAIN_LINE_EVERY_S = 10.0
+PLAIN_LINE_EVERY_S = 2.0
 ZSTD_LEVEL = 1  # packs faster than a network of 1 Gbit/s carries
 PIECE_BYTES = 1024 * 1024
 SPOOL_BYTES = 64 * 1024 * 1024  # an upload up to this size waits in memory, a larger one in a temporary file
@@ -611,7 +611,7 @@ def _ping(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, str, int, int], None]]:
-    """What shows how far each scan is: bars on a terminal, else a line for each new stage and now and then."""
+    """What shows how far each scan is: bars on a terminal, else a line now and then."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import Progress
@@ -627,14 +627,13 @@ def _progress() -> Iterator[Callable[[str, str, int, int], None]]:
 
             yield draw
         return
-    last = ("", "")
-    due = 0.0
+    due = time.monotonic() + PLAIN_LINE_EVERY_S
 
     def write(name: str, stage: str, done: int, total: int) -> None:
-        nonlocal last, due
-        if (name, stage) == last and time.monotonic() < due:
+        nonlocal due
+        if time.monotonic() < due:
             return
-        last, due = (name, stage), time.monotonic() + PLAIN_LINE_EVERY_S
+        due = time.monotonic() + PLAIN_LINE_EVERY_S
         news = f", {done} before it" if stage == "queue" else f" {done} of {total}" if total else ""
         print(f"{name}: {stage}{news}", file=sys.stderr)
 
