@@ -31,7 +31,7 @@ clean:
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "Expected Python 3.11, received $$($(PYTHON) --version 2>&1) as $(PYTHON); set PYTHON=..." >&2; exit 2; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/.demo: .venv/bin/python setup.cfg pyproject.toml constraints.txt
 	@echo "installing lvseg with what it needs (once)"

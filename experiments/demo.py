@@ -7,6 +7,7 @@ lvseg.predict gives, and the very numbers of summary.json. Ends the server it st
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -20,9 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from lvseg import biomarkers, metrics
+from lvseg import biomarkers, command, metrics
 from lvseg.cards import Scan, find_scans, load_card
-from lvseg.command import atomic
 from lvseg.config import load_experiment
 from lvseg.formats import read_volume
 
@@ -32,7 +32,15 @@ SERVER_READY_S = 120.0
 
 
 def main() -> int:
-    """Runs the demo; 0 if everything agreed."""
+    """The command."""
+    parser = argparse.ArgumentParser(prog="demo", description=__doc__.splitlines()[0], epilog="Example: make demo")
+    parser.add_argument("--least-dice", type=float, default=0.93, help="mean Dice that held-out patients must reach")
+    parser.add_argument("--most-error", type=float, default=5.0, help="mean absolute volume error allowed, in percent")
+    return command.run(parser, run_demo, None)
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    """Runs the demo; 0 if everything agreed and the numbers are as good as they should be."""
     started = time.monotonic()
     experiment = load_experiment(EXPERIMENT)
     run = experiment.run_folder
@@ -65,7 +73,14 @@ def main() -> int:
     problems = check(scans, served, run)
 
     summary = json.loads((run / "report" / "summary.json").read_text())
-    with atomic(OUT / "summary.json") as temporary:
+    for name, part in [*summary["by_scanner"].items(), ("all", summary)]:
+        dice, error = part["dice"]["mean"], part["volume_ml"]["mean_absolute_error_percent"]
+        if dice < arguments.least_dice or error > arguments.most_error:
+            problems.append(
+                f"{name}: expected a mean Dice of at least {arguments.least_dice} and an error of at most"
+                f" {arguments.most_error} %, received {dice:.3f} and {error:.2f} %"
+            )
+    with command.atomic(OUT / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1))
     table(summary)
     print(f"\nserved masks   {OUT / 'served'}/*.vtk (open them in 3D Slicer or ParaView)")

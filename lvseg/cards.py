@@ -51,10 +51,17 @@ class Card(Keys):
             if pattern is None:
                 continue
             names = re.findall(r"\{(.*?)\}", pattern)
-            if "patient" not in names or set(names) - set(PLACEHOLDERS):
+            if "patient" not in names or set(names) - set(PLACEHOLDERS) or pattern.count("{") != len(names):
                 raise ValueError(
                     f"expected {key} to hold {{patient}} and at most {{study}} beside it, received {pattern}"
                 )
+            if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+                raise ValueError(f"expected {key} to be a path below root, received {pattern}")
+        values = [value for own in self.labels.values() for value in own]
+        if len(set(values)) < len(values):
+            raise ValueError(f"expected labels to share no value, received {self.labels}")
+        if "background" in self.labels or not all(self.labels) or not all(self.labels.values()):
+            raise ValueError(f"expected labels to be named, none of them background, received {self.labels}")
         return self
 
     @property
@@ -81,7 +88,7 @@ def load_card(path: Path) -> tuple[Card, Path]:
     Raises:
         InputError: NOT_FOUND, BAD_CONFIG.
     """
-    card = check_keys(Card, read_yaml(path), path)
+    card = check_keys(Card, read_yaml(path), str(path))
     return card, path.parent / card.root
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -21,6 +22,19 @@ Item = TypeVar("Item")
 
 EXIT_DONE, EXIT_ERROR, EXIT_BAD_INPUT = 0, 1, 2
 PLAIN_LINE_EVERY_S = 10.0
+# Errors of the operating system that a better argument avoids; others, such as a full disk, are not the user's.
+WRONG_PATH = frozenset(
+    (
+        errno.EACCES,
+        errno.EEXIST,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    )
+)
 
 
 def run(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None):
@@ -44,6 +58,14 @@ def run(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], in
     except InputError as error:
         print(f"{parser.prog}: {error.sentence}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except OSError as error:
+        # What cannot be read or written: a full disk, a folder that is a file, missing rights.
+        name = f" at {error.filename}" if error.filename else ""
+        print(
+            f"{parser.prog}: Expected to read or write a file, received '{error.strerror or error}'{name}.",
+            file=sys.stderr,
+        )
+        return EXIT_BAD_INPUT if error.errno in WRONG_PATH else EXIT_ERROR
     except FloatingPointError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_ERROR

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from lvseg.errors import InputError
-from lvseg.keys import Keys, check_keys, read_yaml
+from lvseg.keys import Keys, check_keys, parse_yaml, read_yaml
 
 
 class Data(Keys):
@@ -51,9 +50,9 @@ class Model(Keys):
 
     architecture: Literal["unet"] = "unet"
     width: Annotated[int, Field(ge=1, le=512)] = 64
-    encoder: Literal["vgg11"] | None = None
+    encoder: Literal["vgg11"] | None = "vgg11"
     encoder_weights: str = "imagenet"
-    residual: bool = False
+    residual: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
 
@@ -68,13 +67,13 @@ class Elastic(Keys):
 class Augment(Keys):
     """What is drawn anew for every sample."""
 
-    elastic: Elastic | None = None
+    elastic: Elastic | None = Elastic()
 
 
 class Train(Keys):
     """How the network is optimised and how often it is looked at."""
 
-    steps: Annotated[int, Field(ge=1)] = 100_000
+    steps: Annotated[int, Field(ge=1, lt=2**31)] = 100_000
     batch_size: Annotated[int, Field(ge=1)] = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1.0e-4
     schedule: Literal["constant", "cosine"] = "constant"
@@ -128,7 +127,7 @@ def load_experiment(path: Path, overrides: list[str] | None = None) -> Experimen
     values = read_yaml(path)
     for override in overrides or []:
         key, separator, text = override.partition("=")
-        if not separator or not key:
+        if not separator or not all(key.split(".")):
             raise InputError("BAD_CONFIG", f"Expected --set key.sub=value, received --set {override}.")
         group = values
         *parents, last = key.split(".")
@@ -138,5 +137,6 @@ def load_experiment(path: Path, overrides: list[str] | None = None) -> Experimen
             group = group[parent]
             if not isinstance(group, dict):
                 raise InputError("BAD_CONFIG", f"Expected a group of keys at {parent}, received --set {override}.")
-        group[last] = yaml.safe_load(text)
-    return check_keys(Experiment, values, path)
+        group[last] = parse_yaml(text, f"--set {override}")
+    where = str(path) + (f" with --set {' --set '.join(overrides)}" if overrides else "")
+    return check_keys(Experiment, values, where)

@@ -20,9 +20,10 @@ from lvseg.cards import Scan
 from lvseg.config import load_experiment
 from lvseg.errors import InputError
 from lvseg.formats import read_volume
+from lvseg.keys import read_yaml
 from lvseg.predict import Segmenter
 from lvseg.prepare import dataset_scans
-from lvseg.volume import Volume
+from lvseg.volume import Volume, check_same_grid
 
 SPLITS = ("validation", "test")
 
@@ -40,7 +41,7 @@ def evaluate_run(run: Path, split: str) -> dict[str, Any]:
     manifest = run / "manifest.json"
     if not (run / "model" / "model.json").is_file() or not manifest.is_file():
         raise InputError("NOT_FOUND", f"Expected a trained run, received {run} without its model; train it first.")
-    patients = set(json.loads(manifest.read_text(encoding="utf-8"))["split"][split])
+    patients = set(read_yaml(manifest)["split"][split])
     scans = [scan for scan in dataset_scans(experiment.data) if scan.patient in patients]
     if not scans:
         raise InputError("NOT_FOUND", f"Expected scans of {split} patients, received none in the split of {manifest}.")
@@ -93,13 +94,13 @@ def _row(scan: Scan, segmenter: Segmenter) -> dict[str, Any]:
 
 
 def _answer(scan: Scan, segmenter: Segmenter) -> tuple[Volume, Volume]:
-    """The model's mask and the true one, both with the label 1 for the card's first class."""
-    image = read_volume(scan.image)
-    truth = read_volume(scan.mask)
+    """The model's mask and the true one on the scan's canonical grid, both with 1 for the card's first class."""
+    image, truth = read_volume(scan.image), read_volume(scan.mask)
+    check_same_grid(image, truth)
     values = next(iter(scan.card.labels.values()))
-    mask = segmenter.segment(image).mask
-    return mask.with_voxels((mask.voxels == 1).astype(np.uint8)), truth.with_voxels(
-        np.isin(truth.voxels, values).astype(np.uint8)
+    mask, true = segmenter.segment(image).mask.canonical(), truth.canonical()
+    return mask.with_voxels((mask.voxels == 1).astype(np.uint8)), mask.with_voxels(
+        np.isin(true.voxels, values).astype(np.uint8)
     )
 
 
@@ -110,7 +111,7 @@ def _overlay(
     dice, index = chosen[len(chosen) // 2]
     predicted, true = _answer(scans[index], segmenter)
     title = f"{rows[index]['patient']}, {scanner}: Dice {dice:.3f} (the median of {len(chosen)})"
-    figures.overlay_figure(read_volume(scans[index].image), predicted, true, path, title)
+    figures.overlay_figure(read_volume(scans[index].image).canonical(), predicted, true, path, title)
 
 
 def print_summary(summary: dict[str, Any]) -> None:

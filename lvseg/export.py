@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -70,13 +71,12 @@ def export_model(model: keras.Model, card: dict[str, Any], folder: Path) -> dict
         count = shape[0]
 
         def one_batch(first: tf.Tensor) -> tf.Tensor:
-            # The batch's slices with their neighbours, the ends repeated: stack i's channel k is plane i + k.
+            # The batch's slices with their neighbours, the ends repeated, so that each has all of its own around it.
             around = tf.clip_by_value(first + tf.range(-neighbours, batch_size + neighbours), 0, count - 1)
             planes = harmonise(
                 tf.gather(voxels, around), spacing_mm, fill, tf.gather(low, around), tf.gather(high, around)
             )
-            channels = tf.range(batch_size)[:, None] + tf.range(2 * neighbours + 1)[None, :]
-            stacks = tf.transpose(tf.gather(planes, channels), [0, 2, 3, 1])
+            stacks = preprocess.stack_neighbours(planes, neighbours, tf.range(neighbours, neighbours + batch_size))
             return preprocess.restore(network(stacks), shape, spacing_mm, target_mm)
 
         labels = tf.map_fn(
@@ -124,7 +124,7 @@ def publish(run: Path, out: Path) -> Path:
         raise InputError(
             "NOT_FOUND", f"Expected a trained model in {model}, received none; train the run to its end first."
         )
-    versions = [int(path.name) for path in out.iterdir() if path.name.isdigit()] if out.is_dir() else []
+    versions = [int(path.name) for path in out.iterdir() if re.fullmatch("[0-9]+", path.name)] if out.is_dir() else []
     folder = out / str(max(versions, default=0) + 1)
     with command.atomic(folder) as temporary:
         shutil.copytree(model, temporary)

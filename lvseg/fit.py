@@ -20,7 +20,6 @@ from lvseg.models.unet import unet
 from lvseg.pipeline import Samples
 from lvseg.prepare import ShardSet
 from lvseg.split import Split
-from lvseg.volume import Array
 
 LOG_EVERY = 25
 OVERLAYS = 4
@@ -69,13 +68,16 @@ class Fit:
             data.size, 2 * data.neighbours + 1, len(self.classes), model.width, model.encoder, model.residual,
             model.dropout, offset, scale, experiment.seed,
         )  # fmt: skip
+        self.logits = keras.Model(self.model.inputs, self.model.get_layer("logits").output)
         self.encoder_weights_sha256 = vgg.load_encoder(self.model, model.encoder_weights) if model.encoder else None
         self.optimizer = keras.optimizers.Adam(self._schedule(), beta_1=train.beta_1, beta_2=train.beta_2)
         self.optimizer.build(self.model.trainable_variables)
         self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
         self.best_dice = tf.Variable(-1.0, dtype=tf.float64, trainable=False)
+        # Since the last log: steps, loss, true positives, false positives, false negatives of the foreground.
+        self.sums = tf.Variable(tf.zeros([5], tf.float64), trainable=False)
         self.checkpoint = tf.train.Checkpoint(
-            model=self.model, optimizer=self.optimizer, step=self.step, best_dice=self.best_dice
+            model=self.model, optimizer=self.optimizer, step=self.step, best_dice=self.best_dice, sums=self.sums
         )
         self.manager = tf.train.CheckpointManager(self.checkpoint, str(run / "checkpoints"), max_to_keep=2)
         if self.manager.latest_checkpoint:
@@ -92,48 +94,45 @@ class Fit:
         return self.run_folder / "checkpoints" / "best.npz"
 
     def run(self) -> None:
-        """Trains to the last step; interrupted, it saves a checkpoint first."""
+        """Trains to the last step; interrupted, it saves a checkpoint first, unless a validation was left half-done."""
         train, first = self.experiment.train, int(self.step)
         if first >= train.steps:
             return
         rows = [row for row in self._read_metrics() if int(row["step"]) <= first]
         writer = tf.summary.create_file_writer(str(self.run_folder / "logs"))
         batches = iter(self._batches(first))
-        sums, waited, started = np.zeros(5), 0.0, time.monotonic()
-        since, run_started = started, started
+        started = time.monotonic()
+        waited, since, settled = 0.0, started, True
         try:
             with writer.as_default():
                 for number in command.progress(range(first + 1, train.steps + 1), "training"):
                     before = time.monotonic()
                     samples = next(batches)
                     waited += time.monotonic() - before
-                    sums += self.train_step(samples).numpy()
-                    if number % LOG_EVERY and number % train.validate_every and number != train.steps:
-                        continue
-                    now = time.monotonic()
-                    row = self._scalars(number, sums, waited / (now - since))
-                    if not np.isfinite(row["loss"]):
-                        raise FloatingPointError(
-                            f"The loss is {row['loss']} by step {number}; lower train.learning_rate."
-                        )
-                    if number % train.validate_every == 0 or number == train.steps:
-                        row["validation_dice"] = self._validate(number)
-                        row["seconds"] = round(time.monotonic() - run_started, 1)
-                        rows.append(row)
-                        self._write_metrics(rows)
-                        print(
-                            f"step {number} of {train.steps}: loss {row['loss']:.4f}, Dice {row['dice']:.3f},"
-                            f" validation Dice {row['validation_dice']:.4f} (best {float(self.best_dice):.4f}),"
-                            f" {row['seconds']:.0f} s",
-                            flush=True,
-                        )
-                    if number % train.checkpoint_every == 0 or number == train.steps:
+                    validates = number % train.validate_every == 0 or number == train.steps
+                    saves = number % train.checkpoint_every == 0 or number == train.steps
+                    logs = validates or number % LOG_EVERY == 0
+                    settled = not (logs or saves)
+                    self.train_step(samples)
+                    if logs:
+                        row = self._scalars(number, waited / (time.monotonic() - since))
+                        if validates:
+                            row["validation_dice"] = self._validate(number)
+                            row["seconds"] = round(time.monotonic() - started, 1)
+                            rows.append(row)
+                            self._write_metrics(rows)
+                            self._say(row)
+                        self.sums.assign(tf.zeros_like(self.sums))
+                        waited, since = 0.0, time.monotonic()
+                    if saves:
                         self.manager.save(checkpoint_number=number)
-                    sums, waited, since = np.zeros(5), 0.0, time.monotonic()
+                    settled = True
         except KeyboardInterrupt:
-            # The step counter moves inside the compiled step, so weights and counter always belong together.
-            self.manager.save(checkpoint_number=int(self.step))
-            print(f"stopped at step {int(self.step)}; the same command goes on from there.")
+            # The step counter moves inside the compiled step, so weights and counter always belong together; but a step
+            # whose validation is missing may not be saved as done, or a resumed run would never make up for it.
+            if settled:
+                self.manager.save(checkpoint_number=int(self.step))
+            print(f"stopped at step {int(self.step)}; the same command goes on from the last checkpoint.")
             raise
 
     def export(self, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -179,8 +178,8 @@ class Fit:
             data.shuffle_slices, step, deform,
         )  # fmt: skip
 
-    def _train_step(self, samples: Samples) -> tf.Tensor:
-        """One step; float64 [5]: 1, loss, true positives, false positives, false negatives of the foreground."""
+    def _train_step(self, samples: Samples) -> None:
+        """One step: augmentation, gradient, update, and the sums for the log."""
         train, elastic = self.experiment.train, self.experiment.augment.elastic
         seeds = augment.sample_seeds(
             self.experiment.seed, augment.ELASTIC_STREAM, self.step, tf.range(train.batch_size)
@@ -192,22 +191,27 @@ class Fit:
             samples = samples._replace(stack=stack, mask=mask)
         stacks = pipeline.intensities(samples, self.experiment.data.normalise)
         with tf.GradientTape() as tape:
-            probabilities = self.model([stacks, seeds], training=True)
+            logits = self.logits([stacks, seeds], training=True)
             # Divided by the global batch, so that the number of devices does not change the step.
-            loss = tf.reduce_sum(LOSSES[train.loss](probabilities, samples.mask)) / train.batch_size
+            loss = tf.reduce_sum(LOSSES[train.loss](logits, samples.mask)) / train.batch_size
         gradients = tape.gradient(loss, self.model.trainable_variables)
         self.optimizer.apply_gradients(zip(gradients, self.model.trainable_variables, strict=True))
         self.step.assign_add(1)
-        predicted = tf.argmax(probabilities, axis=-1) > 0
+        predicted = tf.argmax(logits, axis=-1) > 0
         true = samples.mask[..., 0] > 0
         counts = [tf.math.count_nonzero(a & b) for a, b in ((predicted, true), (predicted, ~true), (~predicted, true))]
-        return tf.stack(
-            [tf.ones([], tf.float64), tf.cast(loss, tf.float64), *(tf.cast(count, tf.float64) for count in counts)]
+        self.sums.assign_add(tf.stack([tf.cast(part, tf.float64) for part in (1.0, loss, *counts)]))
+
+    def _say(self, row: dict[str, Any]) -> None:
+        print(
+            f"step {row['step']} of {self.experiment.train.steps}: loss {row['loss']:.4f}, Dice {row['dice']:.3f},"
+            f" validation Dice {row['validation_dice']:.4f} (best {float(self.best_dice):.4f}), {row['seconds']:.0f} s",
+            flush=True,
         )
 
-    def _scalars(self, number: int, sums: Array, wait_share: float) -> dict[str, Any]:
+    def _scalars(self, number: int, wait_share: float) -> dict[str, Any]:
         """Writes the averages since the last call to TensorBoard and returns them."""
-        steps, loss, positives, wrong, missed = sums
+        steps, loss, positives, wrong, missed = self.sums.numpy()
         total = 2 * positives + wrong + missed
         row = {
             "step": number,
@@ -223,6 +227,8 @@ class Fit:
             ("input_wait_share", "input_wait_share"),
         ):
             tf.summary.scalar(tag, row[name], step=number)
+        if not np.isfinite(row["loss"]):
+            raise FloatingPointError(f"The loss is {row['loss']} by step {number}; lower train.learning_rate.")
         return row
 
     def _infer(self, samples: Samples) -> tf.Tensor:
@@ -248,10 +254,10 @@ class Fit:
         dice = float(np.mean(scores))
         tf.summary.scalar("dice/validation", dice, step=number)
         if dice > float(self.best_dice):
-            self.best_dice.assign(dice)
             arrays = {f"{index:04d}": value for index, value in enumerate(self.model.get_weights())}
             with command.atomic(self.best_weights) as temporary:
                 np.savez(temporary, **arrays)
+            self.best_dice.assign(dice)  # after the weights: a score without its weights could not be exported
         return dice
 
     def _read_metrics(self) -> list[dict[str, Any]]:

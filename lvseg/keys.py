@@ -18,10 +18,32 @@ from lvseg.errors import InputError
 class Keys(BaseModel):
     """A group of keys: no others are known, and a value of another type is refused, not converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 Checked = TypeVar("Checked", bound=Keys)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML without repeated keys, of which PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise ValueError(f"the key {name} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text; InputError BAD_CONFIG naming `where` if it does not parse or repeats a key."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader: builds no objects
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        problem = " ".join(str(error).split()).rstrip(".").replace(". ", ", ")
+        raise InputError(
+            "BAD_CONFIG", f"Expected YAML, received text that cannot be read in {where}: {problem}."
+        ) from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -29,25 +51,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError("NOT_FOUND", f"Expected a YAML file, received a path that does not exist: {path}.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise InputError(
-            "BAD_CONFIG", f"Expected YAML, received text that does not parse in {path}: {problem}."
-        ) from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError("BAD_CONFIG", f"Expected YAML in UTF-8, received other bytes in {path}.") from error
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError("BAD_CONFIG", f"Expected keys with values, received {type(values).__name__} in {path}.")
     return values
 
 
-def check_keys(kind: type[Checked], values: dict[str, Any], path: Path) -> Checked:
-    """Builds `kind` from a file's values; InputError BAD_CONFIG with one sentence that names file and key."""
+def check_keys(kind: type[Checked], values: dict[str, Any], where: str) -> Checked:
+    """Builds `kind` from a file's values; InputError BAD_CONFIG, one sentence naming the key and `where` it stands."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first, *others = error.errors()
         more = f" ({len(others)} more like it)" if others else ""
-        raise InputError("BAD_CONFIG", f"{_sentence(kind, first)} in {path}{more}.") from error
+        raise InputError("BAD_CONFIG", f"{_sentence(kind, first)} in {where}{more}.") from error
 
 
 def _sentence(kind: type[BaseModel], error: Any) -> str:
@@ -55,20 +75,39 @@ def _sentence(kind: type[BaseModel], error: Any) -> str:
     key = ".".join(names)
     if error["type"] == "extra_forbidden":
         siblings = list(_group(kind, names[:-1]).model_fields)
-        close = difflib.get_close_matches(names[-1], siblings, n=1)
-        meant = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(siblings)}"
+        known = {path.split(".")[-1]: path for path in _paths(kind)} | {
+            name: ".".join([*names[:-1], name]) for name in siblings
+        }
+        close = difflib.get_close_matches(names[-1], siblings, n=1) or difflib.get_close_matches(names[-1], known, n=1)
+        if close and close[0] in siblings:
+            return f"Unknown key {key}, did you mean {close[0]}?"
+        meant = f"did you mean {known[close[0]]}?" if close else f"expected one of {', '.join(siblings)}"
         return f"Unknown key {key}, {meant}"
     if error["type"] == "missing":
         return f"Expected the key {key}, received none"
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         return message[0].upper() + message[1:]
-    expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    what, _, expected = error["msg"].partition(" should ")
+    expected = expected.removeprefix("be a valid ").removeprefix("be ")
+    if what != "Input":
+        return f"Expected {key} to {expected}, received {error['input']!r}"
     hint = ""
     if isinstance(error["input"], str) and error["type"].startswith(("float", "int")):
-        with contextlib.suppress(ValueError):
-            hint = f" (YAML reads it as text; write {float(error['input']):.1e})"
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(error["input"])
+            whole = error["type"].startswith("int")
+            hint = f" (YAML reads it as text; write {int(number) if whole else f'{number:.1e}'})"
     return f"Expected {expected} for {key}, received {error['input']!r}{hint}"
+
+
+def _paths(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all keys, groups and what is in them."""
+    paths = []
+    for name in kind.model_fields:
+        group = _group(kind, [name])
+        paths += [prefix + name] if group is kind else _paths(group, f"{prefix}{name}.")
+    return paths
 
 
 def _group(kind: type[BaseModel], names: list[str]) -> type[BaseModel]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ import numpy as np
 from lvseg import biomarkers, command
 from lvseg.errors import InputError
 from lvseg.formats import read_volume, stem, write_volume
-from lvseg.volume import Array, Volume
+from lvseg.volume import Array, Volume, as_float32
 
 FORMATS = ("vtk", "nii.gz", "vti")
+VERSION = re.compile(r"[0-9]+")  # a version folder's name
+# What of model.json is needed to use the model.
+CARD_KEYS = ("task", "labels", "axis", "spacing_mm", "size", "neighbours", "batch_size", "weights_sha256")
 # Voxels brighter than this share of the scan's range (minimum to 99th percentile) count as tissue when the crop cuts.
 TISSUE_SHARE = 0.15
 
@@ -41,7 +45,7 @@ def newest_version(model: Path) -> Path:
     """
     if (model / "saved_model.pb").is_file():
         return model
-    versions = [path for path in model.iterdir() if path.name.isdigit()] if model.is_dir() else []
+    versions = [path for path in model.iterdir() if VERSION.fullmatch(path.name)] if model.is_dir() else []
     if not versions:
         raise InputError(
             "MODEL_UNAVAILABLE", f"Expected an exported model or a folder of its versions, received {model}."
@@ -64,17 +68,19 @@ class Segmenter:
 
         folder = newest_version(model)
         try:
-            self.info: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+            self.info: dict[str, Any] = dict(json.loads((folder / "model.json").read_text(encoding="utf-8")))
+            for key in CARD_KEYS:
+                self.info[key]
             self._loaded = tf.saved_model.load(str(folder))
             signatures = self._loaded.signatures
             self._prepare, self._infer, self._restore = (signatures[name] for name in ("prepare", "infer", "restore"))
-        except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
+        except (OSError, ValueError, TypeError, LookupError, tf.errors.OpError) as error:
             raise InputError(
                 "MODEL_UNAVAILABLE",
                 f"Expected a model that lvseg.export wrote, received a damaged or foreign one in {folder}"
                 f" ({type(error).__name__}).",
             ) from error
-        self.info.setdefault("version", int(folder.name) if folder.name.isdigit() else None)
+        self.info.setdefault("version", int(folder.name) if VERSION.fullmatch(folder.name) else None)
 
     def segment(self, scan: Volume, on_progress: Callable[[int, int], None] | None = None) -> Segmentation:
         """Segments one scan.
@@ -88,23 +94,21 @@ class Segmenter:
         """
         import tensorflow as tf
 
-        from lvseg.preprocess import AXIS_PERMUTATIONS
+        from lvseg.preprocess import AXIS_PERMUTATIONS, stack_neighbours
 
         canonical = scan.canonical()
-        check_intensities(canonical)
         permutation = AXIS_PERMUTATIONS[self.info["axis"]]
-        voxels = canonical.voxels.transpose(permutation).astype(np.float32)
+        voxels = np.ascontiguousarray(intensities(canonical).transpose(permutation))
         spacing_mm = tf.constant([canonical.spacing_mm[axis] for axis in permutation], tf.float32)
 
-        prepared = self._prepare(voxels=tf.constant(voxels), spacing_mm=spacing_mm)["slices"].numpy()
+        prepared = self._prepare(voxels=tf.constant(voxels), spacing_mm=spacing_mm)["slices"]
         count, neighbours, batch_size = len(prepared), self.info["neighbours"], self.info["batch_size"]
         labels = np.empty(voxels.shape, np.uint8)
         for first in range(0, count, batch_size):
             # The last batch is padded with the last slice: one shape of batch, so nothing is traced anew.
-            slices = np.minimum(np.arange(first, first + batch_size), count - 1)
-            channels = np.clip(slices[:, None] + np.arange(-neighbours, neighbours + 1), 0, count - 1)
-            stacks = prepared[channels].transpose(0, 2, 3, 1)
-            probabilities = self._infer(stacks=tf.constant(stacks))["probabilities"]
+            chosen = tf.minimum(tf.range(first, first + batch_size), count - 1)
+            stacks = stack_neighbours(prepared, neighbours, chosen)
+            probabilities = self._infer(stacks=stacks)["probabilities"]
             restored = self._restore(
                 probabilities=probabilities, shape=tf.constant(voxels.shape, tf.int32), spacing_mm=spacing_mm
             )["labels"].numpy()
@@ -123,6 +127,11 @@ class Segmenter:
             if not voxels[name]:
                 flags.append(f"{name}: empty")
             flags += [f"{name}: touches {edge}" for edge in biomarkers.touches_edge(mask, label)]
+        source = scan.metadata.get("slice_distance_source", "positions")
+        if source != "positions":
+            flags.append(f"slice distance from {source}, since one slice has no second position")
+        if "assumed" in str(scan.metadata.get("directions", "")):
+            flags.append(f"directions of the scan: {scan.metadata['directions']}")
         if cut:
             flags.append("tissue beyond the network's field of view was left out")
         return {
@@ -139,17 +148,19 @@ class Segmenter:
         }
 
 
-def check_intensities(scan: Volume) -> None:
-    """Refuses a scan that no network can see anything in: InputError NONFINITE_VOXELS or EMPTY_IMAGE."""
+def intensities(scan: Volume) -> Array:
+    """A scan's voxels as float32 [S, H, W], checked to be an image.
+
+    Raises:
+        InputError: UNSUPPORTED_PIXEL_TYPE, NONFINITE_VOXELS, EMPTY_IMAGE.
+    """
     name = scan.source or "the scan"
-    if np.iscomplexobj(scan.voxels) or scan.voxels.dtype.kind not in "iufb":
+    if scan.voxels.dtype.kind not in "iufb":
         raise InputError("UNSUPPORTED_PIXEL_TYPE", f"Expected real voxels, received {scan.voxels.dtype} in {name}.")
-    if scan.voxels.dtype.kind == "f" and not np.isfinite(scan.voxels).all():
-        raise InputError("NONFINITE_VOXELS", f"Expected finite voxels, received NaN or infinity in {name}.")
-    if scan.voxels.min() == scan.voxels.max():
-        raise InputError(
-            "EMPTY_IMAGE", f"Expected an image, received one value, {scan.voxels.min()}, everywhere in {name}."
-        )
+    voxels = as_float32(scan.voxels, name)
+    if voxels.min() == voxels.max():
+        raise InputError("EMPTY_IMAGE", f"Expected an image, received one value, {voxels.min()}, everywhere in {name}.")
+    return voxels
 
 
 def cut_tissue(voxels: Array, spacing_mm: Sequence[float], info: dict[str, Any]) -> bool:
@@ -182,16 +193,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--model", type=Path, required=True, help="models/<task>/<version>, or models/<task> for the newest"
     )
     parser.add_argument("-o", "--out", type=Path, required=True, help="a file .vtk, .nii.gz or .vti, or a folder")
-    parser.add_argument("--format", choices=FORMATS, default="vtk", help="of the files in a folder (default: vtk)")
-    parser.add_argument("--json", type=Path, help="write the measurements here")
+    parser.add_argument("--format", choices=FORMATS, help="of the files in a folder (default: vtk)")
+    parser.add_argument("--json", type=Path, help="write the measurements here, a list with an entry a scan")
     return command.run(parser, _segment_scans, argv)
 
 
 def _segment_scans(arguments: argparse.Namespace) -> int:
-    outputs = output_paths(arguments.scans, arguments.out, arguments.format)
     for path in arguments.scans:
         if not path.exists():
             raise InputError("NOT_FOUND", f"Expected a scan, received a path that does not exist: {path}.")
+    outputs = output_paths(arguments.scans, arguments.out, arguments.format)
+    check_outputs(arguments.scans, outputs, arguments.json)
     newest_version(arguments.model)  # a wrong folder is told before TensorFlow's seconds
     segmenter = Segmenter(arguments.model)
     results, failed = [], 0
@@ -216,24 +228,47 @@ def _segment_scans(arguments: argparse.Namespace) -> int:
     return command.EXIT_BAD_INPUT if failed else command.EXIT_DONE
 
 
-def output_paths(scans: Sequence[Path], out: Path, form: str) -> list[Path]:
+def output_paths(scans: Sequence[Path], out: Path, form: str | None) -> list[Path]:
     """Where each scan's mask goes: `out` itself for one scan if it names a file, else <stem>.<format> in that folder.
 
+    Args:
+        scans: the inputs; out: a file or a folder; form: one of `FORMATS`, or None for what `out` says, else vtk.
+
     Raises:
-        InputError: BAD_OUTPUT for several scans into one file, or two scans of one name.
+        InputError: BAD_OUTPUT for several scans into one file, two scans of one name, or a format that contradicts.
     """
-    if out.name.endswith(tuple(f".{known}" for known in FORMATS)) and not out.is_dir():
+    named = next((known for known in FORMATS if out.name.endswith(f".{known}")), None)
+    if named is not None and not out.is_dir():
         if len(scans) > 1:
             raise InputError("BAD_OUTPUT", f"Expected a folder for {len(scans)} scans, received the file {out}.")
+        if form not in (None, named):
+            raise InputError("BAD_OUTPUT", f"Expected a file ending in .{form}, as --format says, received {out}.")
         return [out]
     if out.suffix and not out.is_dir():
         valid = ", ".join(f".{known}" for known in FORMATS)
         raise InputError("BAD_OUTPUT", f"Expected a file ending in one of {valid}, or a folder, received {out}.")
-    outputs = [out / f"{stem(path)}.{form}" for path in scans]
+    outputs = [out / f"{stem(path)}.{form or 'vtk'}" for path in scans]
     for number, path in enumerate(outputs):
         if path in outputs[:number]:
             raise InputError("BAD_OUTPUT", f"Expected scans of different names, received two that give {path}.")
     return outputs
+
+
+def check_outputs(scans: Sequence[Path], outputs: Sequence[Path], measurements: Path | None) -> None:
+    """Refuses outputs that would overwrite a scan or each other, or that cannot be written: InputError BAD_OUTPUT."""
+    sidecars = [path.with_name(f"{path.name}.json") for path in outputs]
+    written = [*outputs, *sidecars, *([measurements] if measurements is not None else [])]
+    inputs = {path.resolve() for path in scans}
+    for number, path in enumerate(written):
+        whole = path.resolve()
+        if whole in inputs or any(parent in inputs for parent in whole.parents):
+            raise InputError(
+                "BAD_OUTPUT", f"Expected outputs beside the scans, received one that is a scan's own: {path}."
+            )
+        if whole in (other.resolve() for other in written[:number]):
+            raise InputError("BAD_OUTPUT", f"Expected different outputs, received {path} twice.")
+        if path.is_dir():
+            raise InputError("BAD_OUTPUT", f"Expected a file to write, received the folder {path}.")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import joblib
 import numpy as np
@@ -23,7 +24,7 @@ from lvseg.config import Data, load_experiment
 from lvseg.errors import InputError
 from lvseg.keys import digest
 from lvseg.split import Split, split_patients
-from lvseg.volume import Array, Volume
+from lvseg.volume import Array, as_float32, check_same_grid
 
 # Raise when what is written into a shard changes, so that old shards are not taken for new ones.
 SHARD_FORMAT = 1
@@ -55,7 +56,11 @@ def prepare(data: Data, jobs: int = -1) -> list[ShardSet]:
     Raises:
         InputError: a card or scan that cannot be used; DUPLICATE_SCAN for the same voxels under two patient ids.
     """
+    cards = [load_card(Path(path))[0].name for path in data.datasets]
+    if len(set(cards)) < len(cards):
+        raise InputError("BAD_CONFIG", f"Expected each card once in data.datasets, received {', '.join(cards)}.")
     sets = [_prepare_card(Path(path), data, jobs) for path in data.datasets]
+    _check_classes(sets)
     names = {tuple(shards.card.classes) for shards in sets}
     if len(names) > 1:
         raise InputError("BAD_CONFIG", f"Expected the same labels in all of data.datasets, received {sorted(names)}.")
@@ -70,6 +75,19 @@ def prepare(data: Data, jobs: int = -1) -> list[ShardSet]:
                     f" and {row['patient']} in card {shards.card.name}.",
                 )
     return sets
+
+
+def _check_classes(sets: Sequence[ShardSet]) -> None:
+    """Refuses a class that no mask of a card holds, which is a wrong value in the card more often than a rare organ."""
+    for shards in sets:
+        found = {label for row in shards.rows for label in row["classes"]}
+        for label, name in enumerate(shards.card.classes):
+            if label not in found:
+                raise InputError(
+                    "EMPTY_CLASS",
+                    f"Expected {name} in the masks of card {shards.card.name}, received none of its values"
+                    f" {shards.card.labels.get(name)} in {len(shards.rows)} volumes.",
+                )
 
 
 def split(data: Data, sets: Sequence[ShardSet]) -> Split:
@@ -94,7 +112,7 @@ def _prepare_card(path: Path, data: Data, jobs: int) -> ShardSet:
     scans = find_scans(card, root)
     made_by = {
         "format": SHARD_FORMAT,
-        "labels": card.labels,
+        "labels": list(card.labels.items()),  # their order numbers the classes
         "scanner": card.scanner,
         "axis": data.axis,
         "spacing_mm": data.spacing_mm,
@@ -123,7 +141,8 @@ def _finished_row(scan: Scan, folder: Path) -> dict[str, Any] | None:
 
     path = _shard_path(scan, folder)
     row = records.read_row(path) if path.exists() else None
-    return row if row is not None and row["sources"] == _sources(scan) else None
+    made_of = {"patient": scan.patient, "study": scan.study, "sources": _sources(scan)}
+    return row if row is not None and made_of.items() <= row.items() else None
 
 
 def _write_shard(scan: Scan, folder: Path, data: Data) -> dict[str, Any]:
@@ -136,7 +155,8 @@ def _write_shard(scan: Scan, folder: Path, data: Data) -> dict[str, Any]:
 
 
 def _shard_path(scan: Scan, folder: Path) -> Path:
-    return folder / f"{scan.patient}_{scan.study}.tfrecord"
+    # Escaped, so that no two scans share a name: quote() leaves no + in either part.
+    return folder / f"{quote(scan.patient, safe='')}+{quote(scan.study, safe='')}.tfrecord"
 
 
 def _sources(scan: Scan) -> list[str]:
@@ -160,13 +180,13 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data) -> Any:
     voxels = canonical.voxels.transpose(permutation)
     slice_mm, row_mm, column_mm = (canonical.spacing_mm[axis] for axis in permutation)
     spacing_mm = tf.constant([slice_mm, row_mm, column_mm], tf.float32)
-    intensities = tf.constant(voxels.astype(np.float32))
+    intensities = tf.constant(as_float32(voxels, image.source))
     statistics = preprocess.statistics(intensities)
     target = data.spacing_mm
 
     def labels(path: Path, values: Sequence[Sequence[int]] | None) -> Array:
         mask = read_volume(path)
-        _same_grid(image, mask)
+        check_same_grid(image, mask)
         found = mask.canonical().voxels.transpose(permutation)
         if values is not None:
             mapped = np.zeros(found.shape, np.uint8)
@@ -194,17 +214,6 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data) -> Any:
     )
 
 
-def _same_grid(image: Volume, mask: Volume, tolerance_mm: float = 0.01) -> None:
-    corner = np.array(image.shape) - 1
-    far = [0, 0, 0] if image.shape != mask.shape else np.abs(image.world_mm(corner) - mask.world_mm(corner))
-    if image.shape != mask.shape or max(np.max(far), np.abs(image.affine - mask.affine).max()) > tolerance_mm:
-        raise InputError(
-            "GEOMETRY_MISMATCH",
-            f"Expected the grid of {image.source} (shape {image.shape}), received another one (shape {mask.shape}) in"
-            f" {mask.source}.",
-        )
-
-
 def _file_sha256(path: Path) -> str:
     """sha256 of a file, or of the sorted contents of a folder of files."""
     if path.is_dir():
@@ -226,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=-1, help="processes (default: one a core)")
 
     def body(arguments: argparse.Namespace) -> None:
+        if arguments.jobs == 0 or arguments.jobs < -1:
+            raise InputError("BAD_ARGUMENT", f"Expected --jobs to be positive, or -1, received {arguments.jobs}.")
         experiment = load_experiment(arguments.cfg, arguments.set)
         for shards in prepare(experiment.data, arguments.jobs):
             print(f"{shards.card.name}: {len(shards.rows)} volumes in {shards.folder}")

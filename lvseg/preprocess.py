@@ -178,10 +178,19 @@ def neighbour_indices(slices: tf.Tensor, neighbours: int, count: tf.Tensor) -> t
     return tf.clip_by_value(slices[:, None] + tf.range(-neighbours, neighbours + 1)[None, :], 0, count - 1)
 
 
-def stack_neighbours(slices: tf.Tensor, neighbours: int) -> tf.Tensor:
-    """Stacks of neighbouring slices, any dtype [S, size, size, 2n+1], of slices [S, size, size]."""
+def stack_neighbours(slices: tf.Tensor, neighbours: int, chosen: tf.Tensor | None = None) -> tf.Tensor:
+    """Stacks of neighbouring slices.
+
+    Args:
+        slices: any dtype [S, size, size]; neighbours: n on each side.
+        chosen: int32 [B], the slices whose stacks are wanted; None for all.
+
+    Returns:
+        The same dtype [B, size, size, 2n+1].
+    """
     count = tf.shape(slices)[0]
-    stacks = tf.gather(slices, neighbour_indices(tf.range(count), neighbours, count))
+    chosen = tf.range(count) if chosen is None else chosen
+    stacks = tf.gather(slices, neighbour_indices(chosen, neighbours, count))
     return tf.transpose(stacks, [0, 2, 3, 1])
 
 

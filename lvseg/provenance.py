@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from lvseg import command
 from lvseg.config import Experiment
-from lvseg.keys import digest
+from lvseg.errors import InputError
+from lvseg.keys import digest, read_yaml
 from lvseg.split import Split
 
 if TYPE_CHECKING:
@@ -52,6 +53,23 @@ def manifest(
         },
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def check_unchanged(run: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a run that goes on: the new one, with the time the run was started.
+
+    Raises:
+        InputError: CHANGED_DATA if shards or split are no longer those that the run was started with.
+    """
+    old = read_yaml(run / "manifest.json")
+    for key, what in (("shards_sha256", "scans"), ("split_sha256", "split of patients")):
+        if old.get(key) != new[key]:
+            raise InputError(
+                "CHANGED_DATA",
+                f"Expected the {what} that the run was started with, received others than in {run / 'manifest.json'};"
+                " give the experiment another name.",
+            )
+    return {**new, "started": old.get("started")}
 
 
 def code_sha256() -> str:

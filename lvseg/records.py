@@ -68,9 +68,9 @@ class Slices(NamedTuple):
 
 
 def voxels_sha256(voxels: Array, spacing_mm: tuple[float, float, float]) -> str:
-    """Digest of a scan's canonical voxels, their type, shape and spacing; equal scans give equal digests."""
-    header = f"{voxels.dtype.str} {voxels.shape} {[round(mm, 4) for mm in spacing_mm]} "
-    return hashlib.sha256(header.encode() + np.ascontiguousarray(voxels).tobytes()).hexdigest()
+    """Digest of a scan's canonical voxels, shape and spacing; equal values give equal digests in any dtype."""
+    header = f"{voxels.shape} {[round(mm, 4) for mm in spacing_mm]} "
+    return hashlib.sha256(header.encode() + voxels.astype("<f8").tobytes(order="C")).hexdigest()
 
 
 def encode(volume: Harmonised) -> bytes:
@@ -85,6 +85,7 @@ def encode(volume: Harmonised) -> bytes:
         "dataset": _text(volume.dataset),
         "sources": _text(*volume.sources),
         "voxels_sha256": _text(volume.voxels_sha256),
+        "classes": tf.train.Feature(int64_list=tf.train.Int64List(value=np.unique(volume.mask))),
         "shape": tf.train.Feature(int64_list=tf.train.Int64List(value=volume.shape)),
         "size": tf.train.Feature(int64_list=tf.train.Int64List(value=[volume.image.shape[1]])),
         "spacing_mm": _floats(volume.spacing_mm),
@@ -177,6 +178,7 @@ def read_row(path: Path) -> dict[str, Any]:
         "shard_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "voxels_sha256": text("voxels_sha256"),
         "sources": [value.decode() for value in context["sources"].bytes_list.value],
+        "classes": list(context["classes"].int64_list.value),
         "shape": list(context["shape"].int64_list.value),
         "spacing_mm": [round(value, 6) for value in context["spacing_mm"].float_list.value],
         "minimum": context["minimum"].float_list.value[0],

@@ -9,7 +9,6 @@ resumed run equals one that was never stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import yaml
 from lvseg import command
 from lvseg.config import Experiment, load_experiment
 from lvseg.errors import InputError
-from lvseg.keys import changed_keys
+from lvseg.keys import changed_keys, read_yaml
 
 
 def train(experiment: Experiment) -> None:
@@ -38,11 +37,19 @@ def train(experiment: Experiment) -> None:
     from lvseg.fit import Fit
 
     sets = prepare.prepare(experiment.data)
+    for shards in sets:
+        if shards.card.task != experiment.task:
+            raise InputError(
+                "BAD_CONFIG",
+                f"Expected cards of the task {experiment.task}, received {shards.card.name} of {shards.card.task}.",
+            )
     split = prepare.split(experiment.data, sets)
-    _start(run, experiment)
-
     fit = Fit(experiment, sets, split, run)
     manifest = provenance.manifest(experiment, sets, split, fit.encoder_weights_sha256)
+    if _is_started(run):
+        manifest = provenance.check_unchanged(run, manifest)
+    with command.atomic(run / "config.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(experiment.model_dump(), sort_keys=False), encoding="utf-8")
     provenance.write(run, manifest)
     fit.run()
     card = fit.export(run / "model", manifest)
@@ -52,12 +59,17 @@ def train(experiment: Experiment) -> None:
     print(f"trained: {run} (model in {run / 'model'}, look with: tensorboard --logdir {run.parent})")
 
 
+def _is_started(run: Path) -> bool:
+    """Whether there is a checkpoint to go on from; until then another config may replace the first."""
+    return (run / "config.yaml").is_file() and (run / "checkpoints" / "checkpoint").is_file()
+
+
 def _is_finished(run: Path, experiment: Experiment) -> bool:
     """Whether the run is done; InputError CHANGED_CONFIG if it belongs to another config."""
-    path = run / "config.yaml"
-    if not path.is_file():
+    if not _is_started(run):
         return False
-    keys = changed_keys(yaml.safe_load(path.read_text(encoding="utf-8")), experiment.model_dump())
+    path = run / "config.yaml"
+    keys = changed_keys(read_yaml(path), experiment.model_dump())
     if keys:
         raise InputError(
             "CHANGED_CONFIG",
@@ -65,13 +77,7 @@ def _is_finished(run: Path, experiment: Experiment) -> bool:
             " give the experiment another name.",
         )
     manifest = run / "manifest.json"
-    return manifest.is_file() and bool(json.loads(manifest.read_text(encoding="utf-8")).get("finished"))
-
-
-def _start(run: Path, experiment: Experiment) -> None:
-    if not (run / "config.yaml").is_file():
-        with command.atomic(run / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(experiment.model_dump(), sort_keys=False), encoding="utf-8")
+    return manifest.is_file() and bool(read_yaml(manifest).get("finished"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -122,6 +122,34 @@ class Volume:
         return self.with_voxels(np.ascontiguousarray(own))
 
 
+def check_same_grid(image: Volume, mask: Volume, tolerance_mm: float = 0.01) -> None:
+    """Refuses a mask that does not lie voxel on voxel on its image, in whatever orientation either is stored.
+
+    Raises:
+        InputError: GEOMETRY_MISMATCH.
+    """
+    one, other = image.canonical(), mask.canonical()
+    corners = np.array(np.meshgrid(*((0, count - 1) for count in one.shape))).reshape(3, -1).T
+    if one.shape != other.shape or np.abs(one.world_mm(corners) - other.world_mm(corners)).max() > tolerance_mm:
+        raise InputError(
+            "GEOMETRY_MISMATCH",
+            f"Expected the grid of {image.source or 'the image'} (shape {one.shape}, canonical), received another one"
+            f" (shape {other.shape}) in {mask.source or 'the mask'}.",
+        )
+
+
+def as_float32(voxels: Array, name: str) -> npt.NDArray[np.float32]:
+    """The voxels as float32; InputError NONFINITE_VOXELS if one is, or becomes, no finite number."""
+    with np.errstate(over="ignore"):
+        values = voxels.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise InputError(
+            "NONFINITE_VOXELS",
+            f"Expected finite voxels below 3.4e38, received others in {name or 'the scan'}.",
+        )
+    return values
+
+
 def check_affine(affine: npt.NDArray[np.float64], name: str) -> None:
     """Refuses geometry that cannot be true.
 

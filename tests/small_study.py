@@ -29,7 +29,7 @@ EXPERIMENT = {
         "test_patients": ["a-001", "b-001"],
         "shuffle_slices": 16,
     },
-    "model": {"width": 4, "dropout": 0.1},
+    "model": {"width": 4, "dropout": 0.1, "encoder": None, "residual": False},
     "augment": {"elastic": {"sigma_px": 1.0, "grid": 4}},
     "train": {
         "steps": 300,
@@ -94,7 +94,7 @@ def write_card(folder: Path, dataset: str, **changes: object) -> Path:
     }
     (folder / "cards").mkdir(exist_ok=True)
     path = folder / "cards" / f"{dataset}.yaml"
-    path.write_text(yaml.safe_dump({**card, **changes}))
+    path.write_text(yaml.safe_dump({**card, **changes}, sort_keys=False))
     return path
 
 

@@ -23,7 +23,9 @@ def test_the_reports_numbers_are_the_defaults(tmp_path):
     data, model, train = experiment.data, experiment.model, experiment.train
     assert (data.size, data.neighbours, data.folds, data.test_fraction) == (256, 1, 10, 0.11)
     assert data.spacing_mm == [1.75, 1.75]
-    assert (model.width, model.dropout) == (64, 0.5)
+    assert (model.width, model.dropout, model.encoder, model.residual) == (64, 0.5, "vgg11", True)
+    assert experiment.augment.elastic is not None
+    assert (experiment.augment.elastic.sigma_px, experiment.augment.elastic.grid) == (8.0, 8)
     assert (train.steps, train.batch_size, train.learning_rate, train.loss) == (100_000, 1, 1e-4, "cross_entropy")
     assert (train.beta_1, train.beta_2) == (0.9, 0.999)
 
@@ -50,11 +52,14 @@ def test_the_volume_experiment_has_all_four_methods_of_the_report():
         ({"train": {"lerning_rate": 0.1}}, ("train.lerning_rate", "did you mean learning_rate?")),
         ({"augment": {"elastic": {"sigma": 3.0}}}, ("augment.elastic.sigma", "did you mean sigma_px?")),
         ({"optimiser": 1}, ("optimiser", "expected one of task, name")),
+        ({"lerning_rate": 0.1}, ("lerning_rate", "did you mean train.learning_rate?")),
+        ({"train": {"learning_rate": float("inf")}}, ("train.learning_rate", "finite")),
+        ({"data": {"datasets": []}}, ("data.datasets to have at least 1 item",)),
         ({"train": {"steps": "many"}}, ("train.steps", "integer", "'many'")),
         ({"train": {"steps": 2.5}}, ("train.steps", "integer", "2.5")),
         ({"train": {"deterministic": 1}}, ("train.deterministic", "boolean")),
         ({"train": {"loss": "hinge"}}, ("train.loss", "cross_entropy", "hinge")),
-        ({"data": {"datasets": ["x"], "size": 200}}, ("data.size", "16", "200")),
+        ({"data": {"datasets": ["x"], "size": 200}}, ("data.size", "32", "200")),
         ({"data": {"datasets": ["x"], "fold": 10}}, ("fold=10", "folds=10")),
         ({"data": {"datasets": ["x"], "clip_percentiles": [0.25, 99]}}, ("clip_percentiles", "0.25")),
         ({"data": {"datasets": ["x"], "clip_percentiles": [99.0, 1.0]}}, ("clip_percentiles",)),
@@ -80,7 +85,9 @@ def test_a_number_that_yaml_reads_as_text_is_explained(tmp_path):
         load_experiment(path)
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- list\n", "", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["a: [1", "- list\n", "", "\x00", "name: 2020-13-45", "[" * 5000, "a: 1\na: 2\n", "? [x]\n: 1"]
+)
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     with pytest.raises(InputError, match=r"experiment\.yaml"):
         load_experiment(write(tmp_path, text))
@@ -97,9 +104,10 @@ def test_set_overrides_any_key_and_is_checked(tmp_path):
     experiment = load_experiment(path, ["train.steps=7", "augment.elastic.sigma_px=2.0", "data.fold=3"])
     assert (experiment.train.steps, experiment.augment.elastic.sigma_px, experiment.data.fold) == (7, 2.0, 3)
     assert experiment.run_folder == Path("runs/volume/best-fold3")
-    for wrong in ("train.stepz=7", "train.steps", "name.x=1"):
-        with pytest.raises(InputError):
+    for wrong in ("train.stepz=7", "train.steps", "name.x=1", ".=1", "data.size=[", "a=b: c: d", "x=!!python/none"):
+        with pytest.raises(InputError) as error:
             load_experiment(path, [wrong])
+        assert f"--set {wrong}" in error.value.sentence and "\n" not in error.value.sentence
 
 
 def test_changed_keys_are_named_dotted_and_digest_ignores_order():

@@ -51,7 +51,7 @@ def working_in(folder):
 def test_the_demo_goes_from_simulated_patients_to_served_masks_that_agree(tmp_path):
     small_demo(tmp_path)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "experiments/demo.py")],
+        [sys.executable, str(ROOT / "experiments/demo.py"), "--least-dice", "0", "--most-error", "1000"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -60,6 +60,48 @@ def test_filters_double_at_each_pooling_and_every_layer_is_named():
     assert model.get_layer("enc5_conv2").output.shape[1:3] == (4, 4)
 
 
+@pytest.mark.parametrize("encoder", [None, "vgg11"])
+def test_every_decoder_block_gets_the_encoder_block_of_its_level(encoder):
+    """With the way up silenced, each level's answer still changes with its own encoder block."""
+    model = unet(64, 1, 2, 4, encoder, dropout=0.0)
+    rng = np.random.default_rng(0)
+    stacks, seeds = rng.normal(size=(1, 64, 64, 1)).astype(np.float32), np.zeros((1, 2), np.int64)
+    last = {None: "relu2", "vgg11": "relu1"}[encoder]
+    levels = 4 if encoder is None else 5
+    for level in range(1, levels + 1):
+        up = model.get_layer(f"dec{level}_up")
+        kept = up.get_weights()
+        up.set_weights([np.zeros_like(weights) for weights in kept])
+        numbers = [layer.name for layer in model.layers if layer.name.startswith(f"enc{level}_relu")]
+        bridge = keras.Model(model.inputs, model.get_layer(f"dec{level}_bridge").output)([stacks, seeds]).numpy()
+        block = keras.Model(model.inputs, model.get_layer(sorted(numbers)[-1]).output)([stacks, seeds]).numpy()
+        np.testing.assert_array_equal(bridge[..., : block.shape[-1]], block)
+        assert not bridge[..., block.shape[-1] :].any()
+        assert model.get_layer(f"dec{level}_{last}").output.shape[1] == 64 // 2 ** (level - 1)
+        up.set_weights(kept)
+
+
+@pytest.mark.parametrize(("encoder", "deepest"), [(None, {"enc4", "enc5"}), ("vgg11", {"enc5", "enc6"})])
+def test_dropout_is_in_the_two_deepest_blocks(encoder, deepest):
+    layers = [layer for layer in unet(32, 1, 2, 2, encoder).layers if isinstance(layer, StatelessDropout)]
+    assert {layer.name.split("_")[0] for layer in layers} == deepest
+    assert {layer.rate for layer in layers} == {0.5} and len({layer.stream for layer in layers}) == 2
+
+
+def test_short_skips_are_over_every_block_but_the_first():
+    names = {layer.name for layer in unet(32, 1, 2, 2, residual=True).layers if layer.name.endswith("_short")}
+    assert names == {f"enc{level}_short" for level in range(2, 6)} | {f"dec{level}_short" for level in range(1, 5)}
+    assert not [layer for layer in unet(32, 1, 2, 2).layers if layer.name.endswith("_short")]
+
+
+def test_the_ternausnet_decoder_has_a_relu_after_each_transposed_convolution():
+    model = unet(64, 1, 2, 4, "vgg11")
+    out = keras.Model(model.inputs, [model.get_layer(f"dec{level}_up").output for level in range(1, 6)])
+    stacks = np.random.default_rng(0).normal(size=(1, 64, 64, 1)).astype(np.float32)
+    for values in out([stacks, np.zeros((1, 2), np.int64)]):
+        assert values.numpy().min() == 0.0 and values.numpy().max() > 0
+
+
 def test_short_skips_carry_the_input_over_a_block():
     model = unet(32, 1, 2, 2, residual=True, dropout=0.0)
     for name in ("enc2_conv1", "enc2_conv2"):

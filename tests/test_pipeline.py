@@ -52,6 +52,13 @@ def test_an_epoch_has_every_slice_once_and_epochs_differ(shards):
     assert first != second and first != expected
 
 
+def test_slices_are_shuffled_beyond_the_interleaving_of_patients(shards):
+    one_volume = pipeline.training_batches(shards[0][4:], 7, READING, 0, 7, 7, 0).take(6)
+    orders = [values(samples) for samples in one_volume]
+    assert all(sorted(order) == list(range(400, 407)) for order in orders)
+    assert sum(order == sorted(order) for order in orders) <= 1 and len(set(map(tuple, orders))) > 3
+
+
 def test_the_order_follows_from_the_seed(shards):
     def take(seed):
         return [values(samples) for samples in batches(shards, seed=seed).take(8)]

@@ -11,7 +11,7 @@ import tensorflow as tf
 from bad_files import bad_scans
 from small_study import command, scan
 
-from lvseg import metrics, predict, preprocess
+from lvseg import metrics, pipeline, predict, preprocess, records
 from lvseg.errors import InputError
 from lvseg.export import export_model, publish, weights_sha256
 from lvseg.formats import read_volume, write_volume
@@ -168,9 +168,44 @@ def test_every_normalisation_travels_inside_the_model(model, tmp_path, normalisa
         assert slices.min() >= 0 and slices.max() <= 1 and slices.std() > 0.05
 
 
+@pytest.mark.parametrize("clip", [None, [1.0, 95.0]])
+@pytest.mark.parametrize("normalisation", ["none", "slice", "patient", "global"])
+def test_training_sees_what_serving_sees(model, tmp_path, normalisation, clip):
+    """The pipeline's stacks of a shard are those of the exported `prepare`, padding and bright minimum included."""
+    voxels = VOXELS + np.float32(300) + 20 * np.arange(11, dtype=np.float32)[:, None, None]
+    bounds = [250.0, 480.0] if normalisation == "global" else None
+    export_model(model, card(normalisation=normalisation, clip_percentiles=clip, global_bounds=bounds), tmp_path / "1")
+    prepare = tf.saved_model.load(str(tmp_path / "1")).signatures["prepare"]
+    served = preprocess.stack_neighbours(prepare(voxels=tf.constant(voxels), spacing_mm=SPACING_MM)["slices"], 1)
+
+    statistics = preprocess.statistics(tf.constant(voxels))
+    image = preprocess.harmonise(tf.constant(voxels), SPACING_MM, (4.0, 3.0), 32, statistics.minimum).numpy()
+    shard = records.Harmonised("p", "1", "s", "d", (), "", voxels.shape, (5.0, 2.5, 2.0), statistics, image,
+                               np.zeros(image.shape, np.uint8), None)  # fmt: skip
+    records.write_shard(shard, tmp_path / "one.tfrecord")
+    reading = pipeline.Reading(32, 1, normalisation, clip, bounds)
+    (samples,) = pipeline.volume_samples(tf.constant(str(tmp_path / "one.tfrecord")), reading)
+    trained_on = pipeline.intensities(samples, normalisation)
+    np.testing.assert_allclose(trained_on, served, atol=1e-4 * np.ptp(served))
+
+
 def test_unknown_normalisation_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="z_score"):
         export_model(model, card(normalisation="z_score"), tmp_path / "1")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "word"),
+    [
+        ({"slice_distance_source": "SliceThickness"}, "SliceThickness"),
+        ({"directions": "assumed LPS identity"}, "assumed"),
+    ],
+)
+def test_geometry_that_was_not_read_but_assumed_is_flagged(exported, metadata, word):
+    affine = np.array([[0, 0, 2.0, 0], [0, 2.5, 0, 0], [5.0, 0, 0, 0], [0, 0, 0, 1]])
+    flags = Segmenter(exported).segment(Volume(VOXELS, affine, metadata=metadata)).measurements["flags"]
+    assert any(word in flag for flag in flags)
+    assert not any(word in flag for flag in Segmenter(exported).segment(Volume(VOXELS, affine)).measurements["flags"])
 
 
 def test_what_the_crop_cuts_off_is_background_and_said(exported):
@@ -187,7 +222,11 @@ def test_what_the_crop_cuts_off_is_background_and_said(exported):
 
 @pytest.mark.parametrize(
     ("voxels", "code"),
-    [(np.full((3, 8, 8), 7), "EMPTY_IMAGE"), (np.array([[[1.0, np.nan]]]), "NONFINITE_VOXELS")],
+    [
+        (np.full((3, 8, 8), 7), "EMPTY_IMAGE"),
+        (np.array([[[1.0, np.nan]]]), "NONFINITE_VOXELS"),
+        (np.array([[[1.0, 1e39]]]), "NONFINITE_VOXELS"),
+    ],
 )
 def test_scans_without_an_image_are_refused(exported, voxels, code):
     with pytest.raises(InputError) as error:
@@ -221,7 +260,13 @@ def test_damaged_models_are_refused_by_name(exported, tmp_path):
     (damage("no-card") / "model.json").unlink()
     (damage("bad-graph") / "saved_model.pb").write_bytes(b"nonsense")
     next((damage("no-weights") / "variables").glob("*.data*")).unlink()
-    for name in ("no-card", "bad-graph", "no-weights", "missing"):
+    data = next((damage("cut-weights") / "variables").glob("*.data*"))
+    data.write_bytes(data.read_bytes()[:100])
+    for name, text in (("empty-card", "{}"), ("list-card", "[]"), ("text-card", "no json")):
+        (damage(name) / "model.json").write_text(text)
+    (tmp_path / "no-version" / "²").mkdir(parents=True)
+    damaged = ("no-card", "bad-graph", "no-weights", "cut-weights", "empty-card", "list-card", "text-card")
+    for name in (*damaged, "no-version", "missing"):
         with pytest.raises(InputError, match=name) as error:
             Segmenter(tmp_path / name)
         assert error.value.code == "MODEL_UNAVAILABLE"
@@ -268,13 +313,30 @@ def test_bad_scans_get_one_sentence_that_names_the_file_and_exit_code_2(exported
     ("arguments", "word"),
     [
         (["a.nii.gz", "b.nii.gz", "-o", "one.vtk"], "one.vtk"),
-        (["x/a.nii.gz", "y/a.nii.gz", "-o", "out"], "a.vtk"),
+        (["a.nii.gz", "x/a.nii.gz", "-o", "out"], "a.vtk"),
         (["a.nii.gz", "-o", "liver.png"], "liver.png"),
+        (["a.nii.gz", "-o", "a.nii.gz"], "scan's own"),
+        (["a.nii.gz", "-o", ".", "--format", "nii.gz"], "scan's own"),
+        (["a.nii.gz", "-o", "liver.vtk", "--json", "x/../a.nii.gz"], "scan's own"),
+        (["a.nii.gz", "-o", "liver.vtk", "--json", "liver.vtk"], "twice"),
+        (["a.nii.gz", "-o", "liver.vtk", "--json", "liver.vtk.json"], "twice"),
+        (["a.nii.gz", "-o", "liver.vtk", "--json", "x"], "folder x"),
+        (["a.nii.gz", "-o", "liver.vtk", "--format", "nii.gz"], "--format"),
+        (["a.nii.gz", "-o", "b.nii.gz/liver.vtk"], "b.nii.gz"),
+        (["a.nii.gz", "-o", f"{'long' * 80}.vtk"], "long"),
+        ([f"{'long' * 80}.nii.gz", "-o", "liver.vtk"], "long"),
     ],
 )
-def test_outputs_that_cannot_be_are_refused(exported, arguments, word, capsys):
+def test_outputs_that_cannot_be_are_refused_and_scans_stay(exported, tmp_path, monkeypatch, arguments, word, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    for name in ("a.nii.gz", "b.nii.gz", "x/a.nii.gz"):
+        write_volume(scan("a", 0)[0], tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.nii.gz")}
     assert predict.main(["--model", str(exported), *arguments]) == 2
-    assert word in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert word in said and "Traceback" not in said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.nii.gz")} == before
 
 
 def test_a_real_series_goes_through_and_keeps_its_place(exported, tmp_path, real_data):

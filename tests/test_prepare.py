@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from lvseg.cards import find_scans, load_card
 from lvseg.config import Data
 from lvseg.errors import InputError
 from lvseg.formats import read_volume, write_volume
+from lvseg.volume import Volume, check_same_grid
 
 
 def data(**changes):
@@ -110,6 +112,110 @@ def test_a_mask_on_another_grid_is_refused(own_study):
     assert error.value.code == "GEOMETRY_MISMATCH"
 
 
+def test_a_mask_stored_in_another_orientation_is_the_same_mask(own_study):
+    before = prepare.prepare(data(), jobs=1)[0]
+    _, mask = scan("a", 1)
+    turned = mask.voxels.transpose(2, 0, 1)[::-1] * 7
+    affine = mask.affine[:, [2, 0, 1, 3]] @ np.diag([-1, 1, 1, 1.0])
+    affine[:, 3] = mask.affine @ [0, 0, mask.shape[2] - 1, 1]
+    write_volume(Volume(turned, affine), own_study / "raw/a/a-001/organs.nii.gz")
+    after = prepare.prepare(data(), jobs=1)[0]
+    masks = []
+    for shards, row in ((before, before.rows[1]), (after, after.rows[1])):
+        serialised = next(iter(tf.data.TFRecordDataset(str(shards.folder / row["file"]))))
+        masks.append(records.decode(serialised, 32).mask.numpy())
+    np.testing.assert_array_equal(*masks)
+    assert before.rows[1]["sources"] != after.rows[1]["sources"]
+
+
+def test_a_real_series_and_its_labels_in_another_orientation_lie_on_one_grid(real_data):
+    check_same_grid(
+        read_volume(real_data / "ct_dicom_series"), read_volume(real_data / "ct_dicom_series_organs.nii.gz")
+    )
+
+
+def test_statistics_and_fill_are_the_scans_own(own_study):
+    """A bright scan, padded: what lies outside has its minimum, and the statistics do not know the padding."""
+    image, _ = scan("a", 0)
+    bright = image.with_voxels(image.voxels + np.int16(500))
+    write_volume(bright, own_study / "raw/a/a-000/image.nii.gz")
+    shards = prepare.prepare(data(spacing_mm=[6.0, 6.0]), jobs=1)[0]
+    read = records.decode(next(iter(tf.data.TFRecordDataset(str(shards.folder / shards.rows[0]["file"])))), 32)
+    np.testing.assert_allclose(
+        read.statistics.percentiles, np.percentile(bright.voxels, np.arange(1001) / 10), rtol=1e-5
+    )
+    corner = float(read.image[0, 0, 0]) * float(read.slope) + float(read.intercept)
+    assert corner == pytest.approx(bright.voxels.min(), abs=0.1) and corner > 400
+
+
+def test_only_the_cards_values_become_labels_in_its_order(own_study):
+    _, mask = scan("a", 2)
+    two = mask.voxels * 7
+    two[mask.canonical().voxels.shape[0] // 2, 2:6, 2:6] = 3
+    two[0, :4, :4] = 99
+    write_volume(mask.with_voxels(two), own_study / "raw/a/a-002/organs.nii.gz")
+    folders = []
+    for labels, expected in (({"organ": [7], "other": [3]}, (7, 3)), ({"other": [3], "organ": [7]}, (3, 7))):
+        write_card(own_study, "a", labels=labels)
+        shards = prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)[0]
+        folders.append(shards.folder)
+        read = records.decode(next(iter(tf.data.TFRecordDataset(str(shards.folder / shards.rows[2]["file"])))), 32)
+        remapped = sum((two == value) * np.uint8(label) for label, value in enumerate(expected, start=1))
+        canonical = mask.with_voxels(remapped.astype(np.uint8)).canonical()
+        wanted = preprocess.harmonise_labels(
+            tf.constant(np.ascontiguousarray(canonical.voxels)), tf.constant(canonical.spacing_mm, tf.float32),
+            (4.0, 4.0), 32, 3,
+        )  # fmt: skip
+        np.testing.assert_array_equal(read.mask, wanted)
+    assert len(set(folders)) == 2
+
+
+def test_tissues_come_from_their_own_file(own_study):
+    for number in range(PATIENTS):
+        _, mask = scan("a", number)
+        write_volume(mask.with_voxels(mask.voxels * 5 + 1), own_study / f"raw/a/a-{number:03d}/tissues.nii.gz")
+    write_card(own_study, "a", tissues="{patient}/tissues.nii.gz")
+    shards = prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)[0]
+    serialised = next(iter(tf.data.TFRecordDataset(str(shards.folder / shards.rows[0]["file"])))).numpy()
+    lists = tf.train.SequenceExample.FromString(serialised).feature_lists.feature_list
+    planes = [zlib.decompress(feature.bytes_list.value[0]) for feature in lists["tissues"].feature]
+    found = np.unique(np.frombuffer(b"".join(planes), np.uint8))
+    np.testing.assert_array_equal(found, [0, 1, 6])  # outside, and the two tissues
+
+
+def test_a_class_that_no_mask_holds_is_refused(own_study):
+    write_card(own_study, "a", labels={"organ": [9]})
+    with pytest.raises(InputError, match="organ") as error:
+        prepare.prepare(data(), jobs=1)
+    assert error.value.code == "EMPTY_CLASS"
+
+
+def test_patients_and_studies_never_share_a_shard(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [("p", "1_2"), ("p_1", "2"), ("p", "1+2"), ("p+1", "2"), ("p%2B1", "2")]
+    for number, (patient, study) in enumerate(names):
+        image, mask = scan("a", number)
+        folder = tmp_path / "raw" / patient / study
+        folder.mkdir(parents=True)
+        write_volume(image, folder / "image.nii.gz")
+        write_volume(mask, folder / "mask.nii.gz")
+    write_card(
+        tmp_path, "a", root="../raw", image="{patient}/{study}/image.nii.gz", mask="{patient}/{study}/mask.nii.gz",
+        labels={"organ": [1]},
+    )  # fmt: skip
+    shards = prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)[0]
+    assert len({row["file"] for row in shards.rows}) == len(names)
+    for row in shards.rows:
+        assert records.read_row(shards.folder / row["file"]) == row
+
+
+def test_one_card_twice_is_refused(own_study):
+    write_card(own_study, "b", name="set_a")
+    for datasets in (["cards/a.yaml", "cards/a.yaml"], ["cards/a.yaml", "cards/b.yaml"]):
+        with pytest.raises(InputError, match="set_a"):
+            prepare.prepare(data(datasets=datasets), jobs=1)
+
+
 @pytest.mark.parametrize("axis", ["coronal", "sagittal"])
 def test_slices_along_another_axis_are_a_permutation_of_the_canonical_scan(in_study, axis):
     shards = prepare.prepare(data(axis=axis, shards=f"shards-{axis}"), jobs=1)[0]
@@ -127,6 +233,10 @@ def test_slices_along_another_axis_are_a_permutation_of_the_canonical_scan(in_st
         ({"image": "scans/*.nii.gz"}, ("image", "{patient}")),
         ({"labels": {"organ": 7}}, ("labels.organ", "list")),
         ({"labels": {"organ": [0]}}, ("labels.organ",)),
+        ({"labels": {"organ": [7], "other": [7]}}, ("labels",)),
+        ({"labels": {"background": [7]}}, ("background",)),
+        ({"image": "/abs/{patient}.nii.gz"}, ("image", "below root")),
+        ({"mask": "{patient}/{organs.nii.gz"}, ("mask",)),
         ({"license": "x"}, ("license", "did you mean licence?")),
     ],
 )
@@ -180,6 +290,7 @@ def test_the_command_says_what_it_made_and_bad_input_exits_2(own_study):
     config = yaml.safe_load((own_study / "experiment.yaml").read_text())
     config["train"]["lerning_rate"] = config["train"].pop("learning_rate")
     (own_study / "wrong.yaml").write_text(yaml.safe_dump(config))
+    assert command(own_study, "lvseg.prepare", "--cfg", "experiment.yaml", "--jobs", 0).returncode == 2
     bad = command(own_study, "lvseg.prepare", "--cfg", "wrong.yaml")
     assert bad.returncode == 2
     assert bad.stderr.strip().splitlines() == [bad.stderr.strip()] and "did you mean learning_rate?" in bad.stderr

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ import yaml
 from small_study import EXPERIMENT, ROOT, command, scan
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lvseg import biomarkers, metrics, prepare
+from lvseg import augment, biomarkers, metrics, pipeline, prepare
 from lvseg.config import load_experiment
+from lvseg.evaluate import evaluate_run
 from lvseg.fit import Fit
 from lvseg.formats import read_volume
 from lvseg.predict import Segmenter
@@ -119,6 +121,10 @@ def test_killed_and_interrupted_training_ends_with_the_weights_of_an_unbroken_on
     folder = tmp_path / "study"
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
     assert stop_at_checkpoint(folder, 50, signal.SIGKILL) == -signal.SIGKILL
+    (folder / "raw/a/a-009").rename(folder / "a-009")
+    other_data = command(folder, "lvseg.train", "--cfg", "experiment.yaml")
+    assert other_data.returncode == 2 and "scans that the run was started with" in other_data.stderr
+    (folder / "a-009").rename(folder / "raw/a/a-009")
     assert stop_at_checkpoint(folder, 200, signal.SIGTERM) == 1
     done = command(folder, "lvseg.train", "--cfg", "experiment.yaml")
     assert done.returncode == 0 and "going on from step" in done.stdout
@@ -128,9 +134,11 @@ def test_killed_and_interrupted_training_ends_with_the_weights_of_an_unbroken_on
         for name in unbroken.files:
             np.testing.assert_array_equal(unbroken[name], broken[name])
     for one, other in zip(rows(trained / "metrics.csv"), rows(resumed / "metrics.csv"), strict=True):
-        assert (one["step"], one["validation_dice"]) == (other["step"], other["validation_dice"])
+        for column in ("step", "loss", "dice", "validation_dice", "learning_rate"):
+            assert one[column] == other[column]
     last = [tf.train.load_checkpoint(str(run / "checkpoints/ckpt-300")) for run in (trained, resumed)]
-    names = [name for name in last[0].get_variable_to_shape_map() if not name.startswith("_CHECKPOINTABLE")]
+    bookkeeping = ("_CHECKPOINTABLE", "save_counter")  # how often it was saved may differ
+    names = [name for name in last[0].get_variable_to_shape_map() if not name.startswith(bookkeeping)]
     assert len(names) > 100  # weights and the optimiser's moments
     for name in names:
         np.testing.assert_array_equal(last[0].get_tensor(name), last[1].get_tensor(name))
@@ -161,6 +169,30 @@ def test_evaluation_measures_the_test_patients_on_their_own_grids(trained, study
     for number, scanner in enumerate("ab"):
         part = summary["by_scanner"][scanner]
         assert part["patients"] == 1 and part["dice"]["mean"] == pytest.approx(float(report[number]["dice"]))
+        assert part["volume_ml"]["bias"] == pytest.approx(errors[number], abs=0.01)
+
+
+def test_the_overlay_shows_the_scan_the_answer_and_the_truth(trained, in_study, monkeypatch):
+    shown = {}
+
+    def note(image, predicted, true, path, title):
+        shown[path.stem] = (image, predicted, true, title)
+
+    monkeypatch.setattr("lvseg.figures.overlay_figure", note)
+    shutil.copytree(trained / "report", in_study / "kept")
+    try:
+        evaluate_run(Path("runs/volume/small-fold0"), "test")
+    finally:
+        shutil.rmtree(trained / "report")
+        (in_study / "kept").rename(trained / "report")
+    segmenter = Segmenter(trained / "model")
+    for scanner in "ab":
+        image, predicted, true, title = shown[f"overlay_{scanner}"]
+        own, truth = scan(scanner, 1)
+        np.testing.assert_array_equal(image.voxels, own.canonical().voxels)
+        np.testing.assert_array_equal(true.voxels, truth.canonical().voxels)
+        np.testing.assert_array_equal(predicted.voxels, segmenter.segment(own).mask.canonical().voxels)
+        assert f"{scanner}-001" in title
 
 
 def test_an_untrained_run_is_refused(study, tmp_path):
@@ -169,7 +201,11 @@ def test_an_untrained_run_is_refused(study, tmp_path):
         assert done.returncode == 2 and str(run) in done.stderr
 
 
-def test_training_opens_no_shard_of_a_test_patient(in_study, tmp_path):
+def test_training_opens_no_shard_of_a_test_patient(in_study, tmp_path, monkeypatch):
+    seen, bounds = [], pipeline.training_bounds
+    monkeypatch.setattr(
+        pipeline, "training_bounds", lambda files, *others: seen.append(files) or bounds(files, *others)
+    )
     experiment = load_experiment(in_study / "experiment.yaml")
     sets = prepare.prepare(experiment.data, jobs=1)
     split = prepare.split(experiment.data, sets)
@@ -178,6 +214,83 @@ def test_training_opens_no_shard_of_a_test_patient(in_study, tmp_path):
     opened = [path.name for path in [*fit.files, *(path for _, path in fit.validation)]]
     assert len(opened) == len(set(opened)) == 18
     assert not [name for name in opened if "-001" in name]
+    trained_on = {path.name.split("+")[0] for path in fit.files}
+    assert trained_on == set(split.train) and seen == [fit.files]  # constants come from training patients alone
+
+
+@pytest.fixture
+def fit(in_study, tmp_path):
+    """A training loop that has not begun, on the small study, with a run folder of its own."""
+    overrides = ["train.deterministic=false", "train.steps=4", "train.validate_every=4", "train.checkpoint_every=2"]
+    experiment = load_experiment(in_study / "experiment.yaml", overrides)
+    sets = prepare.prepare(experiment.data, jobs=1)
+    split = prepare.split(experiment.data, sets)
+
+    def make():
+        return Fit(experiment, sets, split, tmp_path / "run")
+
+    return make
+
+
+def test_a_step_deforms_drops_out_and_draws_anew_by_step_and_sample(fit):
+    one = fit()
+    batches = list(one._batches(0).take(2))
+    drawn, calls, kept = [], [], one.logits
+
+    def elastic(stack, mask, seeds, sigma_px, grid):
+        drawn.append((seeds.numpy(), sigma_px, grid))
+        return stack + 1000.0, tf.ones_like(mask)
+
+    def logits(inputs, training):
+        calls.append((inputs[0].numpy(), inputs[1].numpy(), training))
+        return kept(inputs, training=training)
+
+    one.elastic, one.logits = elastic, logits
+    before = [variable.numpy() for variable in one.model.trainable_variables]
+    for samples in batches:
+        one._train_step(samples)
+    for step, (seeds, sigma_px, grid) in enumerate(drawn):
+        np.testing.assert_array_equal(seeds, augment.sample_seeds(3, augment.ELASTIC_STREAM, step, tf.range(4)))
+        assert (sigma_px, grid) == (1.0, 4)
+        stacks, dropout_seeds, training = calls[step]
+        assert training and (dropout_seeds == seeds).all()
+        moved = batches[step]._replace(stack=tf.cast(batches[step].stack, tf.float32) + 1000.0)
+        np.testing.assert_allclose(stacks, pipeline.intensities(moved, "none"), rtol=1e-5)
+    assert len(drawn) == 2 and int(one.step) == 2
+    count, _, positives, wrong, missed = one.sums.numpy()
+    assert count == 2 and positives + missed == 2 * 4 * 32 * 32  # the deformed mask is the truth: all foreground here
+    assert positives + wrong + missed <= 2 * 4 * 32 * 32
+    after = [variable.numpy() for variable in one.model.trainable_variables]
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+
+
+def test_the_best_weights_are_kept_and_exported_not_the_last(fit, tmp_path):
+    one = fit()
+    best = [weights.copy() for weights in one.model.get_weights()]
+    one.infer = lambda part: part.mask[..., 0]
+    assert one._validate(2) == 1.0
+    one.model.set_weights([weights + 0.5 for weights in best])
+    one.infer = lambda part: tf.zeros_like(part.mask[..., 0])
+    assert one._validate(4) < 0.5
+    card = one.export(tmp_path / "model", {})
+    assert card["measured"]["validation_dice"] == 1.0
+    stacks = tf.random.stateless_uniform([8, 32, 32, 3], [1, 2]) * 200
+    infer = Segmenter(tmp_path / "model")._infer(stacks=stacks)["probabilities"]
+    one.model.set_weights(best)
+    np.testing.assert_allclose(infer, one.model([stacks, tf.zeros([8, 2], tf.int64)]), atol=1e-5)
+
+
+def test_a_validation_that_was_interrupted_is_made_up_for(fit, monkeypatch):
+    stopped = fit()
+    monkeypatch.setattr(stopped, "_validate", lambda number: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    resumed = fit()
+    assert int(resumed.step) == 2  # the checkpoint before the validation, not one that claims it done
+    resumed.run()
+    assert [int(row["step"]) for row in rows(resumed.run_folder / "metrics.csv")] == [4]
+    assert resumed.best_weights.is_file()
+    assert int(fit().step) == 4
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(study, tmp_path):
@@ -222,5 +335,5 @@ def test_the_pretrained_encoder_trains_without_weights_only_when_told(study, tmp
     )
     assert refused.returncode == 2 and "model.encoder_weights" in refused.stderr
     done = command(folder, "lvseg.train", "--cfg", "experiment.yaml", *vgg, "--set", "model.encoder_weights=none",
-                   "--set", "name=vgg", "--set", "train.validate_every=2")  # fmt: skip
+                   "--set", "train.validate_every=2")  # fmt: skip
     assert done.returncode == 0, done.stderr
