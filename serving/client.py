@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import re
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -39,6 +42,8 @@ FETCHES_AHEAD = 8
 PLAIN_LINE_EVERY_S = 2.0
 ZSTD_LEVEL = 1  # packs faster than a network of 1 Gbit/s carries
 PIECE_BYTES = 1024 * 1024
+PORT_MAX = 65535
+SIDECAR_FORMAT, SIDECAR_LIMIT_BYTES = "lvseg 1", 64 * 1024  # what a server writes beside an oblique .vtk
 SPOOL_BYTES = 64 * 1024 * 1024  # an upload up to this size waits in memory, a larger one in a temporary file
 
 EXAMPLE = """examples:
@@ -88,7 +93,7 @@ class Refused(ClientError):
             return members[number - 1] if 1 <= number <= len(members) else match[0]
 
         sentence = re.sub(r"\b([0-9]{6})\.(?:bin|dcm|ima)\b", local, error.text)
-        if error.code == "NOT_FOUND":
+        if (error.code, error.fault) == ("NOT_FOUND", "access"):  # the readers have a code of that name, too
             sentence = (
                 f"Expected the server at {server} to know the job, received '{sentence}' (it was restarted, or gave the"
                 " job up; send the scan again)."
@@ -135,17 +140,17 @@ def package(scan: Path) -> Package:
     Raises:
         ClientError: NOT_FOUND, NOT_READABLE or INPUT_TRUNCATED, exit code 2.
     """
-    name = protocol.clean_name(scan.name or scan.resolve().name)
+    name = _name(scan)
     with _reading(scan):
+        members = _files(scan)
         if scan.is_dir():
-            members = _members(scan)
             names = tuple(str(path.relative_to(scan)) for path in members)
             with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as archive:
                 _zip(members, archive)
                 archive.seek(0)
                 return _packed(name, "series", archive, names)
         with scan.open("rb") as content:
-            if name.lower().endswith(".gz"):
+            if _is_sent_unchanged(scan):
                 return _unchanged(name, content)
             return _packed(name, "file", content)
 
@@ -157,12 +162,58 @@ def check_readable(scan: Path) -> None:
         ClientError: NOT_FOUND, NOT_READABLE or INPUT_TRUNCATED, exit code 2.
     """
     with _reading(scan):
-        for path in _members(scan) if scan.is_dir() else [scan]:
+        for path in _files(scan):
             with path.open("rb") as file:
                 if path == scan and not file.read(1):
                     raise ClientError(
                         "INPUT_TRUNCATED", f"Expected a scan, received no bytes in {scan}.", EXIT_BAD_INPUT
                     )
+
+
+def check_outputs(scans: Sequence[Path], outputs: Sequence[Path], report: Path | None = None) -> None:
+    """Finds out, before a server is asked, whether the outputs can be written without harm to a scan or to each other.
+
+    Args:
+        scans: files or folders.
+        outputs: the mask of each; a .vtk may bring a .vtk.json.
+        report: a file for the measurements.
+
+    Raises:
+        ClientError: BAD_OUTPUT, exit code 2.
+    """
+    sources = [(scan, _place(scan)) for scan in scans]
+    sidecars = [_sidecar(out) for out in outputs if out.name.endswith(".vtk")]
+    taken: set[Path] = set()
+    for path in [*outputs, *sidecars, *([] if report is None else [report])]:
+        place = _place(path)
+        for scan, source in sources:
+            if place == source or source in place.parents:
+                raise ClientError(
+                    "BAD_OUTPUT", f"Expected outputs apart from the scans, received {path} for {scan}.", EXIT_BAD_INPUT
+                )
+        if place in taken:
+            raise ClientError(
+                "BAD_OUTPUT",
+                f"Expected outputs of different names, received two that go to {path} (a .vtk may bring a .vtk.json).",
+                EXIT_BAD_INPUT,
+            )
+        taken.add(place)
+        with _writing(path):
+            _check_writable(path)
+
+
+def check_model(name: str) -> None:
+    """Refuses what no server can know as a model, such as a folder.
+
+    Raises:
+        ClientError: MODEL_UNKNOWN, exit code 2.
+    """
+    if not protocol.is_model_name(name):
+        raise ClientError(
+            "MODEL_UNKNOWN",
+            f"Expected the name of a model such as volume (see the command models), received {name!r}.",
+            EXIT_BAD_INPUT,
+        )
 
 
 class Client:
@@ -258,11 +309,14 @@ class Client:
         if output is None:
             names = ", ".join(f".{known}" for known in protocol.OUTPUTS)
             raise ClientError("BAD_OUTPUT", f"Expected a file that ends in {names}, received {out}.", EXIT_BAD_INPUT)
-        on_progress("pack", 0, 0)
+        check_model(model)
         check_readable(scan)
+        check_outputs([scan], [out])
+        on_progress("pack", 0, 0)
+        self._check_sizes(scan)
         sent = package(scan)
         with sent.file:
-            self._check(sent)
+            self._check(sent.name, sent.bytes, sent.content_bytes, len(sent.members))
             accepted = self._announce(sent, model, output, limit)
             job = accepted.job
             try:
@@ -275,27 +329,36 @@ class Client:
     # ---- the steps of a job
 
     def _connect(self, connect_s: float) -> None:
+        unfit = ClientError(
+            "BAD_ADDRESS", f"Expected a server's address such as {SERVER}, received {self.server}.", EXIT_BAD_INPUT
+        )
+        port = re.fullmatch(r"tcp://[^;]+:([0-9]{1,5})", self.server)
+        if not port or not 0 < int(port[1]) <= PORT_MAX:  # ZeroMQ takes any number modulo 65536
+            raise unfit
         try:
             self._socket.connect(self.server)
         except zmq.ZMQError as error:
-            raise ClientError(
-                "BAD_ADDRESS",
-                f"Expected a server's address such as {SERVER}, received {self.server}.",
-                EXIT_BAD_INPUT,
-            ) from error
+            raise unfit from error
         self.greeting = self.welcome(connect_s)
 
-    def _check(self, sent: Package) -> None:
+    def _check_sizes(self, scan: Path) -> None:
+        """What the files' sizes tell, before time and disk are spent on packing them."""
+        with _reading(scan):
+            sizes = [path.stat().st_size for path in _files(scan)]
+        upload_bytes = sum(sizes) if _is_sent_unchanged(scan) else 0
+        self._check(_name(scan), upload_bytes, sum(sizes), len(sizes) if scan.is_dir() else 0)
+
+    def _check(self, name: str, upload_bytes: int, content_bytes: int, members: int) -> None:
         """Against the server's limits before a byte is sent; the server checks again."""
         limits = self.greeting.limits
         for what, size, limit in (
-            ("bytes to send", sent.bytes, limits.upload_bytes),
-            ("bytes", sent.content_bytes, limits.content_bytes),
-            ("files", len(sent.members), limits.members),
+            ("bytes to send", upload_bytes, limits.upload_bytes),
+            ("bytes", content_bytes, limits.content_bytes),
+            ("files", members, limits.members),
         ):
             if size > limit:
                 raise ClientError(
-                    "TOO_LARGE", f"Expected at most {limit} {what}, received {size} in {sent.name}.", EXIT_BAD_INPUT
+                    "TOO_LARGE", f"Expected at most {limit} {what}, received {size} in {name}.", EXIT_BAD_INPUT
                 )
 
     def _announce(self, sent: Package, model: str, output: str, limit: float) -> protocol.Accepted:
@@ -373,26 +436,23 @@ class Client:
         measurements: dict[str, Any] = {}
         moves: list[tuple[Path, Path]] = []
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            for file in done.files:
-                pieces = self._fetch(job, file, sent, limit, on_progress)
-                if file.name == "measurements.json":
-                    measurements = json.loads(b"".join(pieces))
-                    continue
-                path = out.with_name(out.name + file.name.removeprefix(f"mask.{output}"))
-                moves.append((path.with_name(f".partial-{uuid.uuid4().hex[:8]}-{path.name}"), path))
-                with moves[-1][0].open("xb") as temporary:
-                    temporary.writelines(pieces)
-            paths = [path for _, path in moves]
-            if output == "vtk" and (sidecar := out.with_name(out.name + ".json")) not in paths:
-                sidecar.unlink(missing_ok=True)  # an earlier file's directions would be wrong for this one
-            for temporary_path, path in reversed(moves):
-                temporary_path.replace(path)
-            return paths, measurements
-        except OSError as error:
-            raise ClientError(
-                "BAD_OUTPUT", f"Expected a place to write to, received '{error.strerror}' for {out}.", EXIT_BAD_INPUT
-            ) from error
+            with _writing(out):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                for file in done.files:
+                    pieces = self._fetch(job, file, sent, limit, on_progress)
+                    if file.name == "measurements.json":
+                        measurements = json.loads(b"".join(pieces))
+                        continue
+                    path = out.with_name(out.name + file.name.removeprefix(f"mask.{output}"))
+                    moves.append((path.with_name(f".partial-{uuid.uuid4().hex[:8]}-{path.name}"), path))
+                    with moves[-1][0].open("xb") as temporary:
+                        temporary.writelines(pieces)
+                paths = [path for _, path in moves]
+                if output == "vtk" and (sidecar := _sidecar(out)) not in paths and _is_sidecar(sidecar):
+                    sidecar.unlink()  # an earlier file's directions would be wrong for this one
+                for temporary_path, path in reversed(moves):
+                    temporary_path.replace(path)
+                return paths, measurements
         finally:
             for temporary_path, _ in moves:
                 temporary_path.unlink(missing_ok=True)
@@ -479,11 +539,15 @@ class Client:
         raise Unreachable(self.server)
 
     def _say(self, message: Any, limit: float) -> None:
+        try:
+            frames = protocol.encode(message)
+        except protocol.BadFrame as error:
+            raise ClientError(error.code, error.text, EXIT_BAD_INPUT) from error
         wait_ms = max(0, int(1000 * (limit - time.monotonic())))
         if not self._socket.poll(min(wait_ms, int(1000 * SILENCE_S)), zmq.POLLOUT):
             raise Unreachable(self.server)
         try:
-            self._socket.send_multipart(protocol.encode(message), zmq.NOBLOCK)
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again as error:
             raise Unreachable(self.server) from error
 
@@ -536,7 +600,9 @@ def output_paths(scans: Sequence[Path], out: Path, output: str | None) -> list[P
         ClientError: BAD_OUTPUT, exit code 2.
     """
     named = next((known for known in protocol.OUTPUTS if out.name.endswith(f".{known}")), None)
-    if named and not out.is_dir():
+    with _writing(out):
+        is_folder = out.is_dir()
+    if named and not is_folder:
         if len(scans) > 1:
             raise ClientError(
                 "BAD_OUTPUT", f"Expected a folder for {len(scans)} scans, received the file {out}.", EXIT_BAD_INPUT
@@ -544,7 +610,7 @@ def output_paths(scans: Sequence[Path], out: Path, output: str | None) -> list[P
         if output not in (None, named):
             raise ClientError("BAD_OUTPUT", f"Expected a name in .{output}, received {out}.", EXIT_BAD_INPUT)
         return [out]
-    if out.suffix and not out.is_dir():
+    if out.suffix and not is_folder:
         names = ", ".join(f".{known}" for known in protocol.OUTPUTS)
         raise ClientError(
             "BAD_OUTPUT", f"Expected a file ending in one of {names}, or a folder, received {out}.", EXIT_BAD_INPUT
@@ -559,9 +625,11 @@ def output_paths(scans: Sequence[Path], out: Path, output: str | None) -> list[P
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    outputs = output_paths(arguments.scans, arguments.out, arguments.format)
+    check_model(arguments.model)
     for scan in arguments.scans:
         check_readable(scan)
+    outputs = output_paths(arguments.scans, arguments.out, arguments.format)
+    check_outputs(arguments.scans, outputs, arguments.json)
     results: list[dict[str, Any]] = []
     exit_code = EXIT_DONE
     with Client(arguments.server) as client, _progress() as show:
@@ -581,17 +649,13 @@ def _submit(arguments: argparse.Namespace) -> int:
             print(out)
     if arguments.json:
         temporary = arguments.json.with_name(f".partial-{uuid.uuid4().hex[:8]}-{arguments.json.name}")
-        try:
-            temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
-            temporary.replace(arguments.json)
-        except OSError as error:
-            raise ClientError(
-                "BAD_OUTPUT",
-                f"Expected a file to write, received '{error.strerror}' for {arguments.json}.",
-                EXIT_BAD_INPUT,
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _writing(arguments.json):
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
+                temporary.replace(arguments.json)
+            finally:
+                temporary.unlink(missing_ok=True)
     return exit_code
 
 
@@ -657,11 +721,80 @@ def _reading(scan: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what can go wrong with an output into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ClientError(
+            "BAD_OUTPUT", f"Expected a place to write to, received '{error.strerror}' for {path}.", EXIT_BAD_INPUT
+        ) from error
+
+
+def _check_writable(path: Path) -> None:
+    """Whether a file can be written there, its folder made if it is missing; OSError if not."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    folder = path.parent
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _place(path: Path) -> Path:
+    """The path without links, so that two names of one place are the same."""
+    return Path(os.path.realpath(path))
+
+
+def _sidecar(out: Path) -> Path:
+    return out.with_name(out.name + ".json")
+
+
+def _is_sidecar(path: Path) -> bool:
+    """Whether it is what a server wrote beside an earlier mask; a file of the user's own is not ours to delete."""
+    if not path.is_file() or path.stat().st_size > SIDECAR_LIMIT_BYTES:
+        return False
+    try:
+        geometry = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(geometry, dict) and geometry.get("format") == SIDECAR_FORMAT and "index_to_world_mm" in geometry
+
+
+def _files(scan: Path) -> list[Path]:
+    """The files of a scan, each a real one: reading a pipe or a device may never end."""
+    if scan.is_dir():
+        return _members(scan)
+    if not stat.S_ISREG(scan.stat().st_mode):
+        raise ClientError(
+            "NOT_READABLE", f"Expected a file or a folder, received a device or a pipe: {scan}.", EXIT_BAD_INPUT
+        )
+    return [scan]
+
+
+def _name(scan: Path) -> str:
+    return protocol.clean_name(scan.name or scan.resolve().name)
+
+
+def _is_sent_unchanged(scan: Path) -> bool:
+    """Packing again would gain nothing."""
+    return scan.name.lower().endswith(".gz") and not scan.is_dir()
+
+
 def _members(scan: Path) -> list[Path]:
     """The files of a folder, by the rule of the reader of DICOM: one that holds only a folder stands for that one."""
     folder = scan
     while len(inside := sorted(folder.iterdir())) == 1 and inside[0].is_dir():
         folder = inside[0]
+    for path in inside:
+        if not path.is_file() and not path.is_dir():  # such as a link to a slice that is gone
+            raise ClientError(
+                "NOT_READABLE", f"Expected files, received a device, a pipe or a broken link: {path}.", EXIT_BAD_INPUT
+            )
     members = [path for path in inside if path.is_file()]
     if not members:
         raise ClientError("NOT_FOUND", f"Expected DICOM files, received none in the folder {folder}.", EXIT_BAD_INPUT)

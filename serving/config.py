@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-import yaml
 
 from lvseg.errors import InputError
+from lvseg.keys import parse_yaml
 
 MIB = 1024 * 1024
 Folder = Annotated[Path, pydantic.Field(strict=False)]  # YAML has no paths: text is converted
@@ -66,16 +66,20 @@ def load(path: Path, **override: Any) -> ServerConfig:
         override: keys from the command line; None means not given.
 
     Raises:
-        InputError: NOT_FOUND, or BAD_CONFIG with the key and, for an unknown one, the nearest that exists.
+        InputError: NOT_FOUND, or BAD_CONFIG for text that is no YAML or has a key twice, and with the key for a wrong
+            value or an unknown key.
     """
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(
             "NOT_FOUND", f"Expected the server's configuration, received '{error.strerror}' for {path}."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError("BAD_CONFIG", f"Expected YAML, received a file that is none in {path}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError("BAD_CONFIG", f"Expected YAML in UTF-8, received other bytes in {path}.") from error
+    values = parse_yaml(text, str(path))
+    if values is None:  # nothing but comments: everything by default
+        values = {}
     if not isinstance(values, dict):
         raise InputError("BAD_CONFIG", f"Expected keys with values, received {type(values).__name__} in {path}.")
     values.update({key: value for key, value in override.items() if value is not None})

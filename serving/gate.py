@@ -14,6 +14,8 @@ import contextlib
 import errno
 import ipaddress
 import logging
+import os
+import re
 import shutil
 import tempfile
 import time
@@ -39,6 +41,9 @@ CLIENT_IDLE_S = 600.0
 BUSY_MS = 500
 STARTS_MAX = 3  # of a worker that ends before it is ready, in a row
 RESTART_MAX_S = 30.0
+PORT_MAX = 65535
+IPC_FOLDER, IPC_SOCKET = ".ipc", "workers"
+SOCKET_PATH_BYTES_MAX = 107  # of a Unix socket on Linux
 
 log = logging.getLogger("serving.gate")
 
@@ -82,18 +87,37 @@ class Outbox:
 def check_bind(address: str) -> None:
     """Refuses any address but TCP on loopback, since the connection is neither encrypted nor authenticated.
 
+    The port has to be one: ZeroMQ takes a number beyond the largest and binds it modulo 65536.
+
     Raises:
         CannotServe: exit code 2.
     """
-    host, _, _ = address.removeprefix("tcp://").rpartition(":")
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    is_port = port == "*" or (re.fullmatch(r"[0-9]{1,5}", port) and int(port) <= PORT_MAX)
     with contextlib.suppress(ValueError):
-        if address.startswith("tcp://") and ipaddress.ip_address(host.strip("[]")).is_loopback:
+        if address.startswith("tcp://") and is_port and ipaddress.ip_address(host.strip("[]")).is_loopback:
             return
     raise CannotServe(
-        f"Expected 'bind' as tcp:// and a loopback address such as tcp://127.0.0.1:5557, since the connection is not"
-        f" encrypted, received {address}.",
+        f"Expected 'bind' as tcp://, a loopback address, since the connection is not encrypted, and a port up to"
+        f" {PORT_MAX} or *, such as tcp://127.0.0.1:5557, received {address}.",
         exit_code=2,
     )
+
+
+def make_ipc_folder(spool: Path) -> Path:
+    """Makes the folder (mode 0700) of the socket to the workers.
+
+    In the spool, where the next server clears up what a killed one left; where the spool's path is too long for a
+    socket, among the system's temporary files.
+
+    Args:
+        spool: absolute, and this server's alone.
+    """
+    folder = spool / IPC_FOLDER
+    if len(os.fsencode(folder / IPC_SOCKET)) > SOCKET_PATH_BYTES_MAX:
+        return Path(tempfile.mkdtemp(prefix="lvseg-"))
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 class Gate:
@@ -128,7 +152,7 @@ class Gate:
         self.was_ready = False
         self.failed_starts = 0
         self.restart_at = 0.0
-        self.ipc_folder = Path(tempfile.mkdtemp(prefix="lvseg-"))  # mode 0700; short, as socket paths have to be
+        self.ipc_folder = make_ipc_folder(self.spool)
         self.context = zmq.Context()
         self.front = self.context.socket(zmq.ROUTER)
         self.back = self.context.socket(zmq.ROUTER)
@@ -196,20 +220,18 @@ class Gate:
         self.front.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
         self.front.setsockopt(zmq.HEARTBEAT_TTL, 30000)
         self.front.setsockopt(zmq.IPV6, int("[" in self.config.bind))
-        try:
-            self.front.bind(self.config.bind)
-        except zmq.ZMQError as error:
-            self.front.close(linger=0)
-            self.back.close(linger=0)
-            self.context.term()
-            shutil.rmtree(self.ipc_folder)
-            reason = "an address in use" if error.errno == errno.EADDRINUSE else f"'{error}'"
-            raise CannotServe(
-                f"Expected a free address to bind, received {reason} for {self.config.bind}.", 2
-            ) from error
+        self.back_endpoint = f"ipc://{self.ipc_folder}/{IPC_SOCKET}"
+        for socket, address in ((self.front, self.config.bind), (self.back, self.back_endpoint)):
+            try:
+                socket.bind(address)
+            except zmq.ZMQError as error:
+                self.front.close(linger=0)
+                self.back.close(linger=0)
+                self.context.term()
+                shutil.rmtree(self.ipc_folder)
+                reason = "an address in use" if error.errno == errno.EADDRINUSE else f"'{error}'"
+                raise CannotServe(f"Expected a free address to bind, received {reason} for {address}.", 2) from error
         self.endpoint = self.front.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.back_endpoint = f"ipc://{self.ipc_folder}/workers"
-        self.back.bind(self.back_endpoint)
 
     def _drain(self, socket: zmq.Socket[bytes], take: Callable[[bytes, list[bytes], float], None], now: float) -> None:
         for _ in range(MESSAGES_A_ROUND):  # then the other side gets its turn

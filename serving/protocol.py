@@ -33,6 +33,8 @@ COUNT_MAX = 2**53 - 1  # whole numbers up to here are the same in every language
 TEXT_CHARACTERS_MAX = 2000
 NAME_CHARACTERS_MAX = 200
 
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
+MODEL_CHARACTERS_MAX = 64
 OUTPUTS = ("vtk", "nii.gz", "vti")
 # Suffixes that reach a file name on the server; readers choose by them. Longest first.
 SUFFIXES = (".nii.gz", ".nii", ".vtk", ".vti", ".dcm")
@@ -128,7 +130,7 @@ def _scan_name() -> Any:
 
 
 def _task() -> Any:
-    return _text(64, r"[A-Za-z0-9][A-Za-z0-9_-]*", "a model's name")
+    return _text(MODEL_CHARACTERS_MAX, MODEL_NAME, "a model's name")
 
 
 def _digest() -> Any:
@@ -541,6 +543,11 @@ def clean_name(name: str) -> str:
     kept = "".join(character if character.isprintable() and character not in "/\\" else "_" for character in name)
     # The end is what readers choose by, so a long name loses its beginning.
     return kept[-NAME_CHARACTERS_MAX:] or "_"
+
+
+def is_model_name(text: str) -> bool:
+    """Whether SUBMIT can say it as the name of a model."""
+    return len(text) <= MODEL_CHARACTERS_MAX and re.fullmatch(MODEL_NAME, text) is not None
 
 
 def suffix_of(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import json
 import logging
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from lvseg.errors import InputError
 from serving import protocol, supervisor
-from serving.gate import CannotServe, Gate
+from serving.gate import IPC_FOLDER, CannotServe, Gate
 
 EXAMPLE = """example:
   python -m serving.server --cfg serving/server.yaml --models models
@@ -101,9 +102,27 @@ def claim_spool(folder: Path) -> int:
         os.close(lock)
         raise InputError("SPOOL_UNUSABLE", f"Expected a spool of its own, received one in use: {folder}.") from error
     for left in folder.iterdir():
-        if _JOB_FOLDER.fullmatch(left.name):
+        if _JOB_FOLDER.fullmatch(left.name) or left.name == IPC_FOLDER:
             shutil.rmtree(left)
     return lock
+
+
+def check_endpoint_file(path: Path) -> None:
+    """Makes the folder of the file that gets the address, so that nothing is missing once the models are loaded.
+
+    Raises:
+        InputError: BAD_OUTPUT.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(
+            "BAD_OUTPUT", f"Expected a file to write as --endpoint-file, received '{error.strerror}' for {path}."
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None, worker_command: Sequence[str] = supervisor.WORKER_COMMAND) -> int:
@@ -141,6 +160,8 @@ def _serve(arguments: argparse.Namespace, stop_signals: list[int], worker_comman
     settings = config.load(arguments.cfg, **given)
     folders = {name: path.resolve() for name, path in find_models(settings.models).items()}
     models = [describe(name, path) for name, path in folders.items()]
+    if arguments.endpoint_file:
+        check_endpoint_file(arguments.endpoint_file)
     lock = claim_spool(settings.spool)
     try:
         gate = Gate(settings, models, folders, worker_command)
@@ -148,10 +169,10 @@ def _serve(arguments: argparse.Namespace, stop_signals: list[int], worker_comman
             gate.run(lambda: bool(stop_signals), lambda: _report_ready(gate, arguments.endpoint_file))
         finally:
             gate.close()
+            if arguments.endpoint_file and gate.was_ready:  # before, it may be that of another server
+                arguments.endpoint_file.unlink(missing_ok=True)
     finally:
         os.close(lock)
-        if arguments.endpoint_file:
-            arguments.endpoint_file.unlink(missing_ok=True)
 
 
 def _report_ready(gate: Gate, endpoint_file: Path | None) -> None:

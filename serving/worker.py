@@ -215,8 +215,10 @@ def serve(
         try:
             segmenters[name] = load(path)
             warm_up(segmenters[name])
-        except InputError as error:
-            link.send(protocol.Unable(error.code, protocol.clean(error.sentence)))
+        except Exception as error:
+            if _is_shortage(error):
+                raise  # the next attempt may find more memory
+            link.send(_unable(error, path))
             _end_with_gate()
             return EXIT_UNABLE
     link.send(protocol.Ready(tuple(_model(name, models[name], segmenters[name]) for name in models)))
@@ -295,6 +297,20 @@ def _model(name: str, path: Path, segmenter: Segments) -> protocol.Model:
     return protocol.Model(name, int(path.name), segmenter.info["weights_sha256"])
 
 
+def _is_shortage(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
+
+
+def _unable(error: Exception, model: Path) -> protocol.Unable:
+    """Why a model cannot be served; where TensorFlow failed on it goes to the log."""
+    if isinstance(error, InputError):
+        return protocol.Unable(error.code, protocol.clean(error.sentence))
+    where = "".join(traceback.format_tb(error.__traceback__))
+    log.error("model %s cannot be loaded: %s\n%s", model, type(error).__name__, where)
+    sentence = f"Expected a model that loads and runs, received one that fails with {type(error).__name__} in {model}."
+    return protocol.Unable("MODEL_UNAVAILABLE", protocol.clean(sentence))
+
+
 def _explained(error: Exception, work: protocol.Work, folder: Path, spool: Path, stage: str) -> tuple[str, str, str]:
     """Code, fault and sentence for the client: the scan by the client's name for it, no path of the server."""
     if isinstance(error, Cancelled):
@@ -306,7 +322,7 @@ def _explained(error: Exception, work: protocol.Work, folder: Path, spool: Path,
         for own in (place / f"{stem}{protocol.suffix_of(work.name)}", place / stem):
             sentence = sentence.replace(str(own), work.name).replace(own.name, work.name)
         return error.code, "input", protocol.clean(sentence.replace(str(spool), "the spool"))
-    if isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError":
+    if _is_shortage(error):
         return "OUT_OF_MEMORY", "server", f"Expected a scan that fits the server's memory, received {work.name}."
     # Without the error's own text, which may name a file or a patient; the frames say where.
     where = "".join(traceback.format_tb(error.__traceback__))

@@ -78,8 +78,8 @@ class Server:
         return children(self.process.pid)
 
     def spooled(self) -> list[Path]:
-        """What lies in its spool, but for the lock."""
-        return [path for path in self.spool.iterdir() if path.name != ".lock"]
+        """What lies in its spool, but for the lock and the socket's folder."""
+        return [path for path in self.spool.iterdir() if path.name not in (".lock", ".ipc")]
 
 
 def children(pid: int) -> list[int]:
@@ -114,11 +114,11 @@ def write_config(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def start(folder: Path, **sections: Any) -> subprocess.Popen[str]:
+def start(folder: Path, endpoint_file: Path | None = None, **sections: Any) -> subprocess.Popen[str]:
     """Starts a server in a folder that has `models`; its log goes to `log`, its standard output to a pipe."""
     arguments = ["--cfg", str(write_config(folder, **sections)), "--models", str(folder / "models")]
     arguments += ["--bind", "tcp://127.0.0.1:*", "--spool", str(folder / "spool")]
-    arguments += ["--endpoint-file", str(folder / "endpoint")]
+    arguments += ["--endpoint-file", str(endpoint_file or folder / "endpoint")]
     with (folder / "log").open("w") as log:
         return subprocess.Popen(
             [sys.executable, __file__, "server", *arguments], stdout=subprocess.PIPE, stderr=log, text=True

@@ -184,6 +184,19 @@ def test_other_files_and_a_dicomdir_are_passed_over_and_a_lone_folder_is_entered
     np.testing.assert_array_equal(read_volume(tmp_path).voxels, pixels_of(3))
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link to a device", "broken link"])
+def test_a_series_with_a_member_that_is_no_file_is_refused(tmp_path, kind):
+    folder = save(tmp_path / "series", [slice_of(index) for index in range(3)])
+    member = folder / "extra.dcm"
+    if kind == "pipe":
+        os.mkfifo(member)
+    else:
+        member.symlink_to("/dev/zero" if kind == "link to a device" else tmp_path / "gone.dcm")
+    code, sentence = error_of(read_volume, folder)
+    assert code == "NOT_READABLE"
+    assert is_one_sentence_naming(sentence, member)
+
+
 def test_one_file_of_any_name_is_a_scan_of_one_slice(tmp_path):
     dataset = slice_of(2)
     dataset.save_as(tmp_path / "IM0001", enforce_file_format=True)

@@ -272,6 +272,19 @@ def test_truth_values_are_written_as_uint8(tmp_path, suffix):
     np.testing.assert_array_equal(back.canonical().voxels, mask.canonical().voxels)
 
 
+@pytest.mark.parametrize("name", ["scan", "scan.nii.gz", "scan.vtk", "scan.vti", "scan.dcm"])
+@pytest.mark.parametrize("kind", ["pipe", "link to a device"])
+def test_what_is_neither_file_nor_folder_is_refused_and_never_waited_for(tmp_path, name, kind):
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    code, sentence = error_of(read_volume, path)
+    assert code == "NOT_READABLE"
+    assert is_one_sentence_naming(sentence, path)
+
+
 def test_stem_is_the_name_without_the_suffixes_of_scans(tmp_path):
     (tmp_path / "series.v2").mkdir()
     names = ["liver.nii.gz", "liver.NII", "liver.vtk", "liver.vti", "liver.dcm", "liver"]

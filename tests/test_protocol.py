@@ -210,3 +210,16 @@ def test_any_text_becomes_one_that_error_takes(text: str) -> None:
 )
 def test_only_known_suffixes_reach_the_disk(name: str, suffix: str) -> None:
     assert protocol.suffix_of(name) == suffix
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["volume", "Fat_fraction-2", "7", "a" * 64, "", "a" * 65, "models/volume", "-volume", "volume\n", "é", "a b"],
+)
+def test_a_models_name_is_one_that_submit_can_say(name: str) -> None:
+    submit = protocol.Submit("scan.nii.gz", "file", name, "vtk", "raw", 5, 5, "0" * 64, 1000)
+    if protocol.is_model_name(name):
+        assert protocol.decode(protocol.encode(submit)).model == name
+    else:
+        with pytest.raises(protocol.BadFrame, match="a model's name"):
+            protocol.encode(submit)

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -23,12 +24,14 @@ import numpy as np
 import pytest
 import zmq
 import zstandard
-from bad_files import bad_scans, volume
+from bad_files import bad_scans, error_of, is_one_sentence_naming, volume
 from serving_fixtures import DEADLY, DIGEST, LIMIT_S, STUCK, Server, is_alive, make_models, running, start, until
 
 from lvseg.formats import read_volume, write_volume
-from serving import client, protocol
+from serving import client, config, protocol
 from serving.client import Client, ClientError, Package
+from serving.gate import IPC_FOLDER, CannotServe, check_bind, make_ipc_folder
+from serving.server import claim_spool
 
 ROOT = Path(__file__).parents[1]
 
@@ -172,11 +175,21 @@ def test_an_oblique_scan_brings_its_sidecar_under_the_masks_name(server: Server,
     expect_right_mask(path, paths[0])
 
 
-def test_an_earlier_scans_sidecar_does_not_stay_beside_a_new_mask(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "liver.vtk.json").write_text("{}")
+def test_an_earlier_scans_sidecar_does_not_stay_beside_a_new_mask_but_another_file_does(
+    server: Server, tmp_path: Path
+) -> None:
+    cos, sin = np.cos(0.3), np.sin(0.3)
+    tilt = np.array([[1, 0, 0, 0], [0, cos, -sin, 0], [0, sin, cos, 0], [0, 0, 0, 1.0]])
+    (tmp_path / "other.vtk.json").write_text('{"format": "of somebody else"}')
     with Client(server.endpoint) as peer:
-        peer.segment(scan_file(tmp_path), "bright", tmp_path / "liver.vtk", LIMIT_S)
+        scan = volume((6, 20, 24))
+        oblique = write_volume(type(scan)(scan.voxels, tilt @ scan.affine), tmp_path / "oblique.nii.gz")[0]
+        peer.segment(oblique, "bright", tmp_path / "liver.vtk", LIMIT_S)
+        assert (tmp_path / "liver.vtk.json").exists()
+        for name in ("liver.vtk", "other.vtk"):
+            peer.segment(scan_file(tmp_path), "bright", tmp_path / name, LIMIT_S)
     assert not (tmp_path / "liver.vtk.json").exists()
+    assert (tmp_path / "other.vtk.json").read_text() == '{"format": "of somebody else"}'
 
 
 def test_several_clients_at_once_each_get_their_own(server: Server, tmp_path: Path) -> None:
@@ -560,6 +573,32 @@ def test_no_worker_outlives_a_killed_server_and_the_next_one_clears_the_spool(tm
         process.stdout.close()
 
 
+def test_the_workers_socket_lies_in_the_spool_where_a_killed_server_leaves_nothing_for_long() -> None:
+    with tempfile.TemporaryDirectory(prefix="s") as short:
+        spool = Path(short)
+        os.close(claim_spool(spool))
+        folder = make_ipc_folder(spool)
+        assert folder.parent == spool
+        assert folder.stat().st_mode & 0o777 == 0o700
+        (folder / "workers").touch()  # and the process is killed
+        os.close(claim_spool(spool))
+        assert [path.name for path in spool.iterdir()] == [".lock"]
+        longest = spool / ("x" * (107 - len(f"{spool}//{IPC_FOLDER}/workers")))
+        longest.mkdir()
+        folder = make_ipc_folder(longest)
+        assert folder.parent == longest
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+            socket.bind(f"ipc://{folder}/workers")
+        too_long = longest.with_name(longest.name + "x")
+        too_long.mkdir()
+        elsewhere = make_ipc_folder(too_long)
+        try:
+            assert not elsewhere.is_relative_to(spool)
+            assert elsewhere.stat().st_mode & 0o777 == 0o700
+        finally:
+            elsewhere.rmdir()
+
+
 # ---- wrong starts
 
 
@@ -572,6 +611,7 @@ def test_no_worker_outlives_a_killed_server_and_the_next_one_clears_the_spool(tm
         (lambda folder: {"limits": {"queu": 5}}, "limits.queu' (did you mean 'queue'?)"),
         (lambda folder: {"workers": "two"}, "'workers'"),
         (lambda folder: {"limits": 5}, "'limits'"),
+        (lambda folder: (folder / "endpoint").mkdir(), "--endpoint-file"),
     ],
 )
 def test_a_wrong_start_ends_with_two_and_a_sentence(tmp_path: Path, break_it: Any, sentence: str) -> None:
@@ -587,11 +627,67 @@ def test_a_wrong_start_ends_with_two_and_a_sentence(tmp_path: Path, break_it: An
 
 
 @pytest.mark.parametrize(
-    "address", ["tcp://0.0.0.0:*", "tcp://*:5557", "tcp://192.168.1.1:5557", "ipc:///tmp/x", "5557"]
+    "text",
+    [
+        "workers: 1\nworkers: 64\n",
+        "limits:\n  queue: 1\n  queue: 2\n",
+        "models: 2020-13-45\n",
+        "models: " + "[" * 5000,
+        "models: " + "{a: " * 2000 + "1" + "}" * 2000,
+        "workers: [\n",
+        "workers: two\n",
+        "- workers\n",
+        "[]",
+    ],
+)
+def test_a_server_file_that_says_nothing_clear_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "server.yaml").write_text(text)
+    code, sentence = error_of(config.load, tmp_path / "server.yaml")
+    assert code == "BAD_CONFIG"
+    assert is_one_sentence_naming(sentence, tmp_path / "server.yaml")
+
+
+def test_a_server_file_of_comments_alone_leaves_everything_by_default(tmp_path: Path) -> None:
+    (tmp_path / "server.yaml").write_text("# nothing yet\n")
+    assert config.load(tmp_path / "server.yaml") == config.ServerConfig()
+
+
+def test_the_folder_of_the_endpoint_file_is_made(tmp_path: Path) -> None:
+    make_models(tmp_path / "models")
+    process = start(tmp_path, endpoint_file=tmp_path / "run" / "now" / "endpoint")
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ready ")
+        assert (tmp_path / "run" / "now" / "endpoint").read_text().startswith("tcp://127.0.0.1:")
+    finally:
+        process.terminate()
+        process.communicate(timeout=LIMIT_S)
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://127.0.0.1:*", "tcp://127.0.0.1:0", "tcp://127.0.0.1:65535", "tcp://[::1]:5557"]
+)
+def test_loopback_with_any_port_there_is_can_be_bound(address: str) -> None:
+    check_bind(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "tcp://0.0.0.0:*",
+        "tcp://*:5557",
+        "tcp://192.168.1.1:5557",
+        "ipc:///tmp/x",
+        "5557",
+        "tcp://127.0.0.1:65536",
+        "tcp://127.0.0.1:99999",
+        "tcp://127.0.0.1:-1",
+        "tcp://127.0.0.1:5x",
+        "tcp://127.0.0.1:",
+        "tcp://127.0.0.1",
+    ],
 )
 def test_only_loopback_is_bound_without_encryption(tmp_path: Path, address: str) -> None:
-    from serving.gate import CannotServe, check_bind
-
     with pytest.raises(CannotServe, match="loopback") as refused:
         check_bind(address)
     assert refused.value.exit_code == 2
@@ -634,13 +730,14 @@ def test_the_command_segments_scans_and_writes_their_measurements(server: Server
     bad = tmp_path / "bad.nii.gz"
     bad.write_text("no scan")
     arguments = ("--server", server.endpoint, "--model", "bright", "-o", tmp_path / "out")
-    done = command("submit", scans[0], bad, scans[1], *arguments, "--format", "nii.gz", "--json", tmp_path / "all.json")
+    report = tmp_path / "reports" / "all.json"
+    done = command("submit", scans[0], bad, scans[1], *arguments, "--format", "nii.gz", "--json", report)
     assert done.returncode == 2
     assert "bad.nii.gz" in done.stderr
     assert "Traceback" not in done.stderr
     for scan in scans:
         expect_right_mask(scan, tmp_path / "out" / scan.name)
-    results = json.loads((tmp_path / "all.json").read_text())
+    results = json.loads(report.read_text())
     assert [Path(result["scan"]).name for result in results] == ["1.nii.gz", "bad.nii.gz", "2.nii.gz"]
     assert results[1]["error"]["code"] == "UNSUPPORTED_FORMAT"
     assert results[0]["voxels"] > 0
@@ -653,18 +750,104 @@ def test_ping_and_models_answer(server: Server) -> None:
 
 def test_what_is_wrong_here_needs_no_server(tmp_path: Path) -> None:
     scan = scan_file(tmp_path)
+    content = scan.read_bytes()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe.nii.gz")
+    there = sorted(tmp_path.iterdir())
     for arguments, sentence in (
         ((tmp_path / "missing.nii.gz", "-o", tmp_path / "out.vtk"), "missing.nii.gz"),
         ((tmp_path / "empty", "-o", tmp_path / "out.vtk"), "received none"),
         ((scan, "-o", tmp_path / "out.png"), "out.png"),
         ((scan, scan, "-o", tmp_path / "out"), "different names"),
         ((scan, scan, "-o", tmp_path / "out.vtk"), "a folder for 2 scans"),
+        ((scan, "-o", scan), "apart from the scans"),
+        ((scan, "-o", tmp_path, "--format", "nii.gz"), "apart from the scans"),
+        ((scan, "-o", tmp_path / "out.vtk", "--format", "nii.gz"), "a name in .nii.gz"),
+        ((scan, "-o", tmp_path / "out.vtk", "--json", tmp_path / "file" / "x.json"), "Not a directory"),
+        ((scan, "-o", scan.with_name("file"), "--format", "vti"), "Not a directory"),
+        ((scan, "-o", tmp_path / "out.vtk", "--model", "models/volume"), "received 'models/volume'"),
+        ((scan, "-o", tmp_path / "out.vtk", "--model", ""), "received ''"),
+        ((tmp_path / "pipe.nii.gz", "-o", tmp_path / "out.vtk"), "a device or a pipe"),
     ):
         done = command("submit", "--server", "tcp://127.0.0.1:1", "--model", "bright", *arguments)
         assert done.returncode == 2, done.stderr
         assert sentence in done.stderr
         assert "Traceback" not in done.stderr
+    assert scan.read_bytes() == content
+    assert sorted(tmp_path.iterdir()) == there
+
+
+def test_no_output_may_fall_on_a_scan_or_on_another_output(tmp_path: Path) -> None:
+    scan, vtk = scan_file(tmp_path), scan_file(tmp_path, name="other.vtk")
+    study, elsewhere, link = tmp_path / "study", tmp_path / "elsewhere", tmp_path / "link.nii.gz"
+    study.mkdir()
+    elsewhere.symlink_to(study)
+    link.symlink_to(scan)
+    new = tmp_path / "new.vtk"
+    bad: list[tuple[list[Path], list[Path], Path | None]] = [
+        ([scan], [scan], None),
+        ([scan], [link], None),
+        ([link], [scan], None),
+        ([scan], [study / ".." / scan.name], None),
+        ([scan, vtk], [tmp_path / "a.vtk", scan], None),
+        ([scan], [new], scan),
+        ([scan], [new], new),
+        ([scan], [new], tmp_path / "new.vtk.json"),
+        ([tmp_path / "new.vtk.json"], [new], None),
+        ([scan, vtk], [new, study / ".." / new.name], None),
+        ([study], [study / "liver.vtk"], None),
+        ([study], [study / "deep" / "liver.nii.gz"], None),
+        ([study], [elsewhere / "liver.vtk"], None),
+        ([elsewhere], [study / "liver.vtk"], None),
+        ([study], [new], study / "volumes.json"),
+        ([scan], [study], None),
+        ([scan], [scan / "in" / "a.vtk"], None),
+        ([vtk], [new], scan / "volumes.json"),
+    ]
+    for scans, outputs, report in bad:
+        with pytest.raises(ClientError) as refused:
+            client.check_outputs(scans, outputs, report)
+        assert (refused.value.code, refused.value.exit_code) == ("BAD_OUTPUT", 2)
+        assert refused.value.sentence.endswith(".")
+    for scans, outputs, report in (
+        ([scan], [new], tmp_path / "new.json"),
+        ([scan], [vtk], None),  # an earlier result is written anew
+        ([scan, study], [tmp_path / "a.vtk", tmp_path / "study.vtk"], tmp_path / "missing" / "a.json"),
+        ([scan], [tmp_path / "new.nii.gz"], tmp_path / "new.nii.gz.json"),
+    ):
+        client.check_outputs(scans, outputs, report)
+
+
+def test_a_scan_is_never_overwritten_by_the_library_either(server: Server, tmp_path: Path) -> None:
+    scan = scan_file(tmp_path)
+    content = scan.read_bytes()
+    with Client(server.endpoint) as peer:
+        for model, out in (("bright", scan), ("models/bright", tmp_path / "out.vtk")):
+            with pytest.raises(ClientError) as refused:
+                peer.segment(scan, model, out, LIMIT_S)
+            assert refused.value.exit_code == 2
+        with pytest.raises(ClientError, match="a whole number") as broken:
+            peer._say(protocol.Chunk(b"k" * 32, -1, b"abc"), time.monotonic() + LIMIT_S)
+        assert (broken.value.code, broken.value.exit_code) == ("BAD_FRAME", 2)
+    assert scan.read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device", "broken link"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path, kind: str, inside: bool) -> None:
+    scan = tmp_path / "study" / "1.dcm"
+    scan.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(scan)
+    else:
+        scan.symlink_to("/dev/zero" if kind == "link to a device" else tmp_path / "gone.dcm")
+    for check in (client.check_readable, client.package):
+        with pytest.raises(ClientError) as refused:
+            check(scan.parent if inside else scan)
+        expected = "NOT_FOUND" if kind == "broken link" and not inside else "NOT_READABLE"
+        assert (refused.value.code, refused.value.exit_code) == (expected, 2)
+        assert str(scan) in refused.value.sentence
 
 
 def test_a_wrong_model_is_wrong_use(server: Server, tmp_path: Path) -> None:
@@ -708,7 +891,9 @@ def test_the_command_ends_with_four_where_no_server_is(tmp_path: Path) -> None:
     done = command("ping", "--server", "tcp://127.0.0.1:1")
     assert done.returncode == 4
     assert "check that it runs" in done.stderr
-    assert command("ping", "--server", "nonsense").returncode == 2
+    for address in ("nonsense", "tcp://127.0.0.1:99999", "tcp://127.0.0.1:0", "tcp://127.0.0.1:1;127.0.0.1:99999"):
+        done = command("ping", "--server", address)
+        assert (done.returncode, "Expected a server's address" in done.stderr) == (2, True)
 
 
 def test_no_result_in_time_is_told_and_the_job_given_up(server: Server, held: Path, tmp_path: Path) -> None:
@@ -755,6 +940,34 @@ def test_too_large_is_told_before_a_byte_is_sent(server: Server, tmp_path: Path)
     with Client(server.endpoint) as peer, pytest.raises(ClientError, match="4000001") as refused:
         peer.segment(big, "bright", tmp_path / "out.vtk", LIMIT_S)
     assert (refused.value.code, refused.value.exit_code) == ("TOO_LARGE", 2)
+
+
+def test_sizes_are_told_before_anything_is_packed(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "package", lambda scan: pytest.fail("packed"))
+    with (tmp_path / "big.nii").open("wb") as sparse:
+        sparse.truncate(2**40)
+    (tmp_path / "study").mkdir()
+    for number in range(21):
+        (tmp_path / "study" / f"{number}.dcm").write_bytes(b"content")
+    with Client(server.endpoint) as peer:
+        for name, size in (("big.nii", str(2**40)), ("study", "21")):
+            with pytest.raises(ClientError, match=size) as refused:
+                peer.segment(tmp_path / name, "bright", tmp_path / "out.vtk", LIMIT_S)
+            assert (refused.value.code, refused.value.exit_code) == ("TOO_LARGE", 2)
+
+
+def test_a_folder_without_dicom_is_not_taken_for_a_lost_job(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("no scan " * 50)
+    with Client(server.endpoint) as peer, pytest.raises(ClientError) as refused:
+        peer.segment(tmp_path / "notes", "bright", tmp_path / "out.vtk", LIMIT_S)
+    assert (refused.value.code, refused.value.exit_code) == ("NOT_FOUND", 2)
+    assert "to know the job" not in refused.value.sentence
+    assert "DICOM" in refused.value.sentence
+    lost = client.Refused(peer_not_found(b"k" * 32), server.endpoint)
+    assert (lost.exit_code, "to know the job" in lost.sentence) == (4, True)
 
 
 def test_gate_client_and_protocol_start_fast_and_without_numpy(tmp_path: Path) -> None:

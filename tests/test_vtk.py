@@ -1,5 +1,6 @@
 """Legacy .vtk and .vti in and out, against VTK's own readers and writers and SimpleITK."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -62,6 +63,26 @@ def save_legacy(path: Path, image: vtkImageData, ascii_text: bool = False) -> Pa
     return path
 
 
+def in_the_files_axes(scan: Volume, suffix: str) -> Volume:
+    """What a file of it holds: a .vtk canonical axes, a .vti the volume's own."""
+    return scan.canonical() if suffix == ".vtk" else scan
+
+
+def all_48_orientations(scan: Volume) -> list[Volume]:
+    """The same voxels at the same points of the world, in every order and direction of the axes."""
+    volumes = []
+    for axes in itertools.permutations(range(3)):
+        for flipped in itertools.product((False, True), repeat=3):
+            flips = [axis for axis in range(3) if flipped[axis]]
+            affine = scan.affine[:, [*axes, 3]]
+            voxels = np.flip(scan.voxels.transpose(axes), flips)
+            for axis in flips:
+                affine[:3, 3] += affine[:3, axis] * (voxels.shape[axis] - 1)
+                affine[:3, axis] *= -1
+            volumes.append(Volume(voxels, affine))
+    return volumes
+
+
 def corners_mm(scan: Volume) -> np.ndarray:
     return scan.world_mm(np.array(list(np.ndindex(2, 2, 2))) * (np.array(scan.shape) - 1))
 
@@ -73,7 +94,7 @@ def test_vtk_itself_reads_dimensions_origin_spacing_and_voxels_exactly(tmp_path,
     affine = scan.affine.copy()
     affine[:3, 3] = 1234.5678912, -158.669123456, 1 / 3
     scan = Volume(scan.voxels.astype(dtype), affine)
-    wanted = scan.canonical()
+    wanted = in_the_files_axes(scan, suffix)
     image = vtk_image(write_volume(scan, tmp_path / f"a{suffix}")[0])
     assert image.GetDimensions() == (7, 6, 5)
     np.testing.assert_allclose(image.GetOrigin(), wanted.affine[:3, 3], rtol=0, atol=1e-12)
@@ -128,6 +149,16 @@ def test_an_old_sidecar_does_not_stay_beside_an_aligned_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["liver.vtk"]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"volume_ml": 1500}', b"[1, 2]", b"\xff\xfe", b"[" * 60_000, b'{"format": "lvseg 1"}', b" " * 10**5],
+)
+def test_a_file_of_the_sidecars_name_that_is_none_is_left_alone(tmp_path, content):
+    (tmp_path / "liver.vtk.json").write_bytes(content)
+    assert write_volume(volume(), tmp_path / "liver.vtk") == [tmp_path / "liver.vtk"]
+    assert (tmp_path / "liver.vtk.json").read_bytes() == content
+
+
 @pytest.mark.parametrize("suffix", [".vtk", ".vti"])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -137,13 +168,15 @@ def test_an_old_sidecar_does_not_stay_beside_an_aligned_file(tmp_path):
     offset_mm=st.tuples(*[st.floats(-2000, 2000)] * 3),
     dtype=st.sampled_from(DTYPES),
 )
-def test_what_is_written_is_read_back_in_canonical_order(tmp_path, suffix, angles, shape, spacing_mm, offset_mm, dtype):
+def test_what_is_written_is_read_back_a_vtk_in_canonical_order_a_vti_in_its_own(
+    tmp_path, suffix, angles, shape, spacing_mm, offset_mm, dtype
+):
     affine = np.eye(4)
     affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() * spacing_mm
     affine[:3, 3] = offset_mm
     scan = Volume(np.random.default_rng(0).integers(0, 100, shape).astype(dtype), affine)
     path = write_volume(scan, tmp_path / f"a{suffix}")[0]
-    back, wanted = read_volume(path), scan.canonical()
+    back, wanted = read_volume(path), in_the_files_axes(scan, suffix)
     assert back.voxels.dtype == dtype
     np.testing.assert_array_equal(back.voxels, wanted.voxels)
     np.testing.assert_allclose(corners_mm(back), corners_mm(wanted), rtol=0, atol=1e-9)
@@ -153,17 +186,27 @@ def test_what_is_written_is_read_back_in_canonical_order(tmp_path, suffix, angle
 
 @pytest.mark.parametrize("suffix", [".vtk", ".vti"])
 def test_flips_and_permutations_are_exact(tmp_path, suffix):
-    back = read_volume(write_volume(volume(), tmp_path / f"a{suffix}")[0])
-    np.testing.assert_array_equal(back.affine, volume().canonical().affine)
+    for scan in all_48_orientations(volume()):
+        back = read_volume(write_volume(scan, tmp_path / f"a{suffix}")[0])
+        np.testing.assert_array_equal(back.affine, in_the_files_axes(scan, suffix).affine)
 
 
-def test_vtk_agrees_on_the_directions_of_an_oblique_vti(tmp_path):
-    scan = tilted()
-    image = vtk_image(write_volume(scan, tmp_path / "a.vti")[0])
-    for i, j, k in np.ndindex(image.GetDimensions()):
-        point = [0.0, 0.0, 0.0]
-        image.TransformIndexToPhysicalPoint(i, j, k, point)
-        np.testing.assert_allclose(point, scan.canonical().world_mm((k, j, i)), rtol=0, atol=1e-9)
+@pytest.mark.parametrize("base", [volume((2, 3, 4)), tilted(scan=volume((2, 3, 4)))], ids=["aligned", "oblique"])
+def test_a_vti_lies_on_the_scans_own_grid_and_vtk_agrees_in_all_48_orientations(tmp_path, base):
+    handedness = set()
+    for scan in all_48_orientations(base):
+        path = write_volume(scan, tmp_path / "a.vti")[0]
+        back, image = read_volume(path), vtk_image(path)
+        np.testing.assert_array_equal(back.voxels, scan.voxels)
+        np.testing.assert_allclose(back.affine, scan.affine, rtol=0, atol=1e-12)
+        voxels = vtk_to_numpy(image.GetPointData().GetScalars()).reshape(image.GetDimensions()[::-1])
+        np.testing.assert_array_equal(voxels, scan.voxels)
+        handedness.add(round(image.GetDirectionMatrix().Determinant()))
+        for k, j, i in np.ndindex(scan.shape):
+            point = [0.0, 0.0, 0.0]
+            image.TransformIndexToPhysicalPoint(i, j, k, point)
+            np.testing.assert_allclose(point, scan.world_mm((k, j, i)), rtol=0, atol=1e-9)
+    assert handedness == {1, -1}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -285,7 +328,7 @@ def test_damaged_voxels_of_a_vti_are_an_error_and_vtk_prints_nothing(tmp_path, c
         (b"Int16", b"String", "UNSUPPORTED_PIXEL_TYPE"),
         (b'"Int16"', b'"Int16" NumberOfComponents="3"', "UNSUPPORTED_PIXEL_TYPE"),
         (b'Spacing="2 ', b'Spacing="-2 ', "BAD_GEOMETRY"),
-        (b'Direction="1 ', b'Direction="3 ', "BAD_GEOMETRY"),
+        (b'Direction="-1 ', b'Direction="-3 ', "BAD_GEOMETRY"),
     ],
 )
 def test_a_vti_header_that_does_not_fit_its_voxels_is_refused(tmp_path, old, new, code, capfd):

@@ -38,9 +38,11 @@ def read_volume(path: Path) -> Volume:
         InputError: NOT_FOUND, NOT_READABLE, UNSUPPORTED_FORMAT, NONFINITE_VOXELS, or what the format's reader says.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError("NOT_FOUND", f"Expected a scan, received a path where nothing is: {path}.")
     try:
+        if not path.exists():
+            raise InputError("NOT_FOUND", f"Expected a scan, received a path where nothing is: {path}.")
+        if not path.is_file() and not path.is_dir():  # reading a pipe or a device may never end
+            raise InputError("NOT_READABLE", f"Expected a file or a folder, received a device or a pipe: {path}.")
         volume = _reader(path)(path)
     except OSError as error:
         raise InputError(
@@ -55,10 +57,11 @@ def write_volume(volume: Volume, path: Path) -> list[Path]:
 
     Args:
         volume: voxels in any real dtype that the format has; booleans become uint8.
-        path: .nii.gz or .nii (the volume's own axis order), .vtk or .vti (canonical axis order).
+        path: .nii.gz, .nii or .vti (the volume's own axis order), .vtk (canonical axis order).
 
     Returns:
-        The files written, `path` first; an oblique .vtk has a second one, `<name>.vtk.json`, with its directions.
+        The files written, `path` first; an oblique .vtk has a second one, `<name>.vtk.json`, with its directions. An
+        aligned .vtk has none, and one that an earlier .vtk of this name left is deleted.
 
     Raises:
         InputError: UNSUPPORTED_FORMAT for another suffix, UNSUPPORTED_PIXEL_TYPE for a dtype that the format lacks.
@@ -70,8 +73,8 @@ def write_volume(volume: Volume, path: Path) -> list[Path]:
         raise InputError("UNSUPPORTED_FORMAT", f"Expected a file to write that ends in {valid}, received {path}.")
     sidecar = vtk.sidecar_path(path) if writer is vtk.write else None
     needs_sidecar = sidecar is not None and volume.is_oblique
-    if sidecar is not None and not needs_sidecar:
-        sidecar.unlink(missing_ok=True)  # one left by an earlier, oblique file would give this one wrong directions
+    if sidecar is not None and not needs_sidecar and vtk.is_sidecar(sidecar):
+        sidecar.unlink()  # one left by an earlier, oblique file would give this one wrong directions
     with atomic(path) as temporary:
         writer(volume, temporary)
         if sidecar is not None and needs_sidecar:

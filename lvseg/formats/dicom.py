@@ -94,8 +94,9 @@ def read(path: Path) -> Volume:
         `slice_distance_source` ("positions", "SpacingBetweenSlices" or "SliceThickness") and `format` ("DICOM").
 
     Raises:
-        InputError: NOT_FOUND, UNSUPPORTED_FORMAT, MULTIPLE_SERIES, INCONSISTENT_SERIES, MISSING_SLICES, BAD_GEOMETRY,
-            NO_PIXELS, UNSUPPORTED_PIXEL_TYPE, UNSUPPORTED_TRANSFER_SYNTAX, INPUT_TRUNCATED, DIMS_LIMIT or EMPTY_IMAGE.
+        InputError: NOT_FOUND, NOT_READABLE, UNSUPPORTED_FORMAT, MULTIPLE_SERIES, INCONSISTENT_SERIES, MISSING_SLICES,
+            BAD_GEOMETRY, NO_PIXELS, UNSUPPORTED_PIXEL_TYPE, UNSUPPORTED_TRANSFER_SYNTAX, INPUT_TRUNCATED, DIMS_LIMIT
+            or EMPTY_IMAGE.
     """
     with warnings.catch_warnings():
         # pydicom warns of every small breach of the standard; those that matter here are looked for below.
@@ -136,6 +137,9 @@ def _files(path: Path) -> list[Path]:
         if len(inside) != 1 or len(folders) != 1:
             break
         folder = folders[0]
+    for entry in inside:
+        if not entry.is_file() and not entry.is_dir():  # such as a link to a slice that is gone
+            raise InputError("NOT_READABLE", f"Expected files, received a device, a pipe or a broken link: {entry}.")
     files = [entry for entry in inside if entry.is_file() and _holds_dicom(entry) and not _is_directory_file(entry)]
     if not files:
         raise InputError("NOT_FOUND", f"Expected DICOM files, received none in the folder {folder}.")

@@ -1,4 +1,8 @@
-"""XML .vti images in and out; axes and world as in `lvseg.formats.vtk`, but the file holds its directions itself.
+"""XML .vti images in and out: world in LPS millimetres, VTK's index (i, j, k) is our (column, row, slice).
+
+Unlike a legacy .vtk the file holds its directions itself, column k of its Direction matrix for VTK's axis k. So a
+volume is written on its own grid: same shape, same axis order, same affine, oblique or not. In half of the orientations
+that matrix is left-handed; VTK keeps such a matrix as it is, in memory and in files.
 
 Files are written by VTK and read without it: a few wrong bytes where the voxels' block sizes stand crash VTK's reader
 and the process with it, and voxels that no piece covers come back as uninitialised memory. What is read here is what
@@ -56,7 +60,7 @@ MARK_WITHIN = 256
 
 
 def write(volume: Volume, path: Path) -> None:
-    """Writes canonical index axes with their directions, also oblique ones.
+    """Writes the volume's own axis order and directions, also oblique and left-handed ones (module docstring).
 
     Args:
         volume: uint8 becomes an array `label`, another dtype `voxels`.
@@ -69,7 +73,6 @@ def write(volume: Volume, path: Path) -> None:
     from vtkmodules.vtkCommonDataModel import vtkImageData
     from vtkmodules.vtkIOXML import vtkXMLImageDataWriter
 
-    volume = volume.canonical()
     voxels = writable(volume, path)
     image = vtkImageData()
     image.SetDimensions(*reverse(volume.shape))

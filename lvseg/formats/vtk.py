@@ -37,6 +37,8 @@ from lvseg.volume import Volume
 
 MAGIC = b"# vtk DataFile Version "
 TITLE = "lvseg 1; SPACE=LPS; DIR="
+SIDECAR_FORMAT = "lvseg 1"
+SIDECAR_LIMIT_BYTES = 64 * 1024  # one of ours has less than a kilobyte
 TITLE_LIMIT = 256
 LINE_LIMIT = 1024
 # Names as the format has them; legacy binary is big-endian. `long` is eight bytes, as VTK writes it outside Windows.
@@ -101,7 +103,7 @@ def write_sidecar(volume: Volume, path: Path) -> None:
     """
     volume = volume.canonical()
     geometry = {
-        "format": "lvseg 1",
+        "format": SIDECAR_FORMAT,
         "space": "LPS",
         "index_order": ["column", "row", "slice"],
         "size": list(reverse(volume.shape)),
@@ -109,6 +111,17 @@ def write_sidecar(volume: Volume, path: Path) -> None:
         "index_to_world_mm": volume.affine[:, [2, 1, 0, 3]].tolist(),
     }
     path.write_text(json.dumps(geometry, indent=2) + "\n", encoding="utf-8")
+
+
+def is_sidecar(path: Path) -> bool:
+    """Whether `write_sidecar` wrote this file; another file may well have the name by chance, or be a user's own."""
+    if not path.is_file() or path.stat().st_size > SIDECAR_LIMIT_BYTES:
+        return False
+    try:
+        geometry = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(geometry, dict) and geometry.get("format") == SIDECAR_FORMAT and "index_to_world_mm" in geometry
 
 
 def read(path: Path) -> Volume:
