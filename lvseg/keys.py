@@ -55,6 +55,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError("BAD_CONFIG", f"Expected YAML in UTF-8, received other bytes in {path}.") from error
     values = parse_yaml(text, str(path))
+    if values is None:  # nothing but comments
+        return {}
     if not isinstance(values, dict):
         raise InputError("BAD_CONFIG", f"Expected keys with values, received {type(values).__name__} in {path}.")
     return values
