@@ -92,6 +92,8 @@ def _sentence(kind: type[BaseModel], error: Any) -> str:
         return message[0].upper() + message[1:]
     what, _, expected = error["msg"].partition(" should ")
     expected = expected.removeprefix("be a valid ").removeprefix("be ")
+    if error["type"] == "model_type":
+        expected = "keys with values"
     if what != "Input":
         return f"Expected {key} to {expected}, received {error['input']!r}"
     hint = ""
