@@ -69,10 +69,10 @@ def check_keys(kind: type[Checked], values: dict[str, Any], where: str) -> Check
     except ValidationError as error:
         first, *others = error.errors()
         more = f" ({len(others)} more like it)" if others else ""
-        raise InputError("BAD_CONFIG", f"{_sentence(kind, first)} in {where}{more}.") from error
+        raise InputError("BAD_CONFIG", _sentence(kind, first, f"in {where}{more}")) from error
 
 
-def _sentence(kind: type[BaseModel], error: Any) -> str:
+def _sentence(kind: type[BaseModel], error: Any, where: str) -> str:
     names = [str(part) for part in error["loc"]]
     key = ".".join(names)
     if error["type"] == "extra_forbidden":
@@ -81,28 +81,28 @@ def _sentence(kind: type[BaseModel], error: Any) -> str:
             name: ".".join([*names[:-1], name]) for name in siblings
         }
         close = difflib.get_close_matches(names[-1], siblings, n=1) or difflib.get_close_matches(names[-1], known, n=1)
-        if close and close[0] in siblings:
-            return f"Unknown key {key}, did you mean {close[0]}?"
-        meant = f"did you mean {known[close[0]]}?" if close else f"expected one of {', '.join(siblings)}"
-        return f"Unknown key {key}, {meant}"
+        if close:
+            meant = close[0] if close[0] in siblings else known[close[0]]
+            return f"Expected a known key, received {key} (did you mean {meant}?) {where}."
+        return f"Expected one of {', '.join(siblings)}, received the unknown key {key} {where}."
     if error["type"] == "missing":
-        return f"Expected the key {key}, received none"
+        return f"Expected the key {key}, received none {where}."
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
-        return message[0].upper() + message[1:]
+        return f"{message[0].upper()}{message[1:]} {where}."
     what, _, expected = error["msg"].partition(" should ")
-    expected = expected.removeprefix("be a valid ").removeprefix("be ")
+    expected = expected.removeprefix("be a valid ").removeprefix("be ").replace(" after validation", "")
+    if what != "Input":
+        return f"Expected {key} to {expected}, received {error['input']!r} {where}."
     if error["type"] == "model_type":
         expected = "keys with values"
-    if what != "Input":
-        return f"Expected {key} to {expected}, received {error['input']!r}"
     hint = ""
     if isinstance(error["input"], str) and error["type"].startswith(("float", "int")):
         with contextlib.suppress(ValueError, OverflowError):
             number = float(error["input"])
             whole = error["type"].startswith("int")
             hint = f" (YAML reads it as text; write {int(number) if whole else f'{number:.1e}'})"
-    return f"Expected {expected} for {key}, received {error['input']!r}{hint}"
+    return f"Expected {expected} for {key}, received {error['input']!r}{hint} {where}."
 
 
 def _paths(kind: type[BaseModel], prefix: str = "") -> list[str]:

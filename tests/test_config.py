@@ -51,7 +51,7 @@ def test_the_volume_experiment_has_all_four_methods_of_the_report():
     [
         ({"train": {"lerning_rate": 0.1}}, ("train.lerning_rate", "did you mean learning_rate?")),
         ({"augment": {"elastic": {"sigma": 3.0}}}, ("augment.elastic.sigma", "did you mean sigma_px?")),
-        ({"optimiser": 1}, ("optimiser", "expected one of task, name")),
+        ({"optimiser": 1}, ("optimiser", "Expected one of task, name")),
         ({"lerning_rate": 0.1}, ("lerning_rate", "did you mean train.learning_rate?")),
         ({"train": {"learning_rate": float("inf")}}, ("train.learning_rate", "finite")),
         ({"data": {"datasets": []}}, ("data.datasets to have at least 1 item",)),

@@ -608,7 +608,7 @@ def test_the_workers_socket_lies_in_the_spool_where_a_killed_server_leaves_nothi
         (lambda folder: (folder / "models" / "bright" / "3" / "saved_model.pb").unlink(), "saved_model.pb"),
         (lambda folder: (folder / "models").rename(folder / "elsewhere"), "no such folder"),
         (lambda folder: (folder / "models" / "bright" / "3" / "model.json").write_text("{}"), "weights_sha256"),
-        (lambda folder: {"limits": {"queu": 5}}, "limits.queu, did you mean queue?"),
+        (lambda folder: {"limits": {"queu": 5}}, "did you mean queue?"),
         (lambda folder: {"workers": "two"}, "integer for workers, received 'two'"),
         (lambda folder: {"limits": 5}, "keys with values for limits"),
         (lambda folder: (folder / "endpoint").mkdir(), "--endpoint-file"),
