@@ -106,9 +106,9 @@ def stop_at_checkpoint(folder, step, how):
     """Starts training, sends a signal once the checkpoint of a step is there, waits for its end."""
     process = start_training(folder)
     try:
-        wanted = folder / f"runs/volume/small-fold0/checkpoints/ckpt-{step}.index"
+        state = folder / "runs/volume/small-fold0/checkpoints/checkpoint"
         deadline = time.monotonic() + LIMIT_S
-        while not wanted.exists():
+        while not (state.exists() and f'"ckpt-{step}"' in state.read_text()):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(how)
