@@ -134,18 +134,19 @@ def test_a_real_series_and_its_labels_in_another_orientation_lie_on_one_grid(rea
     )
 
 
-def test_statistics_and_fill_are_the_scans_own(own_study):
-    """A bright scan, padded: what lies outside has its minimum, and the statistics do not know the padding."""
+@pytest.mark.parametrize("offset", [500, -500])
+def test_statistics_and_fill_are_the_scans_own(own_study, offset):
+    """A scan far from zero, padded: what lies outside has its minimum, and the statistics do not know the padding."""
     image, _ = scan("a", 0)
-    bright = image.with_voxels(image.voxels + np.int16(500))
-    write_volume(bright, own_study / "raw/a/a-000/image.nii.gz")
+    moved = image.with_voxels(image.voxels + np.int16(offset))
+    write_volume(moved, own_study / "raw/a/a-000/image.nii.gz")
     shards = prepare.prepare(data(spacing_mm=[6.0, 6.0]), jobs=1)[0]
     read = records.decode(next(iter(tf.data.TFRecordDataset(str(shards.folder / shards.rows[0]["file"])))), 32)
     np.testing.assert_allclose(
-        read.statistics.percentiles, np.percentile(bright.voxels, np.arange(1001) / 10), rtol=1e-5
+        read.statistics.percentiles, np.percentile(moved.voxels, np.arange(1001) / 10), rtol=1e-5
     )
     corner = float(read.image[0, 0, 0]) * float(read.slope) + float(read.intercept)
-    assert corner == pytest.approx(bright.voxels.min(), abs=0.1) and corner > 400
+    assert corner == pytest.approx(moved.voxels.min(), abs=0.1) and abs(corner) > 200
 
 
 def test_only_the_cards_values_become_labels_in_its_order(own_study):
