@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import io
 import os
 import shutil
 import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TypeVar
 
@@ -100,8 +99,8 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
     """Passes items on and shows how far it is: a bar where stderr is a terminal, plain lines elsewhere."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)  # type: ignore[arg-type]
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import track
@@ -115,10 +114,3 @@ def progress(items: Iterable[Item], label: str, total: int | None = None) -> Ite
         if now - last >= PLAIN_LINE_EVERY_S:
             last = now
             print(f"{label}: {count}{f' of {total}' if total else ''}, {now - started:.0f} s", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Holds back what a library prints to stdout, so that a command's own lines stay readable."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

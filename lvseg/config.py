@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -140,3 +141,9 @@ def load_experiment(path: Path, overrides: list[str] | None = None) -> Experimen
         group[last] = parse_yaml(text, f"--set {override}")
     where = str(path) + (f" with --set {' --set '.join(overrides)}" if overrides else "")
     return check_keys(Experiment, values, where)
+
+
+def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --cfg and --set, which every command on an experiment file takes."""
+    parser.add_argument("--cfg", type=Path, required=True, help="experiment file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")

@@ -6,9 +6,10 @@ python -m lvseg.export --run runs/volume/best-fold0 --out models/volume
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import tensorflow as tf
 
 from lvseg import command, preprocess
 from lvseg.errors import InputError
+from lvseg.predict import VERSION
 
 
 def export_model(model: keras.Model, card: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def export_model(model: keras.Model, card: dict[str, Any], folder: Path) -> dict
     archive.add_endpoint("infer", infer, [stacks])
     archive.add_endpoint("restore", restore, [probabilities, shape, spacing])
     with command.atomic(folder) as temporary:
-        with command.quiet():
+        with contextlib.redirect_stdout(io.StringIO()):  # Keras lists every endpoint there
             archive.write_out(str(temporary))
         card = {**card, "weights_sha256": weights_sha256(temporary)}
         (temporary / "model.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
@@ -124,7 +126,7 @@ def publish(run: Path, out: Path) -> Path:
         raise InputError(
             "NOT_FOUND", f"Expected a trained model in {model}, received none; train the run to its end first."
         )
-    versions = [int(path.name) for path in out.iterdir() if re.fullmatch("[0-9]+", path.name)] if out.is_dir() else []
+    versions = [int(path.name) for path in out.iterdir() if VERSION.fullmatch(path.name)] if out.is_dir() else []
     folder = out / str(max(versions, default=0) + 1)
     with command.atomic(folder) as temporary:
         shutil.copytree(model, temporary)

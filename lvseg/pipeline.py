@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -84,14 +85,15 @@ def training_batches(
             .skip(tf.where(number == first_epoch, tf.constant(used, tf.int64), tf.constant(0, tf.int64)))
         )
 
-    def deformed(index: tf.Tensor, samples: Samples) -> Samples:
+    def deformed(deform: Deform, index: tf.Tensor, samples: Samples) -> Samples:
         seeds = augment.sample_seeds(seed, augment.ELASTIC_STREAM, index // batch_size, (index % batch_size)[None])[0]
-        stack, mask = deform(tf.cast(samples.stack, tf.float32), samples.mask, seeds)  # type: ignore[misc]
+        stack, mask = deform(tf.cast(samples.stack, tf.float32), samples.mask, seeds)
         return samples._replace(stack=tf.cast(tf.round(stack), tf.uint16), mask=mask)
 
     samples = tf.data.Dataset.range(first_epoch, 2**31).flat_map(epoch)
     if deform is not None:
-        samples = samples.enumerate(step * batch_size).map(deformed, num_parallel_calls=tf.data.AUTOTUNE)
+        numbered = samples.enumerate(step * batch_size)
+        samples = numbered.map(functools.partial(deformed, deform), num_parallel_calls=tf.data.AUTOTUNE)
     return (
         samples
         # Epochs run into each other inside a batch, so every batch is full and a step is a step.

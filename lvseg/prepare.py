@@ -20,7 +20,7 @@ import numpy as np
 
 from lvseg import command
 from lvseg.cards import Card, Scan, find_scans, load_card
-from lvseg.config import Data, load_experiment
+from lvseg.config import Data, add_experiment_arguments, load_experiment
 from lvseg.errors import InputError
 from lvseg.keys import digest
 from lvseg.split import Split, split_patients
@@ -56,14 +56,15 @@ def prepare(data: Data, jobs: int = -1) -> list[ShardSet]:
     Raises:
         InputError: a card or scan that cannot be used; DUPLICATE_SCAN for the same voxels under two patient ids.
     """
-    cards = [load_card(Path(path))[0].name for path in data.datasets]
-    if len(set(cards)) < len(cards):
-        raise InputError("BAD_CONFIG", f"Expected each card once in data.datasets, received {', '.join(cards)}.")
-    sets = [_prepare_card(Path(path), data, jobs) for path in data.datasets]
+    cards = [load_card(Path(path)) for path in data.datasets]
+    names = [card.name for card, _ in cards]
+    if len(set(names)) < len(names):
+        raise InputError("BAD_CONFIG", f"Expected each card once in data.datasets, received {', '.join(names)}.")
+    classes = {tuple(card.classes) for card, _ in cards}
+    if len(classes) > 1:
+        raise InputError("BAD_CONFIG", f"Expected the same labels in all of data.datasets, received {sorted(classes)}.")
+    sets = [_prepare_card(card, root, data, jobs) for card, root in cards]
     _check_classes(sets)
-    names = {tuple(shards.card.classes) for shards in sets}
-    if len(names) > 1:
-        raise InputError("BAD_CONFIG", f"Expected the same labels in all of data.datasets, received {sorted(names)}.")
     seen: dict[str, tuple[str, str]] = {}
     for shards in sets:
         for row in shards.rows:
@@ -103,8 +104,7 @@ def dataset_scans(data: Data) -> list[Scan]:
     return [scan for path in data.datasets for scan in find_scans(*load_card(Path(path)))]
 
 
-def _prepare_card(path: Path, data: Data, jobs: int) -> ShardSet:
-    card, root = load_card(path)
+def _prepare_card(card: Card, root: Path, data: Data, jobs: int) -> ShardSet:
     if card.simulate is not None:
         from lvseg.phantom.simulate import simulate
 
@@ -140,9 +140,11 @@ def _finished_row(scan: Scan, folder: Path) -> dict[str, Any] | None:
     from lvseg import records
 
     path = _shard_path(scan, folder)
-    row = records.read_row(path) if path.exists() else None
+    if not path.exists():
+        return None
+    row = records.read_row(path)
     made_of = {"patient": scan.patient, "study": scan.study, "sources": _sources(scan)}
-    return row if row is not None and made_of.items() <= row.items() else None
+    return row if made_of.items() <= row.items() else None
 
 
 def _write_shard(scan: Scan, folder: Path, data: Data) -> dict[str, Any]:
@@ -230,8 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Makes the shards of an experiment that are missing.",
         epilog="Example: python -m lvseg.prepare --cfg experiments/volume.yaml",
     )
-    parser.add_argument("--cfg", type=Path, required=True, help="experiment file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
+    add_experiment_arguments(parser)
     parser.add_argument("--jobs", type=int, default=-1, help="processes (default: one a core)")
 
     def body(arguments: argparse.Namespace) -> None:

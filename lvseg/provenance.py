@@ -7,21 +7,18 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lvseg import command
 from lvseg.config import Experiment
 from lvseg.errors import InputError
 from lvseg.keys import digest, read_yaml
+from lvseg.prepare import ShardSet
 from lvseg.split import Split
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from lvseg.prepare import ShardSet
 
 PACKAGES = ("tensorflow", "keras", "tensorflow-addons", "numpy", "nibabel", "pydicom", "vtk")
 

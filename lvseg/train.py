@@ -16,7 +16,8 @@ from pathlib import Path
 import yaml
 
 from lvseg import command
-from lvseg.config import Experiment, load_experiment
+from lvseg.cards import load_card
+from lvseg.config import Experiment, add_experiment_arguments, load_experiment
 from lvseg.errors import InputError
 from lvseg.keys import changed_keys, read_yaml
 
@@ -36,13 +37,13 @@ def train(experiment: Experiment) -> None:
     from lvseg.evaluate import evaluate_run
     from lvseg.fit import Fit
 
-    sets = prepare.prepare(experiment.data)
-    for shards in sets:
-        if shards.card.task != experiment.task:
+    for path in experiment.data.datasets:
+        card, _ = load_card(Path(path))
+        if card.task != experiment.task:
             raise InputError(
-                "BAD_CONFIG",
-                f"Expected cards of the task {experiment.task}, received {shards.card.name} of {shards.card.task}.",
+                "BAD_CONFIG", f"Expected a card of the task {experiment.task}, received one of {card.task} in {path}."
             )
+    sets = prepare.prepare(experiment.data)
     split = prepare.split(experiment.data, sets)
     fit = Fit(experiment, sets, split, run)
     manifest = provenance.manifest(experiment, sets, split, fit.encoder_weights_sha256)
@@ -52,10 +53,10 @@ def train(experiment: Experiment) -> None:
         temporary.write_text(yaml.safe_dump(experiment.model_dump(), sort_keys=False), encoding="utf-8")
     provenance.write(run, manifest)
     fit.run()
-    card = fit.export(run / "model", manifest)
+    exported = fit.export(run / "model", manifest)
 
     evaluate_run(run, "validation")
-    provenance.write(run, {**manifest, "weights_sha256": card["weights_sha256"], "finished": True})
+    provenance.write(run, {**manifest, "weights_sha256": exported["weights_sha256"], "finished": True})
     print(f"trained: {run} (model in {run / 'model'}, look with: tensorboard --logdir {run.parent})")
 
 
@@ -87,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Trains an experiment; missing shards are prepared first, a stopped run goes on.",
         epilog="Example: python -m lvseg.train --cfg experiments/volume.yaml --set data.fold=3",
     )
-    parser.add_argument("--cfg", type=Path, required=True, help="experiment file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
+    add_experiment_arguments(parser)
     return command.run(parser, lambda arguments: train(load_experiment(arguments.cfg, arguments.set)), argv)
 
 

@@ -10,41 +10,32 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import re
 import signal
-import stat
 import sys
-import tempfile
 import time
 import uuid
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import zmq
 
 from serving import protocol
+from serving.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_ERROR, EXIT_NETWORK, ClientError
+from serving.outputs import check_outputs, is_sidecar, output_paths, sidecar_of, writing
+from serving.scans import Package, check_readable, files_of, is_sent_unchanged, name_of, package, reading
 
 SERVER = "tcp://127.0.0.1:5557"
-BUILD = "lvseg 0.1.0"
-EXIT_DONE, EXIT_ERROR, EXIT_BAD_INPUT, EXIT_NETWORK = 0, 1, 2, 4
 CONNECT_S = 5.0
 SILENCE_S = 20.0  # the server answers STATUS within milliseconds; this long without a word and it is gone
 ASK_S = 2.0  # without news for this long, STATUS asks; it also finds the job again after a lost connection
 FETCHES_AHEAD = 8
 PLAIN_LINE_EVERY_S = 2.0
-ZSTD_LEVEL = 1  # packs faster than a network of 1 Gbit/s carries
-PIECE_BYTES = 1024 * 1024
 PORT_MAX = 65535
-SIDECAR_FORMAT, SIDECAR_LIMIT_BYTES = "lvseg 1", 64 * 1024  # what a server writes beside an oblique .vtk
-SPOOL_BYTES = 64 * 1024 * 1024  # an upload up to this size waits in memory, a larger one in a temporary file
 
 EXAMPLE = """examples:
   python -m serving.client submit scan.nii.gz --model volume -o liver.vtk
@@ -54,22 +45,6 @@ EXAMPLE = """examples:
 """
 
 OnProgress = Callable[[str, int, int], None]
-
-
-class ClientError(Exception):
-    """What ends a request: a stable code, a sentence for people, and the exit code of the command.
-
-    Args:
-        code: the server's, or NOT_FOUND, NOT_READABLE, INPUT_TRUNCATED, BAD_OUTPUT, UNREACHABLE, TIMEOUT of this side.
-        sentence: what was expected, what came, what to check.
-        exit_code: EXIT_BAD_INPUT, EXIT_NETWORK or EXIT_ERROR.
-    """
-
-    def __init__(self, code: str, sentence: str, exit_code: int) -> None:
-        super().__init__(sentence)
-        self.code = code
-        self.sentence = sentence
-        self.exit_code = exit_code
 
 
 class Unreachable(ClientError):
@@ -101,105 +76,6 @@ class Refused(ClientError):
         exit_codes = {"input": EXIT_BAD_INPUT, "access": EXIT_NETWORK, "server": EXIT_ERROR}
         super().__init__(error.code, sentence, exit_codes[error.fault])
         self.error = error
-
-
-@dataclass(frozen=True)
-class Package:
-    """A scan as it is sent.
-
-    Args:
-        name: base name for messages.
-        kind: "file" or "series".
-        codec: "raw" or "zstd".
-        file: the bytes to send, open at any position.
-        bytes: how many.
-        content_bytes: how many they unpack to.
-        sha256: of the bytes to send.
-        members: the local name of each file of a series, in the archive's order; they are not sent.
-    """
-
-    name: str
-    kind: str
-    codec: str
-    file: IO[bytes]
-    bytes: int
-    content_bytes: int
-    sha256: str
-    members: tuple[str, ...] = ()
-
-
-def package(scan: Path) -> Package:
-    """Makes a scan ready to be sent: a .nii.gz as it is, else zstd; a folder as a stored zip without its files' names.
-
-    Args:
-        scan: a file, or a folder of DICOM files.
-
-    Returns:
-        With its file open; the caller closes it.
-
-    Raises:
-        ClientError: NOT_FOUND, NOT_READABLE or INPUT_TRUNCATED, exit code 2.
-    """
-    name = _name(scan)
-    with _reading(scan):
-        members = _files(scan)
-        if scan.is_dir():
-            names = tuple(str(path.relative_to(scan)) for path in members)
-            with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as archive:
-                _zip(members, archive)
-                archive.seek(0)
-                return _packed(name, "series", archive, names)
-        with scan.open("rb") as content:
-            if _is_sent_unchanged(scan):
-                return _unchanged(name, content)
-            return _packed(name, "file", content)
-
-
-def check_readable(scan: Path) -> None:
-    """Finds out, before a server is asked, whether a scan is there and can be opened.
-
-    Raises:
-        ClientError: NOT_FOUND, NOT_READABLE or INPUT_TRUNCATED, exit code 2.
-    """
-    with _reading(scan):
-        for path in _files(scan):
-            with path.open("rb") as file:
-                if path == scan and not file.read(1):
-                    raise ClientError(
-                        "INPUT_TRUNCATED", f"Expected a scan, received no bytes in {scan}.", EXIT_BAD_INPUT
-                    )
-
-
-def check_outputs(scans: Sequence[Path], outputs: Sequence[Path], report: Path | None = None) -> None:
-    """Finds out, before a server is asked, whether the outputs can be written without harm to a scan or to each other.
-
-    Args:
-        scans: files or folders.
-        outputs: the mask of each; a .vtk may bring a .vtk.json.
-        report: a file for the measurements.
-
-    Raises:
-        ClientError: BAD_OUTPUT, exit code 2.
-    """
-    sources = [(scan, _place(scan)) for scan in scans]
-    sidecars = [_sidecar(out) for out in outputs if out.name.endswith(".vtk")]
-    taken: set[Path] = set()
-    for path in [*outputs, *sidecars, *([] if report is None else [report])]:
-        place = _place(path)
-        for scan, source in sources:
-            if place == source or source in place.parents:
-                raise ClientError(
-                    "BAD_OUTPUT", f"Expected outputs apart from the scans, received {path} for {scan}.", EXIT_BAD_INPUT
-                )
-        if place in taken:
-            raise ClientError(
-                "BAD_OUTPUT",
-                f"Expected outputs of different names, received two that go to {path} (a .vtk may bring a .vtk.json).",
-                EXIT_BAD_INPUT,
-            )
-        taken.add(place)
-        with _writing(path):
-            _check_writable(path)
 
 
 def check_model(name: str) -> None:
@@ -266,7 +142,7 @@ class Client:
             ClientError: UNREACHABLE or PROTO_UNSUPPORTED.
         """
         limit = time.monotonic() + limit_s
-        self._say(protocol.Hello(protocol.VERSION, protocol.VERSION, BUILD), limit)
+        self._say(protocol.Hello(protocol.VERSION, protocol.VERSION, protocol.BUILD), limit)
         return self._expect(protocol.Welcome, limit)
 
     def ping(self, limit_s: float = CONNECT_S) -> float:
@@ -343,10 +219,10 @@ class Client:
 
     def _check_sizes(self, scan: Path) -> None:
         """What the files' sizes tell, before time and disk are spent on packing them."""
-        with _reading(scan):
-            sizes = [path.stat().st_size for path in _files(scan)]
-        upload_bytes = sum(sizes) if _is_sent_unchanged(scan) else 0
-        self._check(_name(scan), upload_bytes, sum(sizes), len(sizes) if scan.is_dir() else 0)
+        with reading(scan):
+            sizes = [path.stat().st_size for path in files_of(scan)]
+        upload_bytes = sum(sizes) if is_sent_unchanged(scan) else 0
+        self._check(name_of(scan), upload_bytes, sum(sizes), len(sizes) if scan.is_dir() else 0)
 
     def _check(self, name: str, upload_bytes: int, content_bytes: int, members: int) -> None:
         """Against the server's limits before a byte is sent; the server checks again."""
@@ -436,7 +312,7 @@ class Client:
         measurements: dict[str, Any] = {}
         moves: list[tuple[Path, Path]] = []
         try:
-            with _writing(out):
+            with writing(out):
                 out.parent.mkdir(parents=True, exist_ok=True)
                 for file in done.files:
                     pieces = self._fetch(job, file, sent, limit, on_progress)
@@ -448,7 +324,7 @@ class Client:
                     with moves[-1][0].open("xb") as temporary:
                         temporary.writelines(pieces)
                 paths = [path for _, path in moves]
-                if output == "vtk" and (sidecar := _sidecar(out)) not in paths and _is_sidecar(sidecar):
+                if output == "vtk" and (sidecar := sidecar_of(out)) not in paths and is_sidecar(sidecar):
                     sidecar.unlink()  # an earlier file's directions would be wrong for this one
                 for temporary_path, path in reversed(moves):
                     temporary_path.replace(path)
@@ -588,42 +464,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
 
 
-def output_paths(scans: Sequence[Path], out: Path, output: str | None) -> list[Path]:
-    """Where each scan's mask goes: `out` itself for one scan if it names a file, else <stem>.<format> in that folder.
-
-    Args:
-        scans: files or folders.
-        out: a file .vtk, .nii.gz or .vti, or a folder.
-        output: format of the files, None for that of `out`, or vtk in a folder.
-
-    Raises:
-        ClientError: BAD_OUTPUT, exit code 2.
-    """
-    named = next((known for known in protocol.OUTPUTS if out.name.endswith(f".{known}")), None)
-    with _writing(out):
-        is_folder = out.is_dir()
-    if named and not is_folder:
-        if len(scans) > 1:
-            raise ClientError(
-                "BAD_OUTPUT", f"Expected a folder for {len(scans)} scans, received the file {out}.", EXIT_BAD_INPUT
-            )
-        if output not in (None, named):
-            raise ClientError("BAD_OUTPUT", f"Expected a name in .{output}, received {out}.", EXIT_BAD_INPUT)
-        return [out]
-    if out.suffix and not is_folder:
-        names = ", ".join(f".{known}" for known in protocol.OUTPUTS)
-        raise ClientError(
-            "BAD_OUTPUT", f"Expected a file ending in one of {names}, or a folder, received {out}.", EXIT_BAD_INPUT
-        )
-    paths = [out / f"{_stem(scan)}.{output or 'vtk'}" for scan in scans]
-    twice = next((path for number, path in enumerate(paths) if path in paths[:number]), None)
-    if twice:
-        raise ClientError(
-            "BAD_OUTPUT", f"Expected scans of different names, received two that give {twice}.", EXIT_BAD_INPUT
-        )
-    return paths
-
-
 def _submit(arguments: argparse.Namespace) -> int:
     check_model(arguments.model)
     for scan in arguments.scans:
@@ -649,7 +489,7 @@ def _submit(arguments: argparse.Namespace) -> int:
             print(out)
     if arguments.json:
         temporary = arguments.json.with_name(f".partial-{uuid.uuid4().hex[:8]}-{arguments.json.name}")
-        with _writing(arguments.json):
+        with writing(arguments.json):
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             try:
                 temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -706,150 +546,6 @@ def _progress() -> Iterator[Callable[[str, str, int, int], None]]:
 
 def _interrupt(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _reading(scan: Path) -> Iterator[None]:
-    """Turns what can go wrong with local files into sentences."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ClientError("NOT_FOUND", f"Expected a scan, received no such file: {scan}.", EXIT_BAD_INPUT) from error
-    except OSError as error:
-        raise ClientError(
-            "NOT_READABLE", f"Expected a scan that can be read, received '{error.strerror}' for {scan}.", EXIT_BAD_INPUT
-        ) from error
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turns what can go wrong with an output into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise ClientError(
-            "BAD_OUTPUT", f"Expected a place to write to, received '{error.strerror}' for {path}.", EXIT_BAD_INPUT
-        ) from error
-
-
-def _check_writable(path: Path) -> None:
-    """Whether a file can be written there, its folder made if it is missing; OSError if not."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    folder = path.parent
-    while not os.path.lexists(folder) and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-
-def _place(path: Path) -> Path:
-    """The path without links, so that two names of one place are the same."""
-    return Path(os.path.realpath(path))
-
-
-def _sidecar(out: Path) -> Path:
-    return out.with_name(out.name + ".json")
-
-
-def _is_sidecar(path: Path) -> bool:
-    """Whether it is what a server wrote beside an earlier mask; a file of the user's own is not ours to delete."""
-    if not path.is_file() or path.stat().st_size > SIDECAR_LIMIT_BYTES:
-        return False
-    try:
-        geometry = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(geometry, dict) and geometry.get("format") == SIDECAR_FORMAT and "index_to_world_mm" in geometry
-
-
-def _files(scan: Path) -> list[Path]:
-    """The files of a scan, each a real one: reading a pipe or a device may never end."""
-    if scan.is_dir():
-        return _members(scan)
-    if not stat.S_ISREG(scan.stat().st_mode):
-        raise ClientError(
-            "NOT_READABLE", f"Expected a file or a folder, received a device or a pipe: {scan}.", EXIT_BAD_INPUT
-        )
-    return [scan]
-
-
-def _name(scan: Path) -> str:
-    return protocol.clean_name(scan.name or scan.resolve().name)
-
-
-def _is_sent_unchanged(scan: Path) -> bool:
-    """Packing again would gain nothing."""
-    return scan.name.lower().endswith(".gz") and not scan.is_dir()
-
-
-def _members(scan: Path) -> list[Path]:
-    """The files of a folder, by the rule of the reader of DICOM: one that holds only a folder stands for that one."""
-    folder = scan
-    while len(inside := sorted(folder.iterdir())) == 1 and inside[0].is_dir():
-        folder = inside[0]
-    for path in inside:
-        if not path.is_file() and not path.is_dir():  # such as a link to a slice that is gone
-            raise ClientError(
-                "NOT_READABLE", f"Expected files, received a device, a pipe or a broken link: {path}.", EXIT_BAD_INPUT
-            )
-    members = [path for path in inside if path.is_file()]
-    if not members:
-        raise ClientError("NOT_FOUND", f"Expected DICOM files, received none in the folder {folder}.", EXIT_BAD_INPUT)
-    return members
-
-
-def _zip(members: Sequence[Path], content: IO[bytes]) -> None:
-    """A stored zip: zstd packs it afterwards. Without the names, which often hold the patient's, or any date."""
-    with zipfile.ZipFile(content, "w") as archive:
-        for number, member in enumerate(members, start=1):
-            suffix = member.suffix.lower() if member.suffix.lower() in protocol.MEMBER_SUFFIXES else ".bin"
-            with member.open("rb") as source, archive.open(zipfile.ZipInfo(f"{number:06d}{suffix}"), "w") as entry:
-                while piece := source.read(PIECE_BYTES):
-                    entry.write(piece)
-
-
-def _packed(name: str, kind: str, content: IO[bytes], members: tuple[str, ...] = ()) -> Package:
-    import zstandard
-
-    packer = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compressobj()
-    return _copied(name, kind, "zstd", content, packer.compress, packer.flush, members)
-
-
-def _unchanged(name: str, content: IO[bytes]) -> Package:
-    return _copied(name, "file", "raw", content, lambda piece: piece, lambda: b"", ())
-
-
-def _copied(
-    name: str,
-    kind: str,
-    codec: str,
-    content: IO[bytes],
-    pack: Callable[[bytes], bytes],
-    flush: Callable[[], bytes],
-    members: tuple[str, ...],
-) -> Package:
-    """Through `pack` into a file of our own, so that what is sent is what was hashed, whoever changes the scan."""
-    packed: IO[bytes] = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 the caller closes it
-    digest = hashlib.sha256()
-    size = 0
-    while piece := content.read(PIECE_BYTES):
-        size += len(piece)
-        part = pack(piece)
-        digest.update(part)
-        packed.write(part)
-    part = flush()
-    digest.update(part)
-    packed.write(part)
-    return Package(name, kind, codec, packed, packed.tell(), size, digest.hexdigest(), members)
-
-
-def _stem(scan: Path) -> str:
-    if scan.is_dir():
-        return scan.resolve().name
-    return scan.name[: len(scan.name) - len(protocol.suffix_of(scan.name))] or scan.name
 
 
 def _seconds(text: str) -> float:

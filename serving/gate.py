@@ -33,7 +33,6 @@ from serving.jobs import Job, JobTable, State
 if TYPE_CHECKING:
     from serving.config import ServerConfig
 
-BUILD = "lvseg 0.1.0"
 TICK_MS, FLUSH_MS = 100, 5
 MESSAGES_A_ROUND = 64
 OUTBOX_MAX = 64
@@ -298,7 +297,7 @@ class Gate:
         limits = self.config.limits
         taken = protocol.Limits(limits.upload_bytes, limits.content_bytes, limits.members, limits.chunk_bytes)
         ready = any(worker.ready for worker in self.workers.values())
-        self._send(route, protocol.Welcome(protocol.VERSION, BUILD, ready, taken, self.models))
+        self._send(route, protocol.Welcome(protocol.VERSION, protocol.BUILD, ready, taken, self.models))
 
     def _ping(self, route: bytes, message: protocol.Ping, now: float) -> None:
         self._send(route, protocol.Pong())

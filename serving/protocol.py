@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 VERSION = 1
+BUILD = "lvseg 0.1.0"  # what each side says of itself; the version of setup.cfg
 MAGIC = b"LVS%d" % VERSION
 KEY_BYTES = 32
 HEADER_BYTES_MAX = 16 * 1024

@@ -100,12 +100,17 @@ def write_card(folder: Path, dataset: str, **changes: object) -> Path:
 
 def command(folder: Path, module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs `python -m module arguments` in a folder, as a user would."""
+    return python(folder, "-m", module, *arguments)
+
+
+def python(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs `python arguments` in a folder."""
     return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=400,
         check=False,
     )

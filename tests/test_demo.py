@@ -2,15 +2,12 @@
 
 import contextlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import yaml
-from small_study import ROOT
+from small_study import ROOT, python
 
 from lvseg import metrics
 from lvseg.formats import read_volume
@@ -50,15 +47,7 @@ def working_in(folder):
 
 def test_the_demo_goes_from_simulated_patients_to_served_masks_that_agree(tmp_path):
     small_demo(tmp_path)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "experiments/demo.py"), "--least-dice", "0", "--most-error", "1000"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    done = python(tmp_path, ROOT / "experiments/demo.py", "--least-dice", 0, "--most-error", 1000)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every served .vtk equals" in done.stdout
     summary = json.loads((tmp_path / "demo/summary.json").read_text())

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -195,13 +195,13 @@ def _header(path: Path) -> pydicom.Dataset:
             ends_early = _ends_early(header, file_bytes)
         except Exception as error:
             raise _damaged(path) from error
-    order = "little" if syntax.is_little_endian else "big"
-    group, element = (int.from_bytes(start[at : at + 2], order) for at in (0, 2))  # type: ignore[arg-type]
+    order: Literal["little", "big"] = "little" if syntax.is_little_endian else "big"
+    group, element = (int.from_bytes(start[at : at + 2], order) for at in (0, 2))
     if (group, element) != (0x7FE0, 0x0010):
         if ends_early:
             raise _damaged(path)
         raise InputError("NO_PIXELS", f"Expected PixelData, received a DICOM file without (or cut short) in {path}.")
-    length = int.from_bytes(start[4:8] if syntax.is_implicit_VR else start[8:12], order)  # type: ignore[arg-type]
+    length = int.from_bytes(start[4:8] if syntax.is_implicit_VR else start[8:12], order)
     if syntax.is_implicit_VR:
         pixels_at -= 4
     if not syntax.is_encapsulated:

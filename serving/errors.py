@@ -1,0 +1,21 @@
+"""What ends a client's request, and the exit codes of its command."""
+
+from __future__ import annotations
+
+EXIT_DONE, EXIT_ERROR, EXIT_BAD_INPUT, EXIT_NETWORK = 0, 1, 2, 4
+
+
+class ClientError(Exception):
+    """What ends a request: a stable code, a sentence for people, and the exit code of the command.
+
+    Args:
+        code: the server's, or NOT_FOUND, NOT_READABLE, INPUT_TRUNCATED, BAD_OUTPUT, UNREACHABLE, TIMEOUT of this side.
+        sentence: what was expected, what came, what to check.
+        exit_code: EXIT_BAD_INPUT, EXIT_NETWORK or EXIT_ERROR.
+    """
+
+    def __init__(self, code: str, sentence: str, exit_code: int) -> None:
+        super().__init__(sentence)
+        self.code = code
+        self.sentence = sentence
+        self.exit_code = exit_code
