@@ -73,6 +73,24 @@ def run(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], in
         return EXIT_ERROR
 
 
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGTERM and Ctrl-C are only noted; yields what tells whether one came.
+
+    An exception out of a signal handler can strike inside TensorFlow's C++ calls into Python and crash the process.
+    """
+    came: list[int] = []
+    kept = {}
+    with contextlib.suppress(ValueError):  # signals belong to the main thread; elsewhere nobody sends them here
+        for number in (signal.SIGTERM, signal.SIGINT):
+            kept[number] = signal.signal(number, lambda number, _frame: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
 def _interrupt(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
 

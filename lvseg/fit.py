@@ -94,7 +94,7 @@ class Fit:
         return self.run_folder / "checkpoints" / "best.npz"
 
     def run(self) -> None:
-        """Trains to the last step; interrupted, it saves a checkpoint first, unless a validation was left half-done."""
+        """Trains to the last step; asked to stop, it finishes the step at hand, saves a checkpoint and interrupts."""
         train, first = self.experiment.train, int(self.step)
         if first >= train.steps:
             return
@@ -102,38 +102,30 @@ class Fit:
         writer = tf.summary.create_file_writer(str(self.run_folder / "logs"))
         batches = iter(self._batches(first))
         started = time.monotonic()
-        waited, since, settled = 0.0, started, True
-        try:
-            with writer.as_default():
-                for number in command.progress(range(first + 1, train.steps + 1), "training"):
-                    before = time.monotonic()
-                    samples = next(batches)
-                    waited += time.monotonic() - before
-                    validates = number % train.validate_every == 0 or number == train.steps
-                    saves = number % train.checkpoint_every == 0 or number == train.steps
-                    logs = validates or number % LOG_EVERY == 0
-                    settled = not (logs or saves)
-                    self.train_step(samples)
-                    if logs:
-                        row = self._scalars(number, waited / (time.monotonic() - since))
-                        if validates:
-                            row["validation_dice"] = self._validate(number)
-                            row["seconds"] = round(time.monotonic() - started, 1)
-                            rows.append(row)
-                            self._write_metrics(rows)
-                            self._say(row)
-                        self.sums.assign(tf.zeros_like(self.sums))
-                        waited, since = 0.0, time.monotonic()
-                    if saves:
-                        self.manager.save(checkpoint_number=number)
-                    settled = True
-        except KeyboardInterrupt:
-            # The step counter moves inside the compiled step, so weights and counter always belong together; but a step
-            # whose validation is missing may not be saved as done, or a resumed run would never make up for it.
-            if settled:
-                self.manager.save(checkpoint_number=int(self.step))
-            print(f"stopped at step {int(self.step)}; the same command goes on from the last checkpoint.")
-            raise
+        waited, since = 0.0, started
+        with command.stop_requests() as stop_requested, writer.as_default():
+            for number in command.progress(range(first + 1, train.steps + 1), "training"):
+                before = time.monotonic()
+                samples = next(batches)
+                waited += time.monotonic() - before
+                self.train_step(samples)
+                validates = number % train.validate_every == 0 or number == train.steps
+                if validates or number % LOG_EVERY == 0:
+                    row = self._scalars(number, waited / (time.monotonic() - since))
+                    if validates:
+                        row["validation_dice"] = self._validate(number)
+                        row["seconds"] = round(time.monotonic() - started, 1)
+                        rows.append(row)
+                        self._write_metrics(rows)
+                        self._say(row)
+                    self.sums.assign(tf.zeros_like(self.sums))
+                    waited, since = 0.0, time.monotonic()
+                stops = stop_requested()
+                if stops or number % train.checkpoint_every == 0 or number == train.steps:
+                    self.manager.save(checkpoint_number=number)
+                if stops:
+                    print(f"stopped at step {number}; the same command goes on from there.")
+                    raise KeyboardInterrupt
 
     def export(self, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         """Exports the weights with the best validation Dice; returns the model card."""
