@@ -43,10 +43,10 @@ class Tissue(IntEnum):
     LUNG = 9
     HEART = 10
     BLOOD = 11
-    """Aorta, vena cava, portal trunk, heart chambers."""
+    """Arterial: aorta and the left heart."""
     LIVER = 12
     HEPATIC_VESSEL = 13
-    """Veins inside the liver: part of it, as operators draw it."""
+    """Hepatic veins inside the liver: part of it, as operators draw it."""
     SPLEEN = 14
     KIDNEY = 15
     """Renal cortex."""
@@ -60,9 +60,31 @@ class Tissue(IntEnum):
     GAS = 21
     GALLBLADDER = 22
     PANCREAS = 23
+    VENOUS_BLOOD = 24
+    """Vena cava and the right heart."""
+    PORTAL_BLOOD = 25
+    """Portal trunk and splenic vein, outside the liver."""
+    PORTAL_VESSEL = 26
+    """Branches of the portal vein inside the liver."""
+    CYST = 27
+    """Fluid inside the liver."""
+    LESION = 28
+    """Solid, inside the liver."""
+    FOCAL_FAT = 29
+    """Liver with more fat than the rest of it."""
+    CONNECTIVE = 30
+    """Fascia, tendon and other fibrous tissue."""
+    INTERMUSCULAR_FAT = 31
 
 
-WHOLE_LIVER = (Tissue.LIVER, Tissue.HEPATIC_VESSEL)
+WHOLE_LIVER = (
+    Tissue.LIVER,
+    Tissue.HEPATIC_VESSEL,
+    Tissue.PORTAL_VESSEL,
+    Tissue.CYST,
+    Tissue.LESION,
+    Tissue.FOCAL_FAT,
+)
 
 SUPPORTING_TISSUE_MM = 2.0  # diaphragm and peritoneum, between an organ and the wall of its cavity
 RIB_PITCH_MM = 30.0
@@ -223,6 +245,7 @@ class Anatomy:
     Args:
         seed, number: name the patient.
         target_liver_ml: the liver volume aimed at; the true one is measured on the map.
+        liver_fat_percent: fat fraction of LIVER by proton density, in percent; focal_fat_percent: that of FOCAL_FAT.
         torso: all that is not an organ.
         organs: painted in this order, later over earlier.
         displacement_mm: float64 [3, n, n, n], (x, y, z) components of cubic B-spline control points at
@@ -232,6 +255,8 @@ class Anatomy:
     seed: int
     number: int
     target_liver_ml: float
+    liver_fat_percent: float
+    focal_fat_percent: float
     torso: Torso
     organs: tuple[Organ, ...]
     displacement_mm: npt.NDArray[np.float64]

@@ -29,6 +29,8 @@ from lvseg.phantom.shapes import Cone, Cut, Ellipsoid, Point, rotation, unit
 
 MEDIAN_LIVER_ML, SMALLEST_LIVER_ML, LARGEST_LIVER_ML = 1500.0, 800.0, 3500.0
 LIVER_LOG_SD = 0.28
+# Log-normal with a quarter of the patients above 5.56 %, about the prevalence that Browning et al. 2004 found.
+MEDIAN_LIVER_FAT_PERCENT, LIVER_FAT_LOG_SD, LARGEST_LIVER_FAT_PERCENT = 3.0, 0.915, 45.0
 DISPLACEMENT_SD_MM = 5.5
 AVERAGE_CAVITY_MM = (127.0, 86.0, 90.0)  # half diameters to the side, the front and the back
 VERTEBRA_PITCH_MM, DISC_MM = 33.0, 8.0
@@ -74,10 +76,15 @@ def draw_anatomy(seed: int, number: int) -> Anatomy:
     displacement = random_stream(seed, number, "displacement").normal(0.0, DISPLACEMENT_SD_MM, (3, count, count, count))
     displacement = np.clip(displacement, -2.5 * DISPLACEMENT_SD_MM, 2.5 * DISPLACEMENT_SD_MM)
 
+    draw_fat = random_stream(seed, number, "liver fat")
+    fat_percent = MEDIAN_LIVER_FAT_PERCENT * math.exp(LIVER_FAT_LOG_SD * draw_fat.standard_normal())
+    fat_percent = min(fat_percent, LARGEST_LIVER_FAT_PERCENT)
+    focal_percent = min(fat_percent + float(draw_fat.uniform(8.0, 20.0)), 60.0)
+
     scale = (volume_ml / MEDIAN_LIVER_ML) ** 0.25
     for _ in range(6):
         torso, organs = _draw_body(seed, number, volume_ml, scale)
-        anatomy = Anatomy(seed, number, volume_ml, torso, organs, displacement)
+        anatomy = Anatomy(seed, number, volume_ml, fat_percent, focal_percent, torso, organs, displacement)
         ratio = volume_ml / liver_volume_ml(anatomy, step_mm=6.0)
         if abs(ratio - 1) < 0.01:
             break

@@ -63,6 +63,8 @@ FAT_SUPPRESSED_T1 = {
     Tissue.HEART: 0.66, Tissue.BLOOD: 0.55, Tissue.LIVER: 1.0, Tissue.HEPATIC_VESSEL: 0.64, Tissue.SPLEEN: 0.80,
     Tissue.KIDNEY: 0.95, Tissue.KIDNEY_MEDULLA: 0.72, Tissue.STOMACH: 0.76, Tissue.STOMACH_CONTENT: 0.35,
     Tissue.BOWEL: 0.80, Tissue.BOWEL_CONTENT: 0.60, Tissue.GAS: 0.02, Tissue.GALLBLADDER: 0.40, Tissue.PANCREAS: 1.06,
+    Tissue.VENOUS_BLOOD: 0.55, Tissue.PORTAL_BLOOD: 0.55, Tissue.PORTAL_VESSEL: 0.64, Tissue.CYST: 0.3,
+    Tissue.LESION: 0.7, Tissue.FOCAL_FAT: 0.85, Tissue.CONNECTIVE: 0.2, Tissue.INTERMUSCULAR_FAT: 0.18,
 }  # fmt: skip
 
 # Water image of a water-fat sequence with little T1 weighting: blood and fluids bright, liver darker than the spleen.
@@ -72,6 +74,8 @@ WATER = {
     Tissue.HEART: 1.00, Tissue.BLOOD: 1.65, Tissue.LIVER: 1.0, Tissue.HEPATIC_VESSEL: 1.40, Tissue.SPLEEN: 1.28,
     Tissue.KIDNEY: 1.45, Tissue.KIDNEY_MEDULLA: 1.62, Tissue.STOMACH: 1.05, Tissue.STOMACH_CONTENT: 1.2,
     Tissue.BOWEL: 1.05, Tissue.BOWEL_CONTENT: 1.15, Tissue.GAS: 0.02, Tissue.GALLBLADDER: 1.6, Tissue.PANCREAS: 1.12,
+    Tissue.VENOUS_BLOOD: 1.65, Tissue.PORTAL_BLOOD: 1.65, Tissue.PORTAL_VESSEL: 1.4, Tissue.CYST: 1.6,
+    Tissue.LESION: 1.2, Tissue.FOCAL_FAT: 0.9, Tissue.CONNECTIVE: 0.2, Tissue.INTERMUSCULAR_FAT: 0.09,
 }  # fmt: skip
 
 CONTENTS = {Tissue.STOMACH_CONTENT: 0.40, Tissue.BOWEL_CONTENT: 0.35, Tissue.GALLBLADDER: 0.40}
