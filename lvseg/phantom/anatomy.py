@@ -168,15 +168,22 @@ class Dome:
 
 @dataclass(frozen=True)
 class Torso:
-    """Skin, fat, body wall with ribs, and the cavity inside, divided by the diaphragm.
+    """Skin, fat, body wall with its muscles and ribs, and the cavity inside, divided by the diaphragm.
 
-    Thicknesses and half diameters are (side, front, back), in mm.
+    Thicknesses and half diameters are (side, front, back), in mm. The wall of the belly is the rectus muscles in front,
+    with the linea alba between them and the semilunar lines beside them, and three flat muscles at the side, with thin
+    planes of fat between them. Over the ribs it is the muscles between the ribs, and the broad muscle of the back
+    outside them; towards the front fat takes that muscle's place.
     """
 
     cavity_mm: Point
     wall_mm: Point
     fat_mm: Point
     skin_mm: float
+    rectus_mm: float
+    """Half the width of both rectus muscles."""
+    plane_mm: float
+    """Thickness of the planes of fat between muscles."""
     squareness: float
     chest_taper: float
     waist_taper: float
@@ -192,10 +199,7 @@ class Torso:
             wall: float32, distance to the cavity's wall in mm, negative inside.
             diaphragm: float32, height over the diaphragm in mm, negative below.
         """
-        chest = np.maximum(z - f32(20.0), f32(0.0)) * f32(1.0 / 150.0)
-        waist = np.maximum(f32(-50.0) - z, f32(0.0)) * f32(1.0 / 150.0)
-        narrowed = f32(1.0) - chest * chest * f32(self.chest_taper) - waist * waist * f32(self.waist_taper)
-        across = x / narrowed
+        across = x / self._narrowed(z)
         cavity = np.array(self.cavity_mm)
         muscle = cavity + self.wall_mm
         body = muscle + self.fat_mm
@@ -210,7 +214,7 @@ class Torso:
         np.putmask(tissues, outer < 1, Tissue.SKIN)
         np.putmask(tissues, outer < f32(1.0 - self.skin_mm / body.mean()), Tissue.FAT)
         np.putmask(tissues, self._radius(across, y, muscle) < 1, Tissue.MUSCLE)
-        self._paint_ribs(tissues, y, z, wall)
+        self._paint_wall(tissues, x, y, z, wall)
         inside = wall < 0
         np.putmask(tissues, inside, Tissue.MUSCLE)
         np.putmask(tissues, inside & (diaphragm < f32(-0.5 * SUPPORTING_TISSUE_MM)), Tissue.VISCERAL_FAT)
@@ -226,16 +230,51 @@ class Torso:
         # Beyond the outline's bounding box the product must not grow, or far corners would count as inside again.
         return np.sqrt(u + v - np.minimum(u, f32(1.0)) * np.minimum(v, f32(1.0)) * f32(self.squareness))
 
-    def _paint_ribs(self, tissues: npt.NDArray[np.uint8], y: Field, z: Field, wall: Field) -> None:
-        # Ribs fall from the back to the front; the costal margin rises towards the front.
+    def _paint_wall(self, tissues: npt.NDArray[np.uint8], x: Field, y: Field, z: Field, wall: Field) -> None:
+        """Puts planes of fat, fibrous bands and ribs into the ring of muscle around the cavity."""
+        muscle = tissues == Tissue.MUSCLE
+        # The costal margin rises towards the front.
+        chest = z > f32(self.costal_margin_mm) - np.minimum(y, f32(0.0)) * f32(1.1)
+        belly = muscle & ~chest
+        aside, plane, thick = np.abs(x), f32(0.5 * self.plane_mm), f32(self.wall_mm[0])
+
+        front = y < f32(-0.25 * self.cavity_mm[1])
+        beside_rectus = np.abs(aside - f32(self.rectus_mm)) < f32(3.5)
+        np.putmask(tissues, belly & front & beside_rectus & (wall > f32(3.0)), Tissue.INTERMUSCULAR_FAT)
+        np.putmask(tissues, belly & front & (beside_rectus | (aside < f32(3.0))) & (wall < f32(3.0)), Tissue.CONNECTIVE)
+        np.putmask(tissues, belly & front & (aside < f32(2.0)), Tissue.CONNECTIVE)
+        flank = belly & (aside > f32(self.rectus_mm + 3.5)) & (y < f32(0.45 * self.cavity_mm[2]))
+        between = np.minimum(np.abs(wall - thick * f32(0.30)), np.abs(wall - thick * f32(0.62)))
+        np.putmask(tissues, flank & (between < plane), Tissue.INTERMUSCULAR_FAT)
+
+        # Outside the ribs lies the broad muscle of the back, behind a line that moves to the back further down.
+        outer = wall - f32(0.60 * self.wall_mm[0])
+        over_ribs = muscle & chest & (outer > -plane)
+        np.putmask(tissues, over_ribs & ((outer < plane) | (y < f32(-0.30 * self.cavity_mm[1]))), Tissue.FAT)
+        self._paint_ribs(tissues, y, z, wall, chest)
+
+    def _paint_ribs(
+        self, tissues: npt.NDArray[np.uint8], y: Field, z: Field, wall: Field, chest: npt.NDArray[np.bool_]
+    ) -> None:
+        # Ribs fall from the back to the front.
         position = (z - y * f32(0.45)) * f32(1.0 / RIB_PITCH_MM) + f32(self.rib_phase)
         position -= np.floor(position)
-        above_margin = z > f32(self.costal_margin_mm) - np.minimum(y, f32(0.0)) * f32(1.1)
-        depth = wall - f32(0.5 * self.wall_mm[0])
-        rib = (position < f32(0.40)) & above_margin & (np.abs(depth) < f32(4.5))
+        depth = wall - f32(0.30 * self.wall_mm[0])
+        rib = (position < f32(0.40)) & chest & (np.abs(depth) < f32(4.0))
         np.putmask(tissues, rib & (tissues == Tissue.MUSCLE), Tissue.BONE)
-        marrow = rib & (np.abs(position - f32(0.2)) < f32(0.14)) & (np.abs(depth) < f32(2.7))
+        marrow = rib & (np.abs(position - f32(0.2)) < f32(0.14)) & (np.abs(depth) < f32(2.5))
         np.putmask(tissues, marrow & (tissues == Tissue.BONE), Tissue.MARROW)
+
+    def reach_mm(self, z_mm: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+        """How far the undeformed body reaches to either side, to the front and to the back at these heights."""
+        side, front, back = np.array(self.cavity_mm) + self.wall_mm + self.fat_mm
+        return float(side * self._narrowed(z_mm.astype(np.float32)).max()), float(front), float(back)
+
+    def _narrowed(self, z: Field) -> Field:
+        """How wide the body is at this height, relative to its widest."""
+        chest = np.maximum(z - f32(20.0), f32(0.0)) * f32(1.0 / 150.0)
+        waist = np.maximum(f32(-50.0) - z, f32(0.0)) * f32(1.0 / 150.0)
+        return f32(1.0) - chest * chest * f32(self.chest_taper) - waist * waist * f32(self.waist_taper)
 
 
 @dataclass(frozen=True)
@@ -271,11 +310,24 @@ class Anatomy:
             uint8 [slices, rows, columns] of `Tissue` numbers.
         """
         x, y, z = (np.asarray(axis, dtype=np.float64) for axis in (x_mm, y_mm, z_mm))
+        tissues = np.zeros((len(z), len(y), len(x)), dtype=np.uint8)
+        largest_mm = float(np.abs(self.displacement_mm).max())  # splines lie within their control points
+        heights = np.linspace(z[0] - largest_mm, z[-1] + largest_mm, 64)
+        side, front, back = (reach + largest_mm for reach in self.torso.reach_mm(heights))
+        # Half a scan is air, which is known without asking.
+        columns, rows = slice(*np.searchsorted(x, (-side, side))), slice(*np.searchsorted(y, (-front, back)))
+        if tissues[:, rows, columns].size:
+            tissues[:, rows, columns] = self._body(x[columns], y[rows], z, largest_mm)
+        return tissues
+
+    def _body(
+        self, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], z: npt.NDArray[np.float64], largest_mm: float
+    ) -> npt.NDArray[np.uint8]:
+        """The map on a grid close about the body, where nothing is displaced by more than `largest_mm`."""
         # einsum's own loops, not BLAS: its sums do not depend on the number of threads.
         across = np.einsum("cijk,xk->cijx", self.displacement_mm, _spline_weights(x))
         in_plane = np.einsum("cijx,yj->ciyx", across, _spline_weights(y)).astype(np.float32)
         through = _spline_weights(z)
-        largest_mm = float(np.abs(self.displacement_mm).max())  # splines lie within their control points
         boxes = [organ.box_mm() for organ in self.organs]
         step = max(1, SLAB_VOXELS // (len(y) * len(x)))
         slabs = [slice(first, min(first + step, len(z))) for first in range(0, len(z), step)]

@@ -34,10 +34,13 @@ MEDIAN_LIVER_FAT_PERCENT, LIVER_FAT_LOG_SD, LARGEST_LIVER_FAT_PERCENT = 3.0, 0.9
 DISPLACEMENT_SD_MM = 5.5
 AVERAGE_CAVITY_MM = (127.0, 86.0, 90.0)  # half diameters to the side, the front and the back
 VERTEBRA_PITCH_MM, DISC_MM = 33.0, 8.0
-BOWEL_LOOPS = 46
+BOWEL_LOOPS = 60
 FAR_MM = 330.0  # beyond any scan
 
-FAT, MUSCLE, BLOOD = Tissue.VISCERAL_FAT, Tissue.MUSCLE, Tissue.BLOOD
+CYSTS_IN, LESIONS_IN, FOCAL_FAT_IN = 0.20, 0.12, 0.15  # share of patients who have any
+
+FAT, MUSCLE, BLOOD, VENOUS = Tissue.VISCERAL_FAT, Tissue.MUSCLE, Tissue.BLOOD, Tissue.VENOUS_BLOOD
+FASCIA_SHELLS = ((0.0, Tissue.CONNECTIVE), (-0.8, MUSCLE))
 BONE_SHELLS = ((0.0, Tissue.BONE), (-2.0, Tissue.MARROW))
 
 
@@ -61,25 +64,31 @@ def liver_volume_ml(anatomy: Anatomy, step_mm: float = 3.0) -> float:
     return float(np.isin(anatomy.tissues(*axes), WHOLE_LIVER).sum()) * step_mm**3 / 1000.0
 
 
-def draw_anatomy(seed: int, number: int) -> Anatomy:
-    """Draws one patient.
+def drawn_liver_ml(seed: int, number: int) -> float:
+    """The liver volume aimed at, in ml: log-normal about 1.5 l, kept within 0.8 to 3.5 l."""
+    volume_ml = MEDIAN_LIVER_ML * math.exp(LIVER_LOG_SD * random_stream(seed, number, "liver size").standard_normal())
+    return min(max(volume_ml, SMALLEST_LIVER_ML), LARGEST_LIVER_ML)
 
-    Liver volume is log-normal about 1.5 l, kept within 0.8 to 3.5 l; the liver is scaled until the map has that volume.
+
+def drawn_liver_fat_percent(seed: int, number: int) -> tuple[float, float]:
+    """Fat fraction by proton density, in percent, of the liver (log-normal) and of its focal fat, where it has any."""
+    draw = random_stream(seed, number, "liver fat")
+    percent = MEDIAN_LIVER_FAT_PERCENT * math.exp(LIVER_FAT_LOG_SD * draw.standard_normal())
+    percent = min(percent, LARGEST_LIVER_FAT_PERCENT)
+    return percent, percent + float(draw.uniform(8.0, 20.0))
+
+
+def draw_anatomy(seed: int, number: int) -> Anatomy:
+    """Draws one patient; the liver is scaled until the map has the volume drawn.
 
     Args:
         seed: of the set of patients, at least 0.
         number: of the patient within the set, at least 0.
     """
-    volume_ml = MEDIAN_LIVER_ML * math.exp(LIVER_LOG_SD * random_stream(seed, number, "liver size").standard_normal())
-    volume_ml = min(max(volume_ml, SMALLEST_LIVER_ML), LARGEST_LIVER_ML)
+    volume_ml, (fat_percent, focal_percent) = drawn_liver_ml(seed, number), drawn_liver_fat_percent(seed, number)
     count = control_count()
     displacement = random_stream(seed, number, "displacement").normal(0.0, DISPLACEMENT_SD_MM, (3, count, count, count))
     displacement = np.clip(displacement, -2.5 * DISPLACEMENT_SD_MM, 2.5 * DISPLACEMENT_SD_MM)
-
-    draw_fat = random_stream(seed, number, "liver fat")
-    fat_percent = MEDIAN_LIVER_FAT_PERCENT * math.exp(LIVER_FAT_LOG_SD * draw_fat.standard_normal())
-    fat_percent = min(fat_percent, LARGEST_LIVER_FAT_PERCENT)
-    focal_percent = min(fat_percent + float(draw_fat.uniform(8.0, 20.0)), 60.0)
 
     scale = (volume_ml / MEDIAN_LIVER_ML) ** 0.25
     for _ in range(6):
@@ -170,7 +179,9 @@ def _draw_body(seed: int, number: int, liver_ml: float, liver_scale: float) -> t
         *_draw_bowel(hand("bowel")),
         *_draw_upper_left(hand("stomach")),
         *_draw_liver(hand("liver"), torso.domes[0].top_mm, liver_scale),
+        *_draw_findings(hand("findings"), torso.domes[0].top_mm, liver_scale),
         *_draw_kidneys(hand("kidneys")),
+        *_draw_mesentery(hand("mesentery")),
         *_draw_chest(hand("chest")),
         *_draw_muscles(hand("muscles")),
         *_draw_spine(hand("spine")),
@@ -196,9 +207,11 @@ def _draw_torso(hand: Hand) -> Torso:
     vary, build = hand.vary, hand.build
     return Torso(
         cavity_mm=build.cavity_mm,
-        wall_mm=(vary(17, 1.5) * build.frame, vary(12, 1.5) * build.frame, vary(22, 2) * build.frame),
+        wall_mm=(vary(18, 2) * build.frame, vary(11, 1.5) * build.frame, vary(22, 2) * build.frame),
         fat_mm=(build.fat_mm * vary(1.0, 0.12), build.fat_mm * vary(1.0, 0.15), build.fat_mm * vary(1.15, 0.12)),
         skin_mm=2.0,
+        rectus_mm=vary(62, 6) * build.frame,
+        plane_mm=1.6 * math.exp(0.35 * build.habitus),
         squareness=vary(0.32, 0.08),
         chest_taper=vary(0.14, 0.03),
         waist_taper=vary(0.08, 0.04) - 0.05 * build.habitus,
@@ -229,7 +242,8 @@ def _draw_bowel(hand: Hand) -> list[Organ]:
         )
         loop = Ellipsoid(centre, semi_axes, rotation(0.0, 0.0, hand.between(-0.8, 0.8)))
         content = Tissue.GAS if hand.between(0, 1) < 0.15 else Tissue.BOWEL_CONTENT
-        organs.append(Organ((loop,), ((0.7 * halo_mm, FAT), (0.0, Tissue.BOWEL), (-3.0, content))))
+        wall_mm = hand.between(2.0, 6.0)  # collapsed loops show more wall than content
+        organs.append(Organ((loop,), ((0.7 * halo_mm, FAT), (0.0, Tissue.BOWEL), (-wall_mm, content))))
     at = hand.at
     colon = hand.tube(
         (at(-92, 5, -220), 20),
@@ -240,8 +254,17 @@ def _draw_bowel(hand: Hand) -> list[Organ]:
         (at(100, 25, -90), 16),
         (at(98, 20, -220), 15),
     )
-    shells = ((halo_mm, FAT), (0.0, Tissue.BOWEL), (-3.0, Tissue.BOWEL_CONTENT))
-    return [*organs, Organ(colon, shells, blend_mm=8.0)]
+    shells = ((halo_mm, FAT), (0.0, Tissue.BOWEL), (-2.5, Tissue.BOWEL_CONTENT))
+    gas = hand.between(-8, 18)  # gas fills the transverse colon, which lies in front, above this level
+    level = Cut(hand.build.place(0, -66 + gas, 0), (0.0, 1.0, 0.0))
+    transverse = colon[1:4]
+    duodenum = hand.tube((at(-34, -4, -28), 11), (at(-46, 14, -46), 12), (at(-40, 20, -78), 12), (at(6, 6, -84), 10))
+    return [
+        *organs,
+        Organ(colon, shells, blend_mm=8.0),
+        Organ(transverse, ((-3.0, Tissue.GAS),), cuts=(level,), blend_mm=8.0),
+        Organ(duodenum, ((halo_mm, FAT), (0.0, Tissue.BOWEL), (-4.0, Tissue.BOWEL_CONTENT)), blend_mm=6.0),
+    ]
 
 
 def _draw_upper_left(hand: Hand) -> list[Organ]:
@@ -313,21 +336,81 @@ def _draw_liver(hand: Hand, dome_mm: Point, scale: float) -> list[Organ]:
     cava, hilum = hand.build.cava_top, within(-22, 2, -8)
     right_vein = within(-62, 12, 40, 5.0)
     right_portal, left_portal = within(-58, 6, -2), within(2, -28, 14)
-    branches = (
+    hepatic = (
         hand.tube((cava, 6), (right_vein, 5), (within(-104, 26, 8, 6.0), 2.2)),
         hand.tube((right_vein, 3.5), (within(-98, -22, 32, 6.0), 1.8)),
         hand.tube((cava, 5.5), (within(-42, -26, 38, 5.0), 4.2), (within(-52, -62, 8, 6.0), 2.0)),
         hand.tube((cava, 5), (within(2, -22, 44, 4.0), 3.8), (within(44, -50, 32, 6.0), 1.8)),
+    )
+    from_portal = (
         hand.tube((hilum, 6), (right_portal, 5.5), (within(-86, 34, -22, 5.0), 2.8), (within(-106, 44, -34, 6.0), 1.6)),
         hand.tube((right_portal, 4.5), (within(-84, -26, -14, 5.0), 3.0), (within(-104, -44, -24, 6.0), 1.6)),
         hand.tube((right_portal, 4), (within(-80, 22, 30, 5.0), 2.4), (within(-92, 34, 46, 6.0), 1.5)),
         hand.tube((hilum, 5), (left_portal, 4.5), (within(34, -48, 26, 5.0), 2.2)),
         hand.tube((left_portal, 3.5), (within(-8, -58, 8, 5.0), 2.0)),
     )
-    veins = [Organ(branch, ((0.0, Tissue.HEPATIC_VESSEL),), Region.BODY, only_in=Tissue.LIVER) for branch in branches]
-    portal = Organ(hand.tube((at(2, 0, -36), 6), (hilum, 7)), ((2.0 + halo_mm, FAT), (0.0, BLOOD)), blend_mm=4.0)
-    splenic = Organ(hand.tube((at(2, 6, -34), 5), (at(36, 14, -14), 4.5), (at(74, 38, 6), 4)), ((0.0, BLOOD),))
+    veins = [
+        Organ(branch, ((0.0, tissue),), Region.BODY, only_in=Tissue.LIVER)
+        for tissue, branches in ((Tissue.HEPATIC_VESSEL, hepatic), (Tissue.PORTAL_VESSEL, from_portal))
+        for branch in branches
+    ]
+    blood = Tissue.PORTAL_BLOOD
+    portal = Organ(hand.tube((at(2, 0, -36), 6), (hilum, 7)), ((2.0 + halo_mm, FAT), (0.0, blood)), blend_mm=4.0)
+    splenic = Organ(hand.tube((at(2, 6, -34), 5), (at(36, 14, -14), 4.5), (at(74, 38, 6), 4)), ((0.0, blood),))
     return [liver, *veins, fissure, gallbladder, portal, splenic]
+
+
+def _draw_findings(hand: Hand, dome_mm: Point, scale: float) -> list[Organ]:
+    """Focal fat, lesions and cysts in the livers of some; each takes the place of liver alone."""
+    wide, tall = scale**1.12, scale**0.76
+
+    def somewhere() -> Point:
+        """A place in the right lobe or, less often, in the left."""
+        if hand.between(0, 1) < 0.75:
+            x, y, z = hand.between(-112, -20), hand.between(-55, 58), hand.between(-50, 55)
+        else:
+            x, y, z = hand.between(-20, 50), hand.between(-62, -25), hand.between(10, 42)
+        px, py, pz = hand.build.place(x, y, z)
+        return dome_mm[0] + wide * (px - dome_mm[0]), wide * py, dome_mm[2] + tall * (pz - dome_mm[2])
+
+    def found(share: float, most: int) -> int:
+        return int(hand.between(1, most + 1)) if hand.between(0, 1) < share else 0
+
+    def inside(shape: Ellipsoid, *shells: tuple[float, Tissue]) -> Organ:
+        return Organ((shape,), shells, Region.BODY, only_in=Tissue.LIVER)
+
+    organs = []
+    for _ in range(found(FOCAL_FAT_IN, 2)):
+        size = hand.between(14, 34)
+        shape = hand.ellipsoid(somewhere(), (size, 0.7 * size, 0.8 * size), (0.0, 0.0, hand.between(-40, 40)), 0.15)
+        organs.append(inside(shape, (0.0, Tissue.FOCAL_FAT)))
+    for _ in range(found(LESIONS_IN, 3)):
+        radius = hand.between(5, 26)
+        organs.append(inside(hand.ellipsoid(somewhere(), (radius, radius, radius), spread=0.15), (0.0, Tissue.LESION)))
+    for _ in range(found(CYSTS_IN, 4)):
+        radius = 4.0 * math.exp(hand.between(0, 1.7))
+        organs.append(inside(hand.ellipsoid(somewhere(), (radius, radius, radius), spread=0.12), (0.0, Tissue.CYST)))
+    return organs
+
+
+def _draw_mesentery(hand: Hand) -> list[Organ]:
+    """Vessels in the fat between the loops of bowel, and those of the kidneys."""
+    at, build = hand.at, hand.build
+    aorta, root = (10.0, build.aorta_y, -34.0), at(4, -6, -50)
+    organs = []
+    for tissue, x, width in ((BLOOD, 6.0, 3.2), (Tissue.PORTAL_BLOOD, -4.0, 4.6)):
+        trunk = at(x, -12, -110)
+        organs.append(Organ(hand.tube((root, width), (trunk, 0.85 * width)), ((0.0, tissue),)))
+        for _ in range(4):
+            end = build.place(hand.between(-75, 75), hand.between(-60, 10), hand.between(-190, -70))
+            organs.append(Organ(hand.tube((trunk, 0.6 * width), (end, 0.35 * width)), ((0.0, tissue),)))
+    cava_y = build.aorta_y
+    for side, z in ((-1.0, -50.0), (1.0, -42.0)):
+        hilum = at(48 * side, 40, z, 3.0)
+        vein = hand.tube(((-22.0, cava_y, z + 6), 4.5), (hilum, 4.0))
+        organs.append(Organ(vein, ((0.0, VENOUS),)))
+        organs.append(Organ(hand.tube((aorta, 3.0), (hilum, 2.4)), ((0.0, BLOOD),)))
+    return organs
 
 
 def _draw_kidneys(hand: Hand) -> list[Organ]:
@@ -362,15 +445,15 @@ def _draw_chest(hand: Hand) -> list[Organ]:
         Organ(fat, ((0.0, FAT),), Region.THORAX, blend_mm=10.0),
         Organ((hand.ellipsoid(heart, (58, 44, 44), tilt_deg),), ((0.0, Tissue.HEART),), Region.THORAX, 4.0),
         Organ((hand.ellipsoid(left, (24, 22, 28)),), ((0.0, BLOOD),), Region.THORAX, 9.0),
-        Organ((hand.ellipsoid(right, (30, 26, 34)),), ((0.0, BLOOD),), Region.THORAX, 6.0),
+        Organ((hand.ellipsoid(right, (30, 26, 34)),), ((0.0, VENOUS),), Region.THORAX, 6.0),
         Organ(oesophagus, ((0.0, MUSCLE),), Region.THORAX),
     ]
 
 
 def _draw_muscles(hand: Hand) -> list[Organ]:
-    """Psoas and crura of the diaphragm beside the spine, and the long muscles of the back."""
+    """Psoas, quadratus lumborum and crura of the diaphragm beside the spine, and the long muscles of the back."""
     build, vary = hand.build, hand.vary
-    organs = []
+    organs: list[Organ] = []
     for side in (-1, 1):
         psoas = hand.tube(
             (build.place(20 * side, 45, -28), 4),
@@ -387,14 +470,37 @@ def _draw_muscles(hand: Hand) -> list[Organ]:
             Organ(psoas, ((0.7 * build.halo_mm, FAT), (0.0, MUSCLE))),
             Organ(crus, ((0.0, MUSCLE),)),
         ]
-    x, y = 34 * build.frame, build.cavity_mm[2]
-    thickness = vary(25, 2)
-    back = [
-        cone
-        for side in (-x, x)
-        for cone in hand.tube(((side, y, -FAR_MM), thickness + 2), ((side, y, FAR_MM), thickness))
+    # The long muscles of a side fill the groove beside the spine: a flat bulk with a plane of fat in it.
+    y, thickness = build.cavity_mm[2], vary(1.0, 0.08)
+    back = []
+    for side in (-1, 1):
+        columns = [
+            cone
+            for x, deep, radius in ((18.0, 9.0, 15.0), (34.0, 6.0, 19.0), (49.0, 1.0, 14.0))
+            for cone in hand.tube(
+                ((side * x * build.frame, y + deep * build.frame, -FAR_MM), radius * thickness * 1.08),
+                ((side * x * build.frame, y + deep * build.frame, FAR_MM), radius * thickness * 0.88),
+            )
+        ]
+        shells = ((0.6 * build.halo_mm, Tissue.INTERMUSCULAR_FAT), *FASCIA_SHELLS)
+        centre = (side * vary(29, 2) * build.frame, y + 4 * build.frame, 0.0)
+        plane = Ellipsoid(centre, (0.45 * build.halo_mm, 17 * build.frame, 2000.0), rotation(0.0, 0.0, 0.5 * side))
+        back += [
+            Organ(tuple(columns), shells, Region.BODY, blend_mm=12.0 * build.frame),
+            Organ((plane,), ((0.0, Tissue.INTERMUSCULAR_FAT),), Region.BODY, only_in=MUSCLE),
+        ]
+    quadratus = [
+        Organ(
+            hand.tube(
+                ((side * 62 * build.frame, build.spine_y + 28, -FAR_MM), 15),
+                ((side * 60 * build.frame, build.spine_y + 30, -70.0), 12),
+                ((side * 50 * build.frame, build.spine_y + 34, -20.0), 5),
+            ),
+            ((0.4 * build.halo_mm, FAT), (0.0, MUSCLE)),
+        )
+        for side in (-1, 1)
     ]
-    return [*organs, Organ(tuple(back), ((0.0, MUSCLE),), Region.BODY, blend_mm=22.0 * build.frame)]
+    return [*organs, *quadratus, *back]
 
 
 def _draw_spine(hand: Hand) -> list[Organ]:
@@ -443,5 +549,5 @@ def _draw_great_vessels(hand: Hand) -> list[Organ]:
     )
     return [
         Organ(aorta, ((1.5, FAT), (0.0, BLOOD)), Region.BODY),
-        Organ(cava, ((0.0, BLOOD),), Region.BODY),
+        Organ(cava, ((0.0, VENOUS),), Region.BODY),
     ]
