@@ -100,7 +100,7 @@ def test_planes_of_fat_divide_the_muscles_of_the_wall():
 
 
 def test_findings_replace_liver_alone_and_are_there_in_some():
-    have = {tissue: 0 for tissue in FOUND_IN_SOME}
+    have = dict.fromkeys(FOUND_IN_SOME, 0)
     for number in range(1, 61):
         patient = draw_anatomy(5, number)
         for tissue in FOUND_IN_SOME:
