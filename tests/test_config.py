@@ -36,14 +36,19 @@ def test_shipped_experiments_are_valid_and_say_how_they_are_run(path):
     assert f"python -m lvseg.train --cfg {path}" in path.read_text()
 
 
-def test_the_volume_experiment_has_all_four_methods_of_the_report():
-    experiment = load_experiment(Path("experiments/volume.yaml"))
+@pytest.mark.parametrize(
+    ("task", "neighbours", "spacing_mm"), [("volume", 1, [1.75, 1.75]), ("fatfraction", 4, [1.72, 1.72])]
+)
+def test_the_experiments_of_the_report_have_all_four_methods(task, neighbours, spacing_mm):
+    path = Path(f"experiments/{task}.yaml")
+    experiment = load_experiment(path)
+    assert (experiment.task, experiment.data.neighbours, experiment.data.spacing_mm) == (task, neighbours, spacing_mm)
     assert experiment.augment.elastic is not None and experiment.augment.elastic.sigma_px == 8.0
     assert experiment.augment.elastic.grid == 8
-    assert experiment.data.neighbours == 1 and experiment.model.residual
+    assert experiment.model.residual
     assert (experiment.model.encoder, experiment.model.encoder_weights) == ("vgg11", "imagenet")
     assert (experiment.train.steps, experiment.train.batch_size, experiment.train.learning_rate) == (100_000, 1, 1e-4)
-    assert load_experiment(Path("experiments/volume.yaml"), ["augment.elastic=null"]).augment.elastic is None
+    assert load_experiment(path, ["augment.elastic=null"]).augment.elastic is None
 
 
 @pytest.mark.parametrize(
