@@ -34,7 +34,7 @@ MEDIAN_LIVER_FAT_PERCENT, LIVER_FAT_LOG_SD, LARGEST_LIVER_FAT_PERCENT = 3.0, 0.9
 DISPLACEMENT_SD_MM = 5.5
 AVERAGE_CAVITY_MM = (127.0, 86.0, 90.0)  # half diameters to the side, the front and the back
 VERTEBRA_PITCH_MM, DISC_MM = 33.0, 8.0
-BOWEL_LOOPS = 60
+LOOSE_LOOPS, PACKED_LOOPS = 36, 64
 FAR_MM = 330.0  # beyond any scan
 
 CYSTS_IN, LESIONS_IN, FOCAL_FAT_IN = 0.20, 0.12, 0.15  # share of patients who have any
@@ -42,6 +42,7 @@ CYSTS_IN, LESIONS_IN, FOCAL_FAT_IN = 0.20, 0.12, 0.15  # share of patients who h
 FAT, MUSCLE, BLOOD, VENOUS = Tissue.VISCERAL_FAT, Tissue.MUSCLE, Tissue.BLOOD, Tissue.VENOUS_BLOOD
 FASCIA_SHELLS = ((0.0, Tissue.CONNECTIVE), (-0.8, MUSCLE))
 BONE_SHELLS = ((0.0, Tissue.BONE), (-2.0, Tissue.MARROW))
+BODY_SHELLS = ((0.0, Tissue.BONE), (-1.2, Tissue.MARROW))  # of vertebrae: their end plates are thin
 
 
 def random_stream(seed: int, number: int, name: str) -> np.random.Generator:
@@ -229,12 +230,26 @@ def _draw_torso(hand: Hand) -> Torso:
 
 
 def _draw_bowel(hand: Hand) -> list[Organ]:
-    """Loops at random in the lower abdomen, then the colon as a frame around them."""
+    """Small bowel in the lower abdomen, loops at random in front of its bulk, then the colon as a frame around them.
+
+    In lean people the bowel fills the cavity, in others fat keeps it apart.
+    """
     halo_mm = hand.build.halo_mm
-    organs = []
-    for _ in range(BOWEL_LOOPS):
+    full = hand.vary(1.0, 0.07) - 0.14 * hand.build.habitus
+    bulk = tuple(
+        hand.ellipsoid(hand.at(x, y, z, 4.0), (a * full, b * full, c * full))
+        for x, y, z, a, b, c in ((-38, -16, -130, 58, 54, 62), (40, -22, -125, 58, 52, 66), (0, -30, -185, 82, 46, 52))
+    )
+    organs = [Organ(bulk, ((0.0, Tissue.BOWEL),), blend_mm=10.0)]
+    for number in range(PACKED_LOOPS + LOOSE_LOOPS):
+        packed = number < PACKED_LOOPS
         radius = hand.vary(15, 3) * hand.build.frame
-        centre = hand.build.place(hand.between(-95, 95), hand.between(-72, 25), hand.between(-215, -22))
+        if packed:
+            centre = hand.build.place(
+                full * hand.between(-84, 84), full * hand.between(-44, 44) - 22, hand.between(-225, -72)
+            )
+        else:
+            centre = hand.build.place(hand.between(-95, 95), hand.between(-72, 25), hand.between(-215, -22))
         semi_axes = (
             radius * hand.between(0.8, 2.2),
             radius * hand.between(0.8, 1.2),
@@ -243,7 +258,9 @@ def _draw_bowel(hand: Hand) -> list[Organ]:
         loop = Ellipsoid(centre, semi_axes, rotation(0.0, 0.0, hand.between(-0.8, 0.8)))
         content = Tissue.GAS if hand.between(0, 1) < 0.15 else Tissue.BOWEL_CONTENT
         wall_mm = hand.between(2.0, 6.0)  # collapsed loops show more wall than content
-        organs.append(Organ((loop,), ((0.7 * halo_mm, FAT), (0.0, Tissue.BOWEL), (-wall_mm, content))))
+        organs.append(
+            Organ((loop,), (((0.15 if packed else 0.7) * halo_mm, FAT), (0.0, Tissue.BOWEL), (-wall_mm, content)))
+        )
     at = hand.at
     colon = hand.tube(
         (at(-92, 5, -220), 20),
@@ -424,6 +441,9 @@ def _draw_kidneys(hand: Hand) -> list[Organ]:
     organs = []
     for x, z, tilt_deg, inward in ((-62, -56, 8.0, 1.0), (60, -44, -8.0, -1.0)):
         centre = hand.at(x, 46, z, 4.0)
+        # The liver lies before the kidney and beside it, not behind: there is the fat of the back wall.
+        behind = (centre[0] + inward * 10 * frame, centre[1] + 20 * frame, centre[2] - 2 * frame)
+        organs.append(Organ((Ellipsoid(behind, (30 * frame, 26 * frame, 60 * frame)),), ((0.0, FAT),)))
         sinus = (centre[0] + inward * 13 * frame, centre[1] - 6 * frame, centre[2])
         organs += [
             Organ((hand.ellipsoid(centre, (27, 25, 54), (6.0, tilt_deg, 0.0), 0.08),), shells),
@@ -524,12 +544,12 @@ def _draw_spine(hand: Hand) -> list[Organ]:
             cone for side in (-36, 36) for cone in hand.tube((root, 6), ((side * frame, y + 38 * frame, z), 3.5))
         ]
         organs += [
-            Organ((body,), BONE_SHELLS, Region.BODY, cuts=ends),
+            Organ((body,), BODY_SHELLS, Region.BODY, cuts=ends),
             Organ((spinous,), BONE_SHELLS, Region.BODY),
             Organ(tuple(transverse), BONE_SHELLS, Region.BODY),
         ]
     canal = hand.tube(((0.0, y + 25 * frame, -FAR_MM), 9), ((0.0, y + 25 * frame, FAR_MM), 9))
-    return [*organs, Organ(canal, ((2.0, Tissue.FAT), (0.0, Tissue.SPINAL_FLUID)), Region.BODY)]
+    return [*organs, Organ(canal, ((2.0, Tissue.INTERMUSCULAR_FAT), (0.0, Tissue.SPINAL_FLUID)), Region.BODY)]
 
 
 def _draw_great_vessels(hand: Hand) -> list[Organ]:
