@@ -169,7 +169,7 @@ class Client:
         Args:
             scan: a file, or a folder of DICOM files.
             model: name of a model that the server has.
-            out: the mask's file, .vtk, .nii.gz or .vti; written whole or not at all.
+            out: the mask's file, .vtk, .nii.gz, .vti, .nrrd or .mha; written whole or not at all.
             timeout_s: limit for everything together.
             on_progress: told the stage and how far it is, in bytes while sending and receiving, scans before this one
                 while in the queue, slices or batches while segmenting.
@@ -574,7 +574,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     submit.add_argument("scans", nargs="+", type=Path, metavar="SCAN", help="a file, or a folder of DICOM files")
     submit.add_argument("--model", required=True, help="such as volume; see the command models")
-    submit.add_argument("-o", "--out", required=True, type=Path, help="a file .vtk, .nii.gz or .vti, or a folder")
+    submit.add_argument(
+        "-o", "--out", required=True, type=Path, help="a file .vtk, .nii.gz, .vti, .nrrd or .mha, or a folder"
+    )
     submit.add_argument("--format", choices=protocol.OUTPUTS, help="of the files in a folder (default: vtk)")
     submit.add_argument("--json", type=Path, metavar="FILE", help="write the measurements here")
     submit.add_argument("--timeout-s", type=_seconds, default=600.0, metavar="S", help="for each scan (default: 600)")

@@ -37,6 +37,7 @@ UPLOAD, WORK, RESULT = "upload", "work", "result"  # in a job's folder of the sp
 HEARTBEAT_S = 1.0
 PROGRESS_EVERY_S = 0.1
 EXIT_UNABLE = 3
+ZIP_BYTES_MAX = 2 * 1024**3  # unpacked, of a zip that a user sends as a file
 
 log = logging.getLogger("serving.worker")
 
@@ -276,9 +277,13 @@ def _unpacked(work: protocol.Work, folder: Path, members: int) -> Path:
         unpack.decompress(folder / UPLOAD, content, work.content_bytes, work.name)
     else:
         unpack.link(folder / UPLOAD, content)
-    if work.kind == "file":
+    if content.suffix != ".zip":
         return content
-    unpack.unzip(content, workplace / stem, work.content_bytes, members, work.name)
+    from lvseg.formats.archive import unzip
+
+    # A series is announced with what its stored zip unpacks to; a zip that a user made may be deflated.
+    content_bytes = work.content_bytes if work.kind == "series" else ZIP_BYTES_MAX
+    unzip(content, workplace / stem, content_bytes, members, work.name)
     content.unlink()
     return workplace / stem
 

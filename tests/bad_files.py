@@ -37,8 +37,11 @@ def bad_scans(folder: Path) -> dict[str, tuple[Path, str]]:
     good = write_volume(volume(), folder / "good.nii")[0].read_bytes()
     write_volume(volume(), folder / "good.vtk")
     write_volume(volume(), folder / "good.vti")
+    write_volume(volume(), folder / "good.nrrd")
+    write_volume(volume(), folder / "good.mha")
+    good_nrrd, good_mha = (folder / "good.nrrd").read_bytes(), (folder / "good.mha").read_bytes()
     good_vtk, good_vti = (folder / "good.vtk").read_bytes(), (folder / "good.vti").read_bytes()
-    for name in ("good.nii", "good.vtk", "good.vti"):
+    for name in ("good.nii", "good.vtk", "good.vti", "good.nrrd", "good.mha"):
         (folder / name).unlink()
 
     cases: dict[str, tuple[Path, str]] = {"missing file": (folder / "missing.nii.gz", "NOT_FOUND")}
@@ -60,7 +63,12 @@ def bad_scans(folder: Path) -> dict[str, tuple[Path, str]]:
     add("text called vtk", ".vtk", text, "UNSUPPORTED_FORMAT")
     add("text called vti", ".vti", text, "UNSUPPORTED_FORMAT")
     add("text called dcm", ".dcm", text, "UNSUPPORTED_FORMAT")
-    add("unknown suffix", ".mha", text, "UNSUPPORTED_FORMAT")
+    add("unknown suffix", ".png", text, "UNSUPPORTED_FORMAT")
+    for suffix in (".nrrd", ".nhdr", ".mha", ".mhd"):
+        add(f"text called {suffix[1:]}", suffix, text, "UNSUPPORTED_FORMAT")
+    add("text called zip", ".zip", text, "INPUT_CORRUPT")
+    for suffix in (".nrrd", ".mha", ".zip"):
+        add(f"empty {suffix[1:]}", suffix, b"", "INPUT_TRUNCATED")
     add("empty nii gz", ".nii.gz", b"", "INPUT_TRUNCATED")
     add("truncated nii gz", ".nii.gz", gzip.compress(good)[:-60], "INPUT_TRUNCATED")
     add("damaged nii gz", ".nii.gz", gzip.compress(good)[:-8] + b"\0" * 8, "INPUT_TRUNCATED")
@@ -86,6 +94,22 @@ def bad_scans(folder: Path) -> dict[str, tuple[Path, str]]:
     add("nan directions in vtk", ".vtk", good_vtk.replace(b"DIR=1.0", b"DIR=nan"), "BAD_GEOMETRY")
     add("other dataset in vtk", ".vtk", good_vtk.replace(b"STRUCTURED_POINTS", b"POLYDATA"), "UNSUPPORTED_FORMAT")
     add("three components in vtk", ".vtk", good_vtk.replace(b"short 1", b"short 3"), "UNSUPPORTED_PIXEL_TYPE")
+
+    add("truncated nrrd", ".nrrd", good_nrrd[:-9], "INPUT_TRUNCATED")
+    add("truncated mha", ".mha", good_mha[:-1], "INPUT_TRUNCATED")
+    add("huge nrrd", ".nrrd", good_nrrd.replace(b"sizes: 7 6 5", b"sizes: 99999 99999 99999"), "DIMS_LIMIT")
+    add("huge mha", ".mha", good_mha.replace(b"DimSize = 7 6 5", b"DimSize = 99999 99999 99999"), "DIMS_LIMIT")
+    add("nrrd sizes of fewer voxels", ".nrrd", good_nrrd.replace(b"sizes: 7 6 5", b"sizes: 7 6 4"), "DECOMPRESS_LIMIT")
+    add(
+        "mha sizes of fewer voxels",
+        ".mha",
+        good_mha.replace(b"DimSize = 7 6 5", b"DimSize = 7 6 4"),
+        "DECOMPRESS_LIMIT",
+    )
+    add("nrrd without a world", ".nrrd", good_nrrd.replace(b"left-posterior-superior", b"scanner-xyz"), "BAD_GEOMETRY")
+    add("mha axes that disagree", ".mha", good_mha.replace(b"= LAI", b"= RAI"), "GEOMETRY_AMBIGUOUS")
+    add("tiny spacing in mha", ".mha", good_mha.replace(b"Spacing = 2", b"Spacing = 2e-30"), "BAD_GEOMETRY")
+    add("offset of light years", ".vti", good_vti.replace(b'Origin="30 ', b'Origin="3e20 '), "BAD_GEOMETRY")
 
     def save(kind: str, array: np.ndarray, code: str) -> None:
         path = folder / f"{kind.replace(' ', '_')}.nii.gz"

@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,13 @@ from pydicom.uid import (
     HEVCMP51,
     UID,
     DeflatedExplicitVRLittleEndian,
+    EnhancedCTImageStorage,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
+    GrayscaleSoftcopyPresentationStateStorage,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGLSLossless,
     MediaStorageDirectoryStorage,
     MRImageStorage,
     RLELossless,
@@ -28,8 +32,10 @@ from pydicom.uid import (
 )
 from scipy.spatial.transform import Rotation
 
+from lvseg import predict
 from lvseg.errors import InputError
-from lvseg.formats import read_volume, write_volume
+from lvseg.formats import archive, read_volume, write_volume
+from serving import protocol, worker
 
 REAL_DATA = os.environ.get("LVSEG_REAL_DATA")
 real_data = pytest.mark.skipif(not REAL_DATA, reason="LVSEG_REAL_DATA is not set")
@@ -87,6 +93,8 @@ def pixels_of(count: int) -> np.ndarray:
 
 def test_slices_lie_where_their_positions_say_whatever_their_names_numbers_and_thickness(tmp_path):
     scan = read_volume(save(tmp_path / "scan", [slice_of(index) for index in range(6)]))
+    names = [f"IM{number:04d}" for number in range(6)]
+    random.Random(0).shuffle(names)
     assert scan.voxels.dtype == np.int16
     assert scan.spacing_mm == (2.5, 1.5, 1.25)
     np.testing.assert_array_equal(scan.voxels, pixels_of(6))
@@ -96,8 +104,20 @@ def test_slices_lie_where_their_positions_say_whatever_their_names_numbers_and_t
         "series_description": "t1 axial",
         "manufacturer": "Maker",
         "manufacturer_model": "Model 1",
+        "software_versions": "",
         "field_strength_t": 1.5,
+        "series_instance_uid": SERIES,
+        "series_number": "4",
+        "image_type": ["ORIGINAL", "PRIMARY"],
+        "sequence_name": "",
+        "repetition_time_ms": None,
+        "flip_angle_deg": None,
+        "echo_times_ms": [],
+        "rescale_type": "",
+        "units": "",
+        "real_world_values": [],
         "slice_distance_source": "positions",
+        "slice_files": tuple(names),
         "format": "DICOM",
     }
 
@@ -123,7 +143,7 @@ def test_an_oblique_series_agrees_with_simpleitk_and_with_what_is_written_of_it(
         np.testing.assert_allclose(back.world_mm(corners), wanted.world_mm(corners), atol=0.01)
 
 
-@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian])
 def test_other_native_syntaxes_hold_the_same_numbers(tmp_path, syntax):
     folder = tmp_path / "scan"
     folder.mkdir()
@@ -136,7 +156,7 @@ def test_other_native_syntaxes_hold_the_same_numbers(tmp_path, syntax):
     np.testing.assert_array_equal(read_volume(folder).voxels, pixels_of(3))
 
 
-@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless])
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16])
 def test_compressed_pixels_are_the_same_numbers(tmp_path, syntax, dtype):
     datasets = [slice_of(index, dtype=dtype) for index in range(3)]
@@ -173,6 +193,16 @@ def test_overlays_in_unused_bits_do_not_leak_into_the_pixels(tmp_path):
         dataset.BitsStored, dataset.HighBit = 12, 11
         dataset.PixelData = (np.frombuffer(dataset.PixelData, np.uint16) | 0x5000).tobytes()
     np.testing.assert_array_equal(read_volume(save(tmp_path / "scan", datasets)).voxels, pixels_of(3))
+
+
+@pytest.mark.parametrize("high_bits", [0, 0x5000, 0xF000])
+def test_signed_values_of_twelve_bits_keep_their_sign_whatever_the_other_four_hold(tmp_path, high_bits):
+    values = pixels_of(1)[0] - 1000
+    dataset = slice_of(0)
+    dataset.BitsStored, dataset.HighBit = 12, 11
+    dataset.PixelData = ((values.astype(np.int16).view(np.uint16) & 0x0FFF) | high_bits).astype(np.uint16).tobytes()
+    dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.dcm").voxels[0], values)
 
 
 def test_other_files_and_a_dicomdir_are_passed_over_and_a_lone_folder_is_entered(tmp_path):
@@ -300,13 +330,13 @@ def with_unknown_codec(datasets):
     datasets[0].file_meta.TransferSyntaxUID = HEVCMP51
 
 
-def with_deflation(datasets):
-    datasets[0].file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-
-
 FAULTS = {
     "two series": (with_one(SeriesInstanceUID=generate_uid(), SeriesDescription="scout"), "MULTIPLE_SERIES", "scout"),
-    "missing slice": (lambda datasets: datasets.pop(2), "MISSING_SLICES", "102.50 to 107.50"),
+    "missing slice": (
+        lambda datasets: datasets.pop(2),
+        "MISSING_SLICES",
+        "102.50 to 107.50 mm along the normal (missing: 105.00 mm)",
+    ),
     "doubled slice": (with_one(ImagePositionPatient=[-30, 20, 105]), "MISSING_SLICES", "105.00"),
     "uneven slice": (with_one(ImagePositionPatient=[-30, 20, 103]), "MISSING_SLICES", "100.00 to 103.00"),
     "other size": (with_other_size, "INCONSISTENT_SERIES", "rows"),
@@ -314,10 +344,10 @@ FAULTS = {
     "other spacing": (with_one(PixelSpacing=[1.5, 1.3]), "INCONSISTENT_SERIES", "PixelSpacing"),
     "localiser among them": (
         with_one(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]),
-        "INCONSISTENT_SERIES",
-        "localiser",
+        "MULTIPLE_SERIES",
+        "LOCALIZER",
     ),
-    "gantry tilt": (with_tilt, "BAD_GEOMETRY", "angles"),
+    "gantry tilt": (with_tilt, "BAD_GEOMETRY", "tilted by 21.80 degrees"),
     "table jump": (with_a_jump, "BAD_GEOMETRY", "straight"),
     "no position": (without("ImagePositionPatient"), "BAD_GEOMETRY", "ImagePositionPatient"),
     "no orientation": (without("ImageOrientationPatient"), "BAD_GEOMETRY", "ImageOrientationPatient"),
@@ -326,11 +356,11 @@ FAULTS = {
     "no unit vectors": (with_all(ImageOrientationPatient=[1, 0, 0, 0, 2, 0]), "BAD_GEOMETRY", "Orientation"),
     "no pixels": (without("PixelData"), "NO_PIXELS", "PixelData"),
     "colours": (with_colours, "UNSUPPORTED_PIXEL_TYPE", "RGB"),
+    "mosaic": (with_all(ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"]), "UNSUPPORTED_FORMAT", "mosaic"),
     "inverted grey": (with_all(PhotometricInterpretation="MONOCHROME1"), "UNSUPPORTED_PIXEL_TYPE", "MONOCHROME1"),
     "lookup table": (with_all(ModalityLUTSequence=[Dataset()]), "UNSUPPORTED_PIXEL_TYPE", "LUT"),
     "frames without geometry": (with_one(NumberOfFrames=2, Rows=ROWS // 2), "UNSUPPORTED_FORMAT", "frames"),
     "no codec": (with_unknown_codec, "UNSUPPORTED_TRANSFER_SYNTAX", "HEVC"),
-    "deflated": (with_deflation, "UNSUPPORTED_TRANSFER_SYNTAX", "Deflated"),
     "pixels short of the header": (with_all(Rows=ROWS + 1), "INPUT_TRUNCATED", "bytes"),
     "huge sizes": (with_all(Rows=65535, Columns=65535), "INPUT_TRUNCATED", "bytes"),
 }
@@ -433,6 +463,432 @@ def test_a_file_with_any_bytes_changed_is_read_or_refused_but_never_breaks(tmp_p
         assert read_volume(tmp_path / "changed.dcm").voxels.size * 2 <= len(content)
     except InputError as error:
         assert "changed.dcm" in error.sentence
+
+
+def dixon(count: int = 3, **more) -> list[Dataset]:
+    """One series as Philips makes it: water, fat, in-phase and opposed-phase images told apart by their image type."""
+    datasets = []
+    for number, word in enumerate(("W", "F", "IP", "OP")):
+        for index in range(count):
+            dataset = slice_of(index)
+            dataset.SOPInstanceUID = f"{SERIES}.{number}.{index}"
+            dataset.ImageType = ["DERIVED", "PRIMARY", word, word, "DERIVED"]
+            dataset.SeriesNumber, dataset.SeriesDescription = 12, "t1/mDIXON"
+            dataset.EchoTime = 2.3 if word == "OP" else 4.6
+            dataset.PixelData = (pixels_of(count)[index] + 1000 * number).astype(np.int16).tobytes()
+            for keyword, value in more.items():
+                setattr(dataset, keyword, value)
+            datasets.append(dataset)
+    return datasets
+
+
+def test_a_series_of_several_stacks_is_refused_with_a_list_that_names_what_chooses_each(tmp_path):
+    folder = save(tmp_path / "scan", dixon())
+    code, sentence = error_of(read_volume, folder)
+    assert code == "MULTIPLE_SERIES"
+    for part in ("4 in", "'t1/mDIXON' number 12", "'W,TE4.6' with 3 slices", "'OP,TE2.3' with 3 slices"):
+        assert part in sentence
+    assert "Secret" not in sentence
+    assert is_one_sentence_naming(sentence, folder)
+
+
+@pytest.mark.parametrize(
+    ("choice", "number"),
+    [("W", 0), ("12/F", 1), ("12/ip", 2), ("t1/mDIXON/OP", 3), ("12/TE2.3", 3), ("12/IP,TE4.6", 2), ("/W", 0)],
+)
+def test_a_stack_is_chosen_by_its_words(tmp_path, choice, number):
+    scan = read_volume(save(tmp_path / "scan", dixon()), series=choice)
+    np.testing.assert_array_equal(scan.voxels, pixels_of(3) + 1000 * number)
+    assert scan.metadata["image_type"][2] == ("W", "F", "IP", "OP")[number]
+    assert scan.metadata["echo_times_ms"] == [2.3 if number == 3 else 4.6]
+    assert scan.spacing_mm[0] == DISTANCE_MM
+
+
+@pytest.mark.parametrize("choice", ["13", "12/X", "12/TE4.6", "12", "t1/mDIXON", "1", "12/W,TE2.3"])
+def test_a_choice_that_fits_none_or_several_is_refused_with_the_list(tmp_path, choice):
+    folder = save(tmp_path / "scan", dixon())
+    code, sentence = error_of(lambda path: read_volume(path, choice), folder)
+    assert code in ("UNKNOWN_SERIES", "MULTIPLE_SERIES")
+    assert "'F,TE4.6' with 3 slices" in sentence
+    assert is_one_sentence_naming(sentence, folder)
+
+
+def test_a_series_whose_images_differ_in_a_word_alone_is_one_stack_when_asked_for(tmp_path):
+    datasets = [slice_of(index) for index in range(4)]
+    for dataset in datasets[:2]:
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    folder = save(tmp_path / "scan", datasets)
+    code, sentence = error_of(read_volume, folder)
+    assert code == "MULTIPLE_SERIES"
+    assert "'4/all' for one stack" in sentence
+    np.testing.assert_array_equal(read_volume(folder, "4/all").voxels, pixels_of(4))
+    mixed = save(tmp_path / "dixon", dixon())
+    assert "/all" not in error_of(read_volume, mixed)[1]
+    assert error_of(lambda path: read_volume(path, "12/all"), mixed)[0] == "MISSING_SLICES"
+
+
+def two_series() -> list[Dataset]:
+    other = [slice_of(index) for index in range(2)]
+    for dataset in other:
+        dataset.SeriesInstanceUID, dataset.SeriesNumber = f"{SERIES}.987654", 7
+        dataset.SeriesDescription = "late phase"
+        dataset.PixelData = (pixels_of(2)[0] + 5).astype(np.int16).tobytes()
+    return [slice_of(index) for index in range(3)] + other
+
+
+@pytest.mark.parametrize("choice", ["4", "T1 AXIAL", SERIES, "498.1", "4/"])
+def test_a_series_is_chosen_by_number_description_or_uid(tmp_path, choice):
+    scan = read_volume(save(tmp_path / "scan", two_series()), series=choice)
+    np.testing.assert_array_equal(scan.voxels, pixels_of(3))
+    assert scan.metadata["series_instance_uid"] == SERIES
+
+
+@pytest.mark.parametrize("choice", ["7", "late phase", "...987654", f"{SERIES}.987654"])
+def test_the_other_series_is_chosen_likewise(tmp_path, choice):
+    assert read_volume(save(tmp_path / "scan", two_series()), series=choice).shape[0] == 2
+
+
+def test_series_that_share_a_number_are_not_chosen_by_it(tmp_path):
+    datasets = two_series()
+    for dataset in datasets:
+        dataset.SeriesNumber = 4
+    folder = save(tmp_path / "scan", datasets)
+    assert error_of(lambda path: read_volume(path, "4"), folder)[0] == "UNKNOWN_SERIES"
+    assert read_volume(folder, "late phase").shape[0] == 2
+
+
+def test_what_nobody_chose_may_be_anything_but_damaged(tmp_path):
+    datasets = two_series()
+    datasets[3].PhotometricInterpretation = "MONOCHROME1"
+    del datasets[4].ImagePositionPatient
+    assert read_volume(save(tmp_path / "scan", datasets), series="4").shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "shown", "choice"),
+    [
+        ({"EchoTime": ("1.15", "2.3")}, "TE2.3", "TE2.3"),
+        ({"EchoNumbers": (1, 2)}, "echo2", "echo2"),
+        ({"TemporalPositionIdentifier": (1, 2)}, "time2", "4/time2"),
+        ({"ComplexImageComponent": ("MAGNITUDE", "PHASE")}, "PHASE", "phase"),
+        ({"ConvolutionKernel": ("B30f", "B70f")}, "kernelB70f", "kernelB70f"),
+        ({"ImageType": (["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "P"])}, "'P'", "p"),
+    ],
+)
+def test_whatever_tells_images_at_one_position_apart_makes_stacks(tmp_path, values, shown, choice):
+    [(keyword, (first, second))] = values.items()
+    datasets = []
+    for number, value in enumerate((first, second)):
+        for index in range(3):
+            dataset = slice_of(index)
+            setattr(dataset, keyword, value)
+            dataset.PixelData = (pixels_of(3)[index] + number).astype(np.int16).tobytes()
+            datasets.append(dataset)
+    folder = save(tmp_path / "scan", datasets)
+    code, sentence = error_of(read_volume, folder)
+    assert code == "MULTIPLE_SERIES"
+    assert shown in sentence
+    np.testing.assert_array_equal(read_volume(folder, choice).voxels, pixels_of(3) + 1)
+
+
+def test_images_at_one_position_that_nothing_tells_apart_are_named(tmp_path):
+    folder = save(tmp_path / "scan", [slice_of(index) for index in (0, 1, 2)])
+    twin = slice_of(1)
+    twin.save_as(folder / "twin", enforce_file_format=True)
+    code, sentence = error_of(read_volume, folder)
+    assert code == "MISSING_SLICES"
+    assert "102.50 mm" in sentence
+    assert "twin" in sentence
+
+
+def test_several_slices_that_are_missing_are_named_by_where_they_belong(tmp_path):
+    folder = save(tmp_path / "scan", [slice_of(index) for index in (0, 1, 4, 5, 7)])
+    code, sentence = error_of(read_volume, folder)
+    assert code == "MISSING_SLICES"
+    assert "missing: 105.00, 107.50, 115.00 mm" in sentence
+
+
+def test_a_list_of_files_is_a_series(tmp_path):
+    folder = save(tmp_path / "scan", [slice_of(index) for index in range(4)])
+    scan = read_volume(folder)
+    files = [folder / name for name in scan.metadata["slice_files"]]
+    np.testing.assert_array_equal(read_volume(files[::-1]).voxels, scan.voxels)
+    np.testing.assert_array_equal(read_volume(tuple(files[:2])).voxels, scan.voxels[:2])
+    (folder / "notes.txt").write_text("notes " * 50)
+    assert error_of(lambda path: read_volume([*files, path]), folder / "notes.txt")[0] == "UNSUPPORTED_FORMAT"
+    assert error_of(lambda path: read_volume([*files, path]), folder / "gone")[0] == "NOT_FOUND"
+    assert error_of(lambda path: read_volume([*files, path]), files[0])[0] == "INCONSISTENT_SERIES"
+    assert error_of(lambda _path: read_volume([]), folder)[0] == "NOT_FOUND"
+
+
+def test_a_folder_of_folders_holds_the_series_of_all(tmp_path):
+    save(tmp_path / "one", two_series()[:3])
+    save(tmp_path / "two", two_series()[3:])
+    assert error_of(read_volume, tmp_path)[0] == "MULTIPLE_SERIES"
+    np.testing.assert_array_equal(read_volume(tmp_path, "4").voxels, pixels_of(3))
+
+
+def test_objects_without_pixels_are_passed_over_and_never_an_image_that_lost_its_pixels(tmp_path):
+    folder = save(tmp_path / "scan", [slice_of(index) for index in range(3)])
+    state = Dataset()
+    state.file_meta = FileMetaDataset()
+    state.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    state.file_meta.MediaStorageSOPClassUID = state.SOPClassUID = GrayscaleSoftcopyPresentationStateStorage
+    state.file_meta.MediaStorageSOPInstanceUID = state.SOPInstanceUID = UID(f"{SERIES}.77")
+    state.SeriesInstanceUID = f"{SERIES}.78"
+    state.save_as(folder / "PS_0001", enforce_file_format=True)
+    np.testing.assert_array_equal(read_volume(folder).voxels, pixels_of(3))
+    assert error_of(read_volume, folder / "PS_0001")[0] == "NO_PIXELS"
+    lost = slice_of(3)
+    del lost.PixelData
+    lost.save_as(folder / "lost", enforce_file_format=True)
+    assert error_of(read_volume, folder)[0] == "NO_PIXELS"
+
+
+def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def members_of(tmp_path: Path, datasets) -> dict[str, bytes]:
+    folder = save(tmp_path / "for_zip", datasets)
+    return {f"study/series/{file.name}": file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_zip_is_read_as_its_folder_would_be_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    members = members_of(tmp_path, dixon())
+    path = zipped(tmp_path / "scan.zip", {"study/": b"", "README": b"notes " * 50, **members})
+    scan = read_volume(path, "12/F")
+    np.testing.assert_array_equal(scan.voxels, pixels_of(3) + 1000)
+    assert scan.source == str(path)
+    assert set(scan.metadata["slice_files"]) <= {name.rpartition("/")[2] for name in members}
+    code, sentence = error_of(read_volume, path)
+    assert code == "MULTIPLE_SERIES"
+    assert is_one_sentence_naming(sentence, path)
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_errors_in_a_zip_name_the_member_and_names_lead_nowhere(tmp_path):
+    members = members_of(tmp_path, [slice_of(index) for index in range(3)])
+    first = min(members)
+    cut = {name: content[:-100] if name == first else content for name, content in members.items()}
+    code, sentence = error_of(read_volume, zipped(tmp_path / "scan.zip", cut))
+    assert code == "INPUT_TRUNCATED"
+    assert f"scan.zip/{first.rpartition('/')[2]}" in sentence
+    evil = {f"../../{tmp_path.name}_out/{number}": content for number, content in enumerate(members.values())}
+    assert read_volume(zipped(tmp_path / "evil.zip", evil)).shape[0] == 3
+    assert not (tmp_path.parent / f"{tmp_path.name}_out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ("bomb", "ARCHIVE_LIMIT"),
+        ("many", "ARCHIVE_LIMIT"),
+        ("encrypted", "ARCHIVE_UNSUPPORTED"),
+        ("lzma", "ARCHIVE_UNSUPPORTED"),
+        ("empty", "EMPTY_IMAGE"),
+        ("no dicom", "NOT_FOUND"),
+        ("text", "INPUT_CORRUPT"),
+        ("cut", "INPUT_CORRUPT"),
+    ],
+)
+def test_a_zip_that_no_one_should_unpack_is_refused(tmp_path, monkeypatch, fault, code):
+    monkeypatch.setattr("lvseg.formats.archive.CONTENT_BYTES_MAX", 10**6)
+    monkeypatch.setattr("lvseg.formats.archive.MEMBERS_MAX", 4)
+    members = {"1.dcm": bytes(100)}
+    path = tmp_path / "scan.zip"
+    if fault in ("bomb", "many"):
+        zipped(path, {"1.dcm": bytes(2 * 10**6)} if fault == "bomb" else {str(n): b"a" for n in range(5)})
+    elif fault == "lzma":
+        zipped(path, members, zipfile.ZIP_LZMA)
+    elif fault in ("empty", "no dicom"):
+        zipped(path, {} if fault == "empty" else {"notes.txt": b"notes " * 50})
+    else:
+        content = zipped(path, members).read_bytes()
+        if fault == "encrypted":
+            content = content.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01")
+        path.write_bytes(b"no zip at all" if fault == "text" else content[:-9] if fault == "cut" else content)
+    received, sentence = error_of(read_volume, path)
+    assert received == code, sentence
+    assert is_one_sentence_naming(sentence, path)
+
+
+def test_the_server_and_the_library_keep_the_same_of_a_members_name():
+    assert archive.SUFFIXES == protocol.MEMBER_SUFFIXES
+
+
+def test_a_choice_where_there_is_none_is_refused(tmp_path):
+    path = write_volume(read_volume(save(tmp_path / "scan", [slice_of(0)])), tmp_path / "a.nii")[0]
+    assert error_of(lambda path: read_volume(path, "4"), path)[0] == "UNKNOWN_SERIES"
+
+
+def test_predict_segments_the_series_that_its_option_names_and_lists_them_without(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    class Segmenter:
+        def __init__(self, _model: Path) -> None:
+            self.info = {}
+
+        def segment(self, scan, *_progress):
+            seen.append(scan)
+            return predict.Segmentation(
+                scan.with_voxels((scan.voxels > 1500).astype(np.uint8)), {"volume_ml": {}, "flags": []}
+            )
+
+    monkeypatch.setattr(predict, "Segmenter", Segmenter)
+    monkeypatch.setattr(predict, "newest_version", lambda model: model)
+    folder = save(tmp_path / "scan", dixon())
+    command = ["--model", str(tmp_path), str(folder), "-o", str(tmp_path / "mask.nrrd")]
+    assert predict.main(command) == 2
+    assert "'W,TE4.6' with 3 slices" in capsys.readouterr().err
+    assert not seen
+    assert predict.main([*command, "--series", "12/F"]) == 0
+    np.testing.assert_array_equal(seen[0].voxels, pixels_of(3) + 1000)
+    assert read_volume(tmp_path / "mask.nrrd").shape == seen[0].shape
+
+
+@pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])
+def test_frames_that_itk_compressed_are_the_same_numbers(tmp_path, compressor):
+    """JPEG lossless, which pydicom has no encoder for, from ITK's codec."""
+    datasets = [slice_of(index, dtype=np.uint16) for index in range(3)]
+    for index, dataset in enumerate(datasets):
+        writer = SimpleITK.ImageFileWriter()
+        writer.SetImageIO("GDCMImageIO")
+        writer.SetUseCompression(True)
+        writer.SetCompressor(compressor)
+        writer.SetFileName(str(tmp_path / "itk.dcm"))
+        writer.Execute(SimpleITK.GetImageFromArray(pixels_of(3)[index][None].astype(np.uint16)))
+        packed = pydicom.dcmread(tmp_path / "itk.dcm")
+        dataset.file_meta.TransferSyntaxUID = packed.file_meta.TransferSyntaxUID
+        dataset.PixelData = packed.PixelData
+        dataset["PixelData"].is_undefined_length = True
+    np.testing.assert_array_equal(read_volume(save(tmp_path / "scan", datasets)).voxels, pixels_of(3))
+
+
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, RLELossless])
+@pytest.mark.parametrize("keyword", ["Rows", "Columns"])
+def test_compressed_pixels_that_do_not_fill_the_sizes_are_refused(tmp_path, syntax, keyword):
+    for change in (-1, 1):
+        dataset = slice_of(0, dtype=np.uint16)
+        dataset.compress(syntax, generate_instance_uid=False)
+        setattr(dataset, keyword, getattr(dataset, keyword) + change)
+        dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+        code, _ = error_of(read_volume, tmp_path / "a.dcm")
+        assert code in ("INCONSISTENT_SERIES", "INPUT_TRUNCATED")
+
+
+def test_native_pixels_beyond_the_sizes_are_refused(tmp_path):
+    dataset = slice_of(0)
+    dataset.Rows = ROWS - 1
+    dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    assert error_of(read_volume, tmp_path / "a.dcm")[0] == "INCONSISTENT_SERIES"
+
+
+def test_a_deflated_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("lvseg.formats.dicom_file.MAXIMUM_VOXEL_BYTES", 1000)
+    dataset = slice_of(0)
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    assert error_of(read_volume, tmp_path / "a.dcm")[0] == "INPUT_TRUNCATED"
+
+
+def mapping(slope: float, intercept: float, code: str, label: str) -> Dataset:
+    units, item = Dataset(), Dataset()
+    units.CodeValue, units.CodingSchemeDesignator, units.CodeMeaning = code, "UCUM", code
+    item.RealWorldValueSlope, item.RealWorldValueIntercept, item.LUTLabel = slope, intercept, label
+    item.MeasurementUnitsCodeSequence = [units]
+    return item
+
+
+def test_units_are_those_of_the_rescaled_values_and_no_other_mapping_s(tmp_path):
+    datasets = [slice_of(index) for index in range(2)]
+    for dataset in datasets:
+        dataset.RescaleSlope, dataset.RescaleIntercept = 0.1, 0
+        dataset.RealWorldValueMappingSequence = [mapping(0.1, 0, "%", "fat"), mapping(2, 5, "ms", "T2*")]
+    scan = read_volume(save(tmp_path / "scan", datasets))
+    assert scan.metadata["units"] == "%"
+    assert [one["label"] for one in scan.metadata["real_world_values"]] == ["fat", "T2*"]
+    for dataset in datasets:
+        dataset.RescaleSlope = 1
+    scan = read_volume(save(tmp_path / "scan", datasets))
+    assert scan.metadata["units"] == ""
+    np.testing.assert_array_equal(scan.voxels, pixels_of(2))
+
+
+def test_an_enhanced_ct_has_hounsfield_units_from_its_functional_groups(tmp_path):
+    dataset = enhanced(own=False)
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = EnhancedCTImageStorage
+    dataset.Modality = "CT"
+    for frame in dataset.PerFrameFunctionalGroupsSequence:
+        kind = Dataset()
+        kind.FrameType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+        frame.CTImageFrameTypeSequence = [kind]
+        scale = frame.PixelValueTransformationSequence[0]
+        scale.RescaleSlope, scale.RescaleIntercept, scale.RescaleType = 1, -1024, "HU"
+    dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    scan = read_volume(tmp_path / "a.dcm")
+    assert scan.voxels.dtype == np.int16
+    np.testing.assert_array_equal(scan.voxels, pixels_of(3) - 1024)
+    assert (scan.metadata["modality"], scan.metadata["rescale_type"]) == ("CT", "HU")
+
+
+def test_a_zip_that_is_sent_to_the_server_is_unpacked_within_its_limits(tmp_path, monkeypatch):
+    sent = zipped(tmp_path / "scan.zip", members_of(tmp_path, [slice_of(index) for index in range(3)]))
+    job = tmp_path / "job"
+    job.mkdir()
+    (job / worker.UPLOAD).write_bytes(sent.read_bytes())
+    size = sent.stat().st_size
+    work = protocol.Work(bytes(32), "scan.zip", "file", "volume", "nrrd", "raw", size)
+    seen = []
+
+    class Segmenter:
+        def segment(self, scan, _on_progress):
+            seen.append(scan)
+            return predict.Segmentation(scan.with_voxels(np.zeros(scan.shape, np.uint8)), {})
+
+    class Report:
+        def begin(self, stage: str) -> None:
+            seen.append(stage)
+
+    files = worker.answer(work, job, Segmenter(), 3, Report())
+    assert {file.name for file in files} == {"mask.nrrd", "measurements.json"}
+    [scan] = [one for one in seen if not isinstance(one, str)]
+    np.testing.assert_array_equal(scan.voxels, pixels_of(3))
+    with pytest.raises(InputError, match="at most 2 files"):
+        worker.answer(work, job, Segmenter(), 2, Report())
+    monkeypatch.setattr(worker, "ZIP_BYTES_MAX", 3000)
+    with pytest.raises(InputError, match="fewer bytes"):
+        worker.answer(work, job, Segmenter(), 3, Report())
+
+
+def test_stacks_of_an_enhanced_object_are_told_apart_by_their_frames(tmp_path):
+    dataset = enhanced(own=False)
+    dataset.NumberOfFrames = 6
+    dataset.PixelData = np.concatenate([pixels_of(3)[[2, 0, 1]]] * 2).astype(np.int16).tobytes()
+    frames = []
+    for word in ("W", "F"):
+        for frame in dataset.PerFrameFunctionalGroupsSequence:
+            copy, kind, echo = Dataset(), Dataset(), Dataset()
+            copy.update(frame)
+            kind.FrameType = ["DERIVED", "PRIMARY", word, word]
+            echo.EffectiveEchoTime = 2.5
+            copy.MRImageFrameTypeSequence, copy.MREchoSequence = [kind], [echo]
+            frames.append(copy)
+    dataset.PerFrameFunctionalGroupsSequence = frames
+    dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    code, sentence = error_of(read_volume, tmp_path / "a.dcm")
+    assert code == "MULTIPLE_SERIES"
+    assert "'W' with 3 slices; 'F' with 3 slices" in sentence
+    scan = read_volume(tmp_path / "a.dcm", "F")
+    np.testing.assert_array_equal(scan.voxels, pixels_of(3) * np.array([1, 2, 3])[:, None, None])
+    assert scan.metadata["image_type"] == ["DERIVED", "PRIMARY", "F", "F"]
+    assert scan.metadata["echo_times_ms"] == [2.5]
+    assert "slice_files" not in scan.metadata
 
 
 @real_data

@@ -1,6 +1,5 @@
 """Legacy .vtk and .vti in and out, against VTK's own readers and writers and SimpleITK."""
 
-import itertools
 import json
 import os
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK
 from bad_files import error_of, is_one_sentence_naming, volume
+from grids import all_48_orientations, tilted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
@@ -24,13 +24,6 @@ from lvseg.volume import Volume
 REAL_DATA = os.environ.get("LVSEG_REAL_DATA")
 DTYPES = [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, np.float32, np.float64]
 CUT_STEP = 13
-
-
-def tilted(angles_degrees=(20.0, -35.0, 10.0), scan: Volume | None = None) -> Volume:
-    scan = scan or volume()
-    affine = scan.affine.copy()
-    affine[:3, :3] = Rotation.from_euler("xyz", angles_degrees, degrees=True).as_matrix() @ affine[:3, :3]
-    return Volume(scan.voxels, affine)
 
 
 def vtk_image(path: Path) -> vtkImageData:
@@ -66,21 +59,6 @@ def save_legacy(path: Path, image: vtkImageData, ascii_text: bool = False) -> Pa
 def in_the_files_axes(scan: Volume, suffix: str) -> Volume:
     """What a file of it holds: a .vtk canonical axes, a .vti the volume's own."""
     return scan.canonical() if suffix == ".vtk" else scan
-
-
-def all_48_orientations(scan: Volume) -> list[Volume]:
-    """The same voxels at the same points of the world, in every order and direction of the axes."""
-    volumes = []
-    for axes in itertools.permutations(range(3)):
-        for flipped in itertools.product((False, True), repeat=3):
-            flips = [axis for axis in range(3) if flipped[axis]]
-            affine = scan.affine[:, [*axes, 3]]
-            voxels = np.flip(scan.voxels.transpose(axes), flips)
-            for axis in flips:
-                affine[:3, 3] += affine[:3, axis] * (voxels.shape[axis] - 1)
-                affine[:3, axis] *= -1
-            volumes.append(Volume(voxels, affine))
-    return volumes
 
 
 def corners_mm(scan: Volume) -> np.ndarray:
@@ -220,6 +198,13 @@ def test_files_of_vtks_own_writer_are_read_as_lps_identity(tmp_path, dtype, asci
     np.testing.assert_array_equal(scan.world_mm((1, 2, 3)), [-7 + 6, 8 + 3, 90.25 + 3])
 
 
+@pytest.mark.parametrize(("old", "new"), [(b"lvseg", b"lvsag"), (b"SPACE", b"SPADE"), (b"DIR=", b"DIP=")])
+def test_a_damaged_title_of_ours_is_not_taken_for_another(tmp_path, old, new):
+    path = write_volume(tilted(), tmp_path / "a.vtk")[0]
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    assert error_of(read_volume, path)[0] == "BAD_GEOMETRY"
+
+
 def test_our_title_line_is_believed_and_said(tmp_path):
     assert read_volume(write_volume(tilted(), tmp_path / "a.vtk")[0]).metadata["directions"] == "title line"
 
@@ -329,6 +314,8 @@ def test_damaged_voxels_of_a_vti_are_an_error_and_vtk_prints_nothing(tmp_path, c
         (b'"Int16"', b'"Int16" NumberOfComponents="3"', "UNSUPPORTED_PIXEL_TYPE"),
         (b'Spacing="2 ', b'Spacing="-2 ', "BAD_GEOMETRY"),
         (b'Direction="-1 ', b'Direction="-3 ', "BAD_GEOMETRY"),
+        (b"Direction=", b"Directlon=", "UNSUPPORTED_FORMAT"),
+        (b"Spacing=", b"Spaclng=", "UNSUPPORTED_FORMAT"),
     ],
 )
 def test_a_vti_header_that_does_not_fit_its_voxels_is_refused(tmp_path, old, new, code, capfd):
@@ -355,6 +342,19 @@ def test_a_vti_or_vtk_that_is_no_single_scan_is_refused(tmp_path, kind):
         path.write_bytes(text.replace(b"POINT_DATA 60", b"POINT_DATA 59"))
     expected = "UNSUPPORTED_PIXEL_TYPE" if kind == "three components" else "UNSUPPORTED_FORMAT"
     assert error_of(read_volume, path)[0] == expected
+
+
+def test_a_vti_as_text_holds_as_many_numbers_as_its_extent(tmp_path):
+    writer = vtkXMLImageDataWriter()
+    writer.SetFileName(str(tmp_path / "a.vti"))
+    writer.SetInputData(image_with(np.full((3, 4, 5), 7, np.int16)))
+    writer.SetDataModeToAscii()
+    writer.Write()
+    text = (tmp_path / "a.vti").read_text()
+    assert " 7 7\n" in text
+    for numbers, code in ((" 7\n", "INPUT_TRUNCATED"), (" 7 7 7\n", "DECOMPRESS_LIMIT"), (" 7 x\n", "INPUT_TRUNCATED")):
+        (tmp_path / "b.vti").write_text(text.replace(" 7 7\n", numbers, 1))
+        assert error_of(read_volume, tmp_path / "b.vti")[0] == code
 
 
 def test_what_follows_the_scalars_is_not_read(tmp_path):

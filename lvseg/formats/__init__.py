@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lvseg.command import atomic
 from lvseg.errors import InputError
-from lvseg.formats import dicom, nifti, vti, vtk
-from lvseg.formats.checks import check_finite
+from lvseg.formats import dicom, metaimage, nifti, nrrd, png, vti, vtk
+from lvseg.formats.checks import check_finite, check_plausible
+from lvseg.formats.dicom_file import is_dicom
+from lvseg.formats.grid import on_grid
 from lvseg.volume import Volume
 
 Reader = Callable[[Path], Volume]
@@ -18,38 +20,56 @@ Writer = Callable[[Volume, Path], None]
 FORMATS: dict[str, tuple[Reader, Writer | None]] = {
     ".nii.gz": (nifti.read, nifti.write),
     ".nii": (nifti.read, nifti.write),
+    ".nrrd": (nrrd.read, nrrd.write),
+    ".nhdr": (nrrd.read, None),
+    ".mha": (metaimage.read, metaimage.write),
+    ".mhd": (metaimage.read, None),
     ".vtk": (vtk.read, vtk.write),
     ".vti": (vti.read, vti.write),
     ".dcm": (dicom.read, None),
+    ".zip": (dicom.read, None),
 }
 
 
-def read_volume(path: Path) -> Volume:
+def read_volume(path: Path | str | Sequence[Path | str], series: str | None = None) -> Volume:
     """Reads one scan or mask.
 
     Args:
-        path: a file .nii.gz, .nii, .vtk, .vti or DICOM (any name), or a folder with one DICOM series.
+        path: a file .nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd, .vtk, .vti or DICOM (any name); a folder, a zip or a list
+            of DICOM files.
+        series: which of several DICOM series or stacks, as `dicom_series` says: SERIES, SERIES/STACK or STACK.
 
     Returns:
         voxels [slice, row, column] in the file's own axis order and direction, in its own dtype (float32 where it
         stores them scaled), with the affine to LPS millimetres.
 
     Raises:
-        InputError: NOT_FOUND, NOT_READABLE, UNSUPPORTED_FORMAT, NONFINITE_VOXELS, or what the format's reader says.
+        InputError: NOT_FOUND, NOT_READABLE, UNSUPPORTED_FORMAT, NONFINITE_VOXELS, BAD_GEOMETRY for a place or a size
+            that no scan has, UNKNOWN_SERIES for a choice where there is none, or what the format's reader says.
+    """
+    return _read(path, series, None)
+
+
+def read_mask(path: Path | str, image: Volume, series: str | None = None) -> Volume:
+    """Reads labels onto the grid of their image.
+
+    Args:
+        path: whatever `read_volume` reads, a DICOM segmentation, or a folder of PNG files, one a slice.
+        image: the scan that the labels belong to.
+        series: which of several DICOM series.
+
+    Returns:
+        uint8, or uint16 where a label is above 255, in the image's shape and axis order with its affine; metadata
+        `labels` ({number: name}) where the file has names.
+
+    Raises:
+        InputError: GEOMETRY_MISMATCH where a label does not lie on a voxel of the image, NOT_LABELS for values that are
+            no whole numbers from 0 to 65535, and what `read_volume`, `png` and `dicom_seg` raise.
     """
     path = Path(path)
-    try:
-        if not path.exists():
-            raise InputError("NOT_FOUND", f"Expected a scan, received a path where nothing is: {path}.")
-        if not path.is_file() and not path.is_dir():  # reading a pipe or a device may never end
-            raise InputError("NOT_READABLE", f"Expected a file or a folder, received a device or a pipe: {path}.")
-        volume = _reader(path)(path)
-    except OSError as error:
-        raise InputError(
-            "NOT_READABLE", f"Expected a readable scan, received '{error.strerror}' from {path}."
-        ) from error
-    check_finite(volume.voxels, path)
-    return volume
+    if path.is_dir() and png.files_of(path) and not any(is_dicom(file) for file in path.iterdir() if file.is_file()):
+        return png.read_mask(path, image)
+    return on_grid(_read(path, series, image), image)
 
 
 def write_volume(volume: Volume, path: Path) -> list[Path]:
@@ -57,7 +77,7 @@ def write_volume(volume: Volume, path: Path) -> list[Path]:
 
     Args:
         volume: voxels in any real dtype that the format has; booleans become uint8.
-        path: .nii.gz, .nii or .vti (the volume's own axis order), .vtk (canonical axis order).
+        path: .nii.gz, .nii, .nrrd, .mha or .vti (the volume's own axis order), .vtk (canonical axis order).
 
     Returns:
         The files written, `path` first; an oblique .vtk has a second one, `<name>.vtk.json`, with its directions. An
@@ -91,21 +111,42 @@ def stem(path: Path) -> str:
     return path.name[: len(path.name) - len(_suffix(path))]
 
 
+def _read(path: Path | str | Sequence[Path | str], series: str | None, on: Volume | None) -> Volume:
+    files = [Path(path)] if isinstance(path, str | Path) else [Path(file) for file in path]
+    try:
+        volume = _read_one(files[0], series, on) if isinstance(path, str | Path) else dicom.read(files, series, on)
+    except OSError as error:
+        raise InputError(
+            "NOT_READABLE", f"Expected a readable scan, received '{error.strerror}' from {files[0]}."
+        ) from error
+    check_plausible(volume, Path(volume.source))
+    check_finite(volume.voxels, Path(volume.source))
+    return volume
+
+
+def _read_one(path: Path, series: str | None, on: Volume | None) -> Volume:
+    if not path.exists():
+        raise InputError("NOT_FOUND", f"Expected a scan, received a path where nothing is: {path}.")
+    if not path.is_file() and not path.is_dir():  # reading a pipe or a device may never end
+        raise InputError("NOT_READABLE", f"Expected a file or a folder, received a device or a pipe: {path}.")
+    suffix = "" if path.is_dir() else _suffix(path)
+    reader = FORMATS[suffix][0] if suffix else dicom.read
+    if reader is dicom.read:
+        if suffix or path.is_dir() or is_dicom(path):
+            return dicom.read(path, series, on)
+        raise InputError(
+            "UNSUPPORTED_FORMAT",
+            f"Expected a folder of DICOM files, a DICOM file or a name that ends in {', '.join(FORMATS)}, received"
+            f" {path}.",
+        )
+    if series is not None:
+        raise InputError(
+            "UNKNOWN_SERIES", f"Expected DICOM files to choose series={series[:80]!r} from, received {path}."
+        )
+    return reader(path)
+
+
 def _suffix(path: Path) -> str:
     """The one of FORMATS that the name ends in, as long as the name has it (whatever its case), or empty."""
     name = path.name.lower()
     return next((suffix for suffix in FORMATS if name.endswith(suffix) and name != suffix), "")
-
-
-def _reader(path: Path) -> Reader:
-    if path.is_dir():
-        return dicom.read
-    suffix = _suffix(path)
-    if suffix:
-        return FORMATS[suffix][0]
-    if dicom.is_dicom(path):
-        return dicom.read
-    raise InputError(
-        "UNSUPPORTED_FORMAT",
-        f"Expected a folder of DICOM files, a DICOM file or a name that ends in {', '.join(FORMATS)}, received {path}.",
-    )

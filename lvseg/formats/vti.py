@@ -27,17 +27,8 @@ import numpy.typing as npt
 
 from lvseg.errors import InputError
 from lvseg.formats.checks import DEFLATE_RATIO, truncated, voxel_bytes
-from lvseg.formats.vtk import (
-    affine_of_grid,
-    array_name,
-    directions_ijk,
-    finite_numbers,
-    fitting,
-    numbers_of_text,
-    reverse,
-    whole_number,
-    writable,
-)
+from lvseg.formats.text import finite_numbers, fitting, numbers_of_text, whole_number
+from lvseg.formats.vtk import affine_of_grid, array_name, directions_ijk, reverse, writable
 from lvseg.volume import Volume
 
 TYPES = {
@@ -54,6 +45,7 @@ TYPES = {
 }
 BYTE_ORDERS = {"LittleEndian": "<", "BigEndian": ">"}
 HEADER_WORDS = {"UInt32": "u4", "UInt64": "u8"}
+IMAGE_ATTRIBUTES = frozenset(("WholeExtent", "Origin", "Spacing", "Direction"))
 COMPRESSORS = ("", "vtkZLibDataCompressor")
 FILE_END = b"</VTKFile>"
 MARK_WITHIN = 256
@@ -108,7 +100,15 @@ def read(path: Path) -> Volume:
     """
     content = path.read_bytes()
     header = _header(content, path)
-    extent = [whole_number(word, path) for word in header.image.get("WholeExtent", "").split()]
+    missing = [name for name in ("WholeExtent", "Origin", "Spacing") if name not in header.image]
+    unknown = sorted(set(header.image) - IMAGE_ATTRIBUTES)
+    if missing or unknown:  # a misspelt Direction would be taken for none
+        raise InputError(
+            "UNSUPPORTED_FORMAT",
+            f"Expected an ImageData with WholeExtent, Origin, Spacing and perhaps Direction, received it without"
+            f" {missing} and with {[name[:40] for name in unknown[:5]]} in {path}.",
+        )
+    extent = [whole_number(word, path) for word in header.image["WholeExtent"].split()]
     if len(extent) != 6:
         raise InputError("UNSUPPORTED_FORMAT", f"Expected a WholeExtent of six numbers, received {extent} in {path}.")
     if [piece.get("Extent", "").split() for piece in header.pieces] != [header.image["WholeExtent"].split()]:
@@ -130,8 +130,8 @@ def read(path: Path) -> Volume:
     voxel_bytes([slices, rows, columns], 8 if array.attributes.get("format") == "ascii" else int(code[1:]), path)
     affine = affine_of_grid(
         np.reshape(finite_numbers(header.image.get("Direction", "1 0 0 0 1 0 0 0 1"), 9, "Direction", path), (3, 3)),
-        finite_numbers(header.image.get("Spacing", "1 1 1"), 3, "Spacing", path),
-        finite_numbers(header.image.get("Origin", "0 0 0"), 3, "Origin", path),
+        finite_numbers(header.image["Spacing"], 3, "Spacing", path),
+        finite_numbers(header.image["Origin"], 3, "Origin", path),
         path,
     )
     affine[:, 3] = affine @ [extent[4], extent[2], extent[0], 1]  # Origin is where index 0 lies, in the extent or not

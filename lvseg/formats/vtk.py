@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -33,10 +31,12 @@ import numpy.typing as npt
 
 from lvseg.errors import InputError
 from lvseg.formats.checks import storable, truncated, voxel_bytes
+from lvseg.formats.text import finite_numbers, fitting, numbers_of_text, whole_number
 from lvseg.volume import Volume
 
 MAGIC = b"# vtk DataFile Version "
 TITLE = "lvseg 1; SPACE=LPS; DIR="
+TITLE_WORDS = ("lvseg 1", "SPACE=LPS", "DIR=")
 SIDECAR_FORMAT = "lvseg 1"
 SIDECAR_LIMIT_BYTES = 64 * 1024  # one of ours has less than a kilobyte
 TITLE_LIMIT = 256
@@ -217,12 +217,16 @@ def writable(volume: Volume, path: Path) -> npt.NDArray[Any]:
 
 
 def affine_of_grid(
-    directions: npt.NDArray[np.float64], spacing_mm: Sequence[float], origin_mm: Sequence[float], path: Path
+    directions: npt.NDArray[np.float64],
+    spacing_mm: Sequence[float],
+    origin_mm: Sequence[float],
+    path: Path,
+    tolerance: float = 1e-6,
 ) -> npt.NDArray[np.float64]:
-    """Index (slice, row, column) to LPS from VTK's directions (columns i, j, k), spacing and origin."""
+    """Index (slice, row, column) to LPS from directions (columns i, j, k; unit length within `tolerance`)."""
     if not all(0 < mm < math.inf for mm in spacing_mm):
         raise InputError("BAD_GEOMETRY", f"Expected positive SPACING, received {list(spacing_mm)} in {path}.")
-    if not np.allclose(np.linalg.norm(directions, axis=0), 1, atol=1e-6, rtol=0):
+    if not np.allclose(np.linalg.norm(directions, axis=0), 1, atol=tolerance, rtol=0):
         raise InputError("BAD_GEOMETRY", f"Expected unit directions, received {directions.T.tolist()} in {path}.")
     affine = np.eye(4)
     affine[:3, :3] = (directions * np.asarray(spacing_mm))[:, ::-1]
@@ -293,29 +297,9 @@ def _legacy_type(scalars: list[str], path: Path) -> str:
     return code
 
 
-def whole_number(word: str, path: Path) -> int:
-    """The integer that a header's word says; anything else is UNSUPPORTED_FORMAT."""
-    if not re.fullmatch(r"[+-]?\d{1,18}", word):
-        raise InputError("UNSUPPORTED_FORMAT", f"Expected a whole number, received {word[:40]!r} in {path}.")
-    return int(word)
-
-
-def finite_numbers(text: str, count: int, name: str, path: Path) -> list[float]:
-    """The numbers of a header's geometry; anything else is BAD_GEOMETRY."""
-    try:
-        values = [float(word) for word in text.split()]
-    except ValueError:
-        values = []
-    if len(values) != count or not all(math.isfinite(value) for value in values):
-        raise InputError(
-            "BAD_GEOMETRY", f"Expected {count} finite numbers for {name}, received {text[:80]!r} in {path}."
-        )
-    return values
-
-
 def _directions_of_title(title: str, path: Path) -> tuple[npt.NDArray[np.float64], str]:
     """The directions, column k of axis k, and where they come from."""
-    if not title.startswith("lvseg "):
+    if not any(word in title for word in TITLE_WORDS):  # a title of ours that is damaged is no other title
         return np.eye(3), ASSUMED
     words = title.removeprefix(TITLE).split(",")
     try:
@@ -340,31 +324,3 @@ def _ascii_voxels(
     file.seek(offset)
     values = numbers_of_text(file, code, count, path)
     return fitting(np.rint(values * 255) if scaled_to_one else values, code, path)
-
-
-def numbers_of_text(source: IO[bytes] | str, code: str, count: int, path: Path) -> npt.NDArray[Any]:
-    """Numbers parted by white space [count], float64 or, where that cannot hold them, 64-bit integers."""
-    wide = np.dtype(code if code in ("i8", "u8") else "f8")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a bad word, which the count below tells too
-        if isinstance(source, str):
-            values = np.fromstring(source, wide, count, sep=" ")
-        else:
-            values = np.fromfile(source, wide, count, sep=" ")
-    if values.size != count:
-        raise InputError(
-            "INPUT_TRUNCATED",
-            f"Expected {count} numbers, received {values.size} before the end or a bad word in {path}.",
-        )
-    return values
-
-
-def fitting(values: npt.NDArray[Any], code: str, path: Path) -> npt.NDArray[Any]:
-    """The values in their own dtype, refused where it cannot hold them."""
-    with np.errstate(invalid="ignore", over="ignore"):  # what does not fit is seen by comparing
-        voxels = values.astype(code)
-    if voxels.dtype.kind != "f" and not np.array_equal(voxels, values):
-        raise InputError(
-            "UNSUPPORTED_PIXEL_TYPE", f"Expected whole numbers of type {voxels.dtype}, received others in {path}."
-        )
-    return voxels

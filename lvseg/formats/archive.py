@@ -1,0 +1,79 @@
+"""Zip archives of DICOM files, unpacked within limits that count real bytes, not what the archive says of itself."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+from lvseg.errors import InputError
+
+PIECE_BYTES = 1024 * 1024
+MEMBERS_MAX = 20_000
+CONTENT_BYTES_MAX = 4 * 1024**3
+# All that is kept of a member's name: files that call themselves DICOM have to be.
+SUFFIXES = (".dcm", ".ima")
+
+
+def unzip(source: Path, folder: Path, content_bytes: int, members: int, name: str) -> dict[str, str]:
+    """Unpacks a zip of DICOM files as 000001.dcm, 000002.bin, ... in the archive's order.
+
+    Of its names only a suffix in `SUFFIXES` is kept on disk, so none can lead anywhere.
+
+    Args:
+        source: the zip.
+        folder: made here.
+        content_bytes: limit for all members together.
+        members: limit for their number.
+        name: of the scan, for messages.
+
+    Returns:
+        For the name of each file the last part of its name in the archive.
+
+    Raises:
+        InputError: ARCHIVE_LIMIT, ARCHIVE_UNSUPPORTED, INPUT_CORRUPT, INPUT_TRUNCATED or EMPTY_IMAGE.
+    """
+    if not source.stat().st_size:
+        raise InputError("INPUT_TRUNCATED", f"Expected a zip of DICOM files, received no bytes in {name}.")
+    folder.mkdir()
+    left = content_bytes
+    names: dict[str, str] = {}
+    try:
+        with zipfile.ZipFile(source) as archive:
+            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            if len(entries) > members:
+                raise InputError(
+                    "ARCHIVE_LIMIT", f"Expected at most {members} files, received {len(entries)} files in {name}."
+                )
+            if not entries:
+                raise InputError("EMPTY_IMAGE", f"Expected DICOM files, received an empty archive in {name}.")
+            for number, entry in enumerate(entries, start=1):
+                if entry.flag_bits & 0x1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise InputError(
+                        "ARCHIVE_UNSUPPORTED",
+                        f"Expected members stored or deflated and not encrypted, received another in {name}.",
+                    )
+                suffix = Path(entry.filename).suffix.lower()
+                kept = f"{number:06d}{suffix if suffix in SUFFIXES else '.bin'}"
+                with archive.open(entry) as member, (folder / kept).open("wb") as file:
+                    left -= _copy(member, file, left, name)
+                names[kept] = entry.filename.replace("\\", "/").rpartition("/")[2]
+    except InputError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError) as error:
+        raise InputError(
+            "INPUT_CORRUPT", f"Expected a sound zip of DICOM files, received one that breaks off in {name}."
+        ) from error
+    return names
+
+
+def _copy(member: IO[bytes], file: IO[bytes], limit: int, name: str) -> int:
+    copied = 0
+    while piece := member.read(PIECE_BYTES):
+        copied += len(piece)
+        if copied > limit:
+            raise InputError("ARCHIVE_LIMIT", f"Expected fewer bytes after unpacking, received too many in {name}.")
+        file.write(piece)
+    return copied
