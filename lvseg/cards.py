@@ -1,18 +1,34 @@
-"""Dataset cards, `data/*.yaml`: where the scans of a dataset lie, whose they are and what their labels mean."""
+"""Dataset cards, `data/*.yaml`: where the scans of a dataset lie, whose they are and what their labels mean.
+
+A card's paths are patterns below its root. `{patient}` and `{study}` stand for any part of a file's or folder's name,
+`*` and `?` for what differs from patient to patient and means nothing; everything else is literal. What a pattern finds
+for one patient and study must be one file or folder: two are an error, never a choice made silently.
+"""
 
 from __future__ import annotations
 
+import csv
+import glob
+import json
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from lvseg.errors import InputError
 from lvseg.keys import Keys, check_keys, read_yaml
+from lvseg.volume import Volume
 
 PLACEHOLDERS = ("patient", "study")
+# The keys that name images, in the order they are read; a card has the keys of one group.
+IMAGE_KEYS = (("image",), ("water", "fat"), ("in_phase", "opposed_phase"))
+LARGEST_LABEL = 65535
+MOST_NAMES = 5  # in a sentence that lists files or patients
 
 
 class Simulate(Keys):
@@ -23,12 +39,33 @@ class Simulate(Keys):
     seed: Annotated[int, Field(ge=0)]
 
 
+class PatientList(Keys):
+    """A file below the card's root that names its patients.
+
+    `.txt`: an id a line. `.csv`: the ids stand in `column`; `where` keeps the rows that have these values. `.json`:
+    `key` is the dotted path of a list of ids, or of objects that have the id under `column`. `pattern` is a regular
+    expression whose one group takes the id out of an entry such as ./imagesTr/amos_0507.nii.gz.
+    """
+
+    file: str
+    column: str | None = None
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    where: dict[str, list[str]] = Field(default_factory=dict)
+    key: str | None = None
+    pattern: str | None = None
+
+
 class Card(Keys):
     """One dataset.
 
-    `root` is relative to the card's folder. `image`, `mask` and `tissues` are paths below it that hold `{patient}` and,
-    where a patient was scanned more than once, `{study}`; a folder stands for a DICOM series. `labels` names each class
-    and the values it has in the mask files; every other value is background.
+    `root` is relative to the card's folder. The images are `image`, or the pair `water` and `fat`, or the pair
+    `in_phase` and `opposed_phase`; a folder stands for a DICOM series, and `series` chooses one where there are several
+    (one choice for all images, or one by image key). `kind: fat_fraction` makes the fat-fraction image in percent: of a
+    pair, or of an `image` as the scanner stored it, where `scale` (percent a unit) overrides its fields.
+    `mask` is one pattern, or one for each class. `labels` names each class and the values it has in the mask files, as
+    numbers or ranges ("55-70"); every other value is background. `patient_pattern` is a regular expression for the ids
+    that belong to the card, `patients` names them, and `patient_prefix` goes before them, so that the patients 1 of two
+    hospitals stay two people. `spacing_mm` (row, column) is what the experiment takes where it names none.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -36,50 +73,126 @@ class Card(Keys):
     scanner: str
     modality: Literal["MR", "CT"]
     root: str
-    image: str
-    mask: str
+    image: str | None = None
+    water: str | None = None
+    fat: str | None = None
+    in_phase: str | None = None
+    opposed_phase: str | None = None
+    kind: Literal["intensity", "fat_fraction"] = "intensity"
+    scale: Annotated[float, Field(gt=0)] | None = None
+    series: str | dict[str, str] | None = None
+    mask: str | dict[str, str]
     tissues: str | None = None
-    labels: Annotated[dict[str, list[Annotated[int, Field(ge=1, le=255)]]], Field(min_length=1)]
+    labels: Annotated[dict[str, list[Any]], Field(min_length=1)]
+    patients: list[str] | PatientList | None = None
+    patient_pattern: str | None = None
+    patient_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
+    unlabelled: Literal["error", "skip"] = "error"
+    spacing_mm: Annotated[list[Annotated[float, Field(gt=0, le=100)]], Field(min_length=2, max_length=2)] | None = None
     simulate: Simulate | None = None
     licence: str
     citation: str
 
     @model_validator(mode="after")
     def _check(self) -> Card:
-        for key in ("image", "mask", "tissues"):
-            pattern = getattr(self, key)
-            if pattern is None:
-                continue
-            names = re.findall(r"\{(.*?)\}", pattern)
-            if "patient" not in names or set(names) - set(PLACEHOLDERS) or pattern.count("{") != len(names):
-                raise ValueError(
-                    f"expected {key} to hold {{patient}} and at most {{study}} beside it, received {pattern}"
-                )
-            if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-                raise ValueError(f"expected {key} to be a path below root, received {pattern}")
-        values = [value for own in self.labels.values() for value in own]
-        if len(set(values)) < len(values):
-            raise ValueError(f"expected labels to share no value, received {self.labels}")
-        if "background" in self.labels or not all(self.labels) or not all(self.labels.values()):
-            raise ValueError(f"expected labels to be named, none of them background, received {self.labels}")
+        given = [key for group in IMAGE_KEYS for key in group if getattr(self, key) is not None]
+        if tuple(given) not in IMAGE_KEYS:
+            raise ValueError(
+                "expected image, or water and fat, or in_phase and opposed_phase,"
+                f" received {' and '.join(given) or 'none of them'}"
+            )
+        if len(given) == 2 and self.kind != "fat_fraction":
+            raise ValueError(f"expected kind: fat_fraction beside {given[0]} and {given[1]}, received kind={self.kind}")
+        if self.scale is not None and (self.kind != "fat_fraction" or len(given) == 2):
+            raise ValueError(f"expected scale with an image of kind fat_fraction alone, received scale={self.scale}")
+        if isinstance(self.series, dict) and set(self.series) - set(given):
+            raise ValueError(f"expected series for {' and '.join(given)}, received one for {', '.join(self.series)}")
+        for key, pattern in self._patterns():
+            _check_pattern(key, pattern)
+        if isinstance(self.mask, dict) and list(self.mask) != list(self.labels):
+            raise ValueError(
+                f"expected a mask for each of labels in their order ({', '.join(self.labels)}), received masks for"
+                f" {', '.join(self.mask)}"
+            )
+        for key in ("patient_pattern", "patients.pattern"):
+            expression = self.patient_pattern if key == "patient_pattern" else getattr(self.patients, "pattern", None)
+            _check_expression(key, expression, groups=1 if key == "patients.pattern" else None)
+        self._check_labels()
         return self
+
+    def _check_labels(self) -> None:
+        if "background" in self.labels or not all(self.labels) or not all(self.labels.values()):
+            raise ValueError(
+                f"expected labels to be named, none of them background, each with values, received {self.labels}"
+            )
+        taken: dict[int, str] = {}
+        for name, entries in self.labels.items():
+            if isinstance(self.mask, dict):
+                taken = {}  # each class has files of its own
+            for entry in entries:
+                low, high = _label_range(name, entry)
+                for value in range(low, high + 1):
+                    if value in taken:
+                        raise ValueError(f"expected labels to share no value, received {value} twice in {self.labels}")
+                    taken[value] = name
+
+    def _patterns(self) -> list[tuple[str, str]]:
+        """Every path pattern with its key."""
+        masks = self.mask if isinstance(self.mask, dict) else {"": self.mask}
+        patterns = [(key, getattr(self, key)) for group in IMAGE_KEYS for key in group]
+        patterns += [(f"mask.{name}" if name else "mask", pattern) for name, pattern in masks.items()]
+        return [(key, pattern) for key, pattern in [*patterns, ("tissues", self.tissues)] if pattern is not None]
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes, background first; the index is the label in shards and answers."""
         return ["background", *self.labels]
 
+    @property
+    def images(self) -> dict[str, str]:
+        """The image patterns by key, in the order they are read."""
+        return {key: getattr(self, key) for group in IMAGE_KEYS for key in group if getattr(self, key) is not None}
+
+    @property
+    def masks(self) -> dict[str, str]:
+        """The mask patterns by class; one pattern for all classes stands under ``mask``."""
+        return self.mask if isinstance(self.mask, dict) else {"mask": self.mask}
+
+    def series_of(self, key: str) -> str | None:
+        """Which series of an image's files is meant, None where there is but one."""
+        return self.series.get(key) if isinstance(self.series, dict) else self.series
+
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan of a dataset with its files: whose it is and where it lies."""
+    """One scan of a dataset with its files: whose it is and where it lies.
+
+    Args:
+        card: of its dataset; patient: id with the card's prefix; study: "1" where patterns have no {study}.
+        images: path by image key of the card; masks: path by class, or under ``mask``; tissues: path or None.
+    """
 
     card: Card
     patient: str
     study: str
-    image: Path
-    mask: Path
+    images: Mapping[str, Path]
+    masks: Mapping[str, Path]
     tissues: Path | None
+
+    @property
+    def image(self) -> Path:
+        """The first of its images, which names the scan."""
+        return next(iter(self.images.values()))
+
+    @property
+    def mask(self) -> Path:
+        """The first of its masks."""
+        return next(iter(self.masks.values()))
+
+    @property
+    def files(self) -> list[Path]:
+        """All its files and folders, in the order they are read."""
+        return [*self.images.values(), *self.masks.values(), *([self.tissues] if self.tissues is not None else [])]
 
 
 def load_card(path: Path) -> tuple[Card, Path]:
@@ -92,32 +205,311 @@ def load_card(path: Path) -> tuple[Card, Path]:
     return card, path.parent / card.root
 
 
-def find_scans(card: Card, root: Path) -> list[Scan]:
-    """All scans of a card, sorted by patient and study.
+def agreed_spacing_mm(paths: Sequence[Path]) -> list[float] | None:
+    """The target spacing (row, column) in mm that the cards of an experiment state, None if none does.
 
     Raises:
-        InputError: NOT_FOUND if there are none, or a scan lacks its mask.
+        InputError: NOT_FOUND, BAD_CONFIG; BAD_CONFIG also for cards that state different ones.
     """
-    pattern = re.escape(card.image)
-    for name in PLACEHOLDERS:
-        group = rf"\{{{name}\}}"
-        pattern = pattern.replace(group, rf"(?P<{name}>[^/]+)", 1).replace(group, rf"(?P={name})")
-    scans = []
-    for image in sorted(root.glob(re.sub(r"\{.*?\}", "*", card.image))):
-        match = re.fullmatch(pattern, image.relative_to(root).as_posix())
-        if match is None or any(part.startswith(".") for part in image.relative_to(root).parts):
-            continue
-        found = {"study": "1", **match.groupdict()}
-        mask = root / card.mask.format(**found)
-        tissues = root / card.tissues.format(**found) if card.tissues else None
-        for path in (mask, tissues):
-            if path is not None and not path.exists():
-                raise InputError(
-                    "NOT_FOUND", f"Expected {path} beside {image}, received no such file (card {card.name})."
-                )
-        scans.append(Scan(card, found["patient"], found["study"], image, mask, tissues))
-    if not scans:
+    stated = {path: card.spacing_mm for path in paths if (card := load_card(path)[0]).spacing_mm is not None}
+    if len({tuple(spacing) for spacing in stated.values()}) > 1:
         raise InputError(
-            "NOT_FOUND", f"Expected scans at {root / card.image} for card {card.name}, received no such files."
+            "BAD_CONFIG",
+            "Expected one spacing_mm in all cards of an experiment, or data.spacing_mm to override them, received "
+            + ", ".join(f"{spacing} in {path}" for path, spacing in stated.items())
+            + ".",
         )
-    return scans
+    return next(iter(stated.values()), None)
+
+
+def find_scans(card: Card, root: Path) -> list[Scan]:
+    """All scans of a card that have masks, sorted by patient and study; see `survey`."""
+    return survey(card, root)[0]
+
+
+def survey(card: Card, root: Path) -> tuple[list[Scan], list[Path]]:
+    """Looks through a card's folder tree.
+
+    Returns:
+        The scans, sorted by patient and study, and the images that were left out for want of a mask.
+
+    Raises:
+        InputError: NOT_FOUND if there are none, a scan lacks a file, or a patient that the card names has none;
+            AMBIGUOUS_PATH if a pattern finds several files for one patient and study.
+    """
+    key, pattern = next(iter(card.images.items()))
+    found = _images(card, root, key, pattern)
+    scans, unlabelled = [], []
+    for (patient, study), path in sorted(found.items()):
+        images = {key: path}
+        for other, its_pattern in list(card.images.items())[1:]:
+            images[other] = _beside(card, root, other, its_pattern, patient, study, path)
+        masks: dict[str, Path] = {}
+        for name, its_pattern in card.masks.items():
+            mask_key = "mask" if name == "mask" and isinstance(card.mask, str) else f"mask.{name}"
+            if card.unlabelled == "skip" and not _matches(root, its_pattern, patient, study):
+                break
+            masks[name] = _beside(card, root, mask_key, its_pattern, patient, study, path)
+        if len(masks) < len(card.masks):
+            unlabelled.append(path)
+            continue
+        tissues = None
+        if card.tissues is not None:
+            tissues = _beside(card, root, "tissues", card.tissues, patient, study, path)
+        scans.append(Scan(card, card.patient_prefix + patient, study, images, masks, tissues))
+    if not scans:
+        what = f"{len(unlabelled)} without masks" if unlabelled else "no such files"
+        raise InputError(
+            "NOT_FOUND", f"Expected scans at {root / pattern} (key {key} of card {card.name}), received {what}."
+        )
+    return scans, unlabelled
+
+
+def read_image(scan: Scan) -> Volume:
+    """Reads a scan as its card says: the intensities of its image, or the fat fraction in percent.
+
+    Returns:
+        A volume in the orientation of the (first) file; float32 percent with ``metadata["fat_fraction"]`` for
+        ``kind: fat_fraction``.
+
+    Raises:
+        InputError: what the formats and `lvseg.waterfat` say.
+    """
+    from lvseg.formats import read_volume
+
+    volumes = {key: read_volume(path, scan.card.series_of(key)) for key, path in scan.images.items()}
+    if scan.card.kind == "intensity":
+        return volumes["image"]
+    from lvseg import waterfat
+
+    if "water" in volumes:
+        return waterfat.from_water_fat(volumes["water"], volumes["fat"])
+    if "in_phase" in volumes:
+        return waterfat.from_in_opposed_phase(volumes["in_phase"], volumes["opposed_phase"])
+    return waterfat.from_series(volumes["image"], scan.card.scale)
+
+
+def read_labels(scan: Scan, image: Volume) -> Volume:
+    """Reads a scan's mask or masks on the image's grid: uint8, 0 background, 1.. the card's classes in order.
+
+    Args:
+        scan: whose masks; image: from `read_image`.
+
+    Raises:
+        InputError: what the formats say; OVERLAPPING_LABELS if masks of two classes hold the same voxel.
+    """
+    from lvseg.formats import read_mask
+
+    card = scan.card
+    labels = np.zeros(image.shape, np.uint8)
+    for name, path in scan.masks.items():
+        mask = read_mask(path, image)
+        own = [name] if isinstance(card.mask, dict) else list(card.labels)
+        table = np.zeros(LARGEST_LABEL + 1, np.uint8)
+        for label in own:
+            for entry in card.labels[label]:
+                low, high = _label_range(label, entry)
+                table[low : high + 1] = card.classes.index(label)
+        mapped = table[mask.voxels]
+        shared = int(np.count_nonzero((labels > 0) & (mapped > 0)))
+        if shared:
+            raise InputError(
+                "OVERLAPPING_LABELS",
+                f"Expected each voxel in one class of card {card.name}, received {shared} in {name} and another one"
+                f" in {path}.",
+            )
+        labels |= mapped
+    return image.with_voxels(labels)
+
+
+def read_tissues(scan: Scan, image: Volume) -> Volume | None:
+    """Reads a simulated patient's tissue numbers on the image's grid, uint8; None where the card names none."""
+    from lvseg.formats import read_mask
+
+    if scan.tissues is None:
+        return None
+    tissues = read_mask(scan.tissues, image)
+    return tissues.with_voxels(tissues.voxels.astype(np.uint8, copy=False))
+
+
+def _images(card: Card, root: Path, key: str, pattern: str) -> dict[tuple[str, str], Path]:
+    """The images of one key by (patient, study) as they stand in the paths."""
+    expression = _expression(pattern)
+    listed = _listed(card, root)
+    found: dict[tuple[str, str], list[Path]] = {}
+    for path in sorted(root.glob(_glob(pattern, patient="*", study="*"))):
+        relative = path.relative_to(root)
+        match = re.fullmatch(expression, relative.as_posix())
+        if match is None or any(part.startswith(".") for part in relative.parts):
+            continue
+        groups = {"study": "1", **match.groupdict()}
+        if card.patient_pattern is not None and re.fullmatch(card.patient_pattern, groups["patient"]) is None:
+            continue
+        if listed is not None and groups["patient"] not in listed:
+            continue
+        found.setdefault((groups["patient"], groups["study"]), []).append(path)
+    for (patient, study), paths in found.items():
+        _check_one(card, key, patient, study, paths)
+    if listed is not None:
+        missing = sorted(listed - {patient for patient, _ in found})
+        if missing:
+            raise InputError(
+                "NOT_FOUND",
+                f"Expected a scan of every patient that patients of card {card.name} names, received none at"
+                f" {root / pattern} for {_some(missing)}.",
+            )
+    return {who: paths[0] for who, paths in found.items()}
+
+
+def _expression(pattern: str) -> str:
+    """The pattern as a regular expression: a group for the first of each placeholder, references for the others."""
+    parts, seen = [], set()
+    for token in re.split(r"(\{\w+\}|\*|\?)", pattern):
+        name = token[1:-1] if token.startswith("{") else ""
+        if name:
+            parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+)")
+            seen.add(name)
+        else:
+            parts.append({"*": "[^/]*", "?": "[^/]"}.get(token, re.escape(token)))
+    return "".join(parts)
+
+
+def _glob(pattern: str, patient: str, study: str) -> str:
+    """The pattern for pathlib's glob: literal but for * and ?, with the placeholders filled in."""
+    literal = re.sub(r"\[", "[[]", pattern)
+    return literal.replace("{patient}", patient).replace("{study}", study)
+
+
+def _matches(root: Path, pattern: str, patient: str, study: str) -> list[Path]:
+    return sorted(root.glob(_glob(pattern, glob.escape(patient), glob.escape(study))))
+
+
+def _beside(card: Card, root: Path, key: str, pattern: str, patient: str, study: str, image: Path) -> Path:
+    """The one file or folder of a key that belongs to an image."""
+    paths = _matches(root, pattern, patient, study)
+    if not paths:
+        wanted = root / pattern.replace("{patient}", patient).replace("{study}", study)
+        raise InputError(
+            "NOT_FOUND", f"Expected {wanted} beside {image}, received no such file (key {key} of card {card.name})."
+        )
+    _check_one(card, key, patient, study, paths)
+    return paths[0]
+
+
+def _check_one(card: Card, key: str, patient: str, study: str, paths: Sequence[Path]) -> None:
+    if len(paths) > 1:
+        raise InputError(
+            "AMBIGUOUS_PATH",
+            f"Expected one file or folder of patient {patient}, study {study}, for the key {key} of card {card.name},"
+            f" received {_some(paths)}.",
+        )
+
+
+def _some(names: Iterable[object]) -> str:
+    """The first few of many names, and how many more there are."""
+    texts = [str(name) for name in names]
+    more = len(texts) - MOST_NAMES
+    return ", ".join(texts[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _listed(card: Card, root: Path) -> set[str] | None:
+    """The patients that the card names, None where it takes all."""
+    if card.patients is None:
+        return None
+    if isinstance(card.patients, list):
+        return set(card.patients)
+    wanted = card.patients
+    path, where = root / wanted.file, f"(key patients of card {card.name})"
+    if not path.is_file():
+        raise InputError("NOT_FOUND", f"Expected a list of patients at {path}, received no such file {where}.")
+    try:
+        entries = _entries(path, wanted, where)
+    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+        raise InputError(
+            "BAD_CONFIG", f"Expected a list of patients, received '{error}' from {path} {where}."
+        ) from error
+    if wanted.pattern is not None:
+        matches = [(entry, re.search(wanted.pattern, entry)) for entry in entries]
+        for entry, match in matches:
+            if match is None:
+                raise InputError(
+                    "BAD_CONFIG",
+                    f"Expected patients.pattern to match every entry, received {entry!r} in {path} {where}.",
+                )
+        entries = [match[1] for _, match in matches if match is not None]
+    if not entries:
+        raise InputError("BAD_CONFIG", f"Expected patients, received none in {path} {where}.")
+    ids = set(entries)
+    if card.patient_pattern is not None:  # a file that names the patients of several cards
+        ids = {patient for patient in ids if re.fullmatch(card.patient_pattern, patient)}
+    return ids
+
+
+def _entries(path: Path, wanted: PatientList, where: str) -> list[str]:
+    if path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file, delimiter=wanted.delimiter)
+            for column in [wanted.column, *wanted.where]:
+                if column is None or column not in (table.fieldnames or []):
+                    raise InputError(
+                        "BAD_CONFIG",
+                        f"Expected a column {column or 'for patients.column'} among {table.fieldnames},"
+                        f" received none in {path} {where}.",
+                    )
+            return [
+                row[wanted.column or ""]
+                for row in table
+                if all(row[column] in values for column, values in wanted.where.items())
+            ]
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        values = reduce(
+            lambda group, name: group.get(name) if isinstance(group, dict) else None,
+            wanted.key.split(".") if wanted.key else [],
+            json.loads(text),
+        )
+        if isinstance(values, list) and wanted.column is not None:
+            values = [value.get(wanted.column) if isinstance(value, dict) else None for value in values]
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise InputError(
+                "BAD_CONFIG",
+                f"Expected a list of patient ids at {wanted.key or 'the top'}, received none in {path} {where}.",
+            )
+        return values
+    if path.suffix == ".txt":
+        return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    raise InputError("BAD_CONFIG", f"Expected a .txt, .csv or .json file of patients, received {path} {where}.")
+
+
+def _label_range(name: str, entry: object) -> tuple[int, int]:
+    """The lowest and highest value of an entry of labels: a number, or a range such as "55-70"."""
+    low = high = 0
+    if isinstance(entry, int) and not isinstance(entry, bool):
+        low = high = entry
+    elif isinstance(entry, str) and (match := re.fullmatch(r"(\d{1,5})-(\d{1,5})", entry)):
+        low, high = int(match[1]), int(match[2])
+    if not 1 <= low <= high <= LARGEST_LABEL:
+        raise ValueError(
+            f"expected labels.{name} to list whole numbers from 1 to {LARGEST_LABEL} or ranges such as 55-70,"
+            f" received {entry!r}"
+        )
+    return low, high
+
+
+def _check_pattern(key: str, pattern: str) -> None:
+    names = re.findall(r"\{(.*?)\}", pattern)
+    if "patient" not in names or set(names) - set(PLACEHOLDERS) or pattern.count("{") != len(names):
+        raise ValueError(f"expected {key} to hold {{patient}} and at most {{study}} beside it, received {pattern}")
+    if Path(pattern).is_absolute() or ".." in Path(pattern).parts or "**" in pattern:
+        raise ValueError(f"expected {key} to be a path below root, without .. and **, received {pattern}")
+
+
+def _check_expression(key: str, expression: str | None, groups: int | None) -> None:
+    if expression is None:
+        return
+    try:
+        compiled = re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"expected {key} to be a regular expression, received {expression} ({error})") from error
+    if groups is not None and compiled.groups != groups:
+        raise ValueError(f"expected {key} to have one group, received {expression}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from lvseg.cards import agreed_spacing_mm
 from lvseg.errors import InputError
 from lvseg.keys import Keys, check_keys, parse_yaml, read_yaml
 
@@ -122,6 +123,9 @@ def load_experiment(path: Path, overrides: list[str] | None = None) -> Experimen
         path: YAML.
         overrides: ``key.sub=value`` each, value in YAML.
 
+    Where `data.spacing_mm` is null or absent, the cards' own spacing_mm takes its place, so that what is written into a
+    run's config.yaml is what was used.
+
     Raises:
         InputError: NOT_FOUND, BAD_CONFIG; the sentence names the key, and the key that was probably meant.
     """
@@ -139,8 +143,28 @@ def load_experiment(path: Path, overrides: list[str] | None = None) -> Experimen
             if not isinstance(group, dict):
                 raise InputError("BAD_CONFIG", f"Expected a group of keys at {parent}, received --set {override}.")
         group[last] = parse_yaml(text, f"--set {override}")
+    _resolve_spacing(values.get("data"))
     where = str(path) + (f" with --set {' --set '.join(overrides)}" if overrides else "")
     return check_keys(Experiment, values, where)
+
+
+def _resolve_spacing(data: Any) -> None:
+    """Fills `spacing_mm` of the raw `data` keys in from the cards; leaves wrong types for the check of all keys."""
+    if not isinstance(data, dict) or data.get("spacing_mm") is not None:
+        return
+    named = data.get("datasets")
+    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
+        return
+    asked = "spacing_mm" in data  # null: without cards there is no answer; absent: the report's number stands
+    paths = [Path(name) for name in named]
+    spacing_mm = agreed_spacing_mm(paths) if asked or all(path.is_file() for path in paths) else None
+    if spacing_mm is not None:
+        data["spacing_mm"] = spacing_mm
+    elif asked:
+        raise InputError(
+            "BAD_CONFIG",
+            f"Expected spacing_mm in a card where data.spacing_mm is null, received none in {', '.join(named)}.",
+        )
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:

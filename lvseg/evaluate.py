@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 
 from lvseg import biomarkers, command, figures, metrics
-from lvseg.cards import Scan
+from lvseg.cards import Scan, read_image, read_labels
 from lvseg.config import load_experiment
 from lvseg.errors import InputError
-from lvseg.formats import read_volume
 from lvseg.keys import read_yaml
 from lvseg.predict import Segmenter
 from lvseg.prepare import dataset_scans
-from lvseg.volume import Volume, check_same_grid
+from lvseg.volume import Volume
 
 SPLITS = ("validation", "test")
 
@@ -95,13 +94,9 @@ def _row(scan: Scan, segmenter: Segmenter) -> dict[str, Any]:
 
 def _answer(scan: Scan, segmenter: Segmenter) -> tuple[Volume, Volume]:
     """The model's mask and the true one on the scan's canonical grid, both with 1 for the card's first class."""
-    image, truth = read_volume(scan.image), read_volume(scan.mask)
-    check_same_grid(image, truth)
-    values = next(iter(scan.card.labels.values()))
-    mask, true = segmenter.segment(image).mask.canonical(), truth.canonical()
-    return mask.with_voxels((mask.voxels == 1).astype(np.uint8)), mask.with_voxels(
-        np.isin(true.voxels, values).astype(np.uint8)
-    )
+    image = read_image(scan)
+    mask, true = segmenter.segment(image).mask.canonical(), read_labels(scan, image).canonical()
+    return mask.with_voxels((mask.voxels == 1).astype(np.uint8)), mask.with_voxels((true.voxels == 1).astype(np.uint8))
 
 
 def _overlay(
@@ -111,7 +106,7 @@ def _overlay(
     dice, index = chosen[len(chosen) // 2]
     predicted, true = _answer(scans[index], segmenter)
     title = f"{rows[index]['patient']}, {scanner}: Dice {dice:.3f} (the median of {len(chosen)})"
-    figures.overlay_figure(read_volume(scans[index].image).canonical(), predicted, true, path, title)
+    figures.overlay_figure(read_image(scans[index]).canonical(), predicted, true, path, title)
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -1,33 +1,46 @@
-"""Command: dataset cards -> shards, a volume each, with a manifest beside them.
+"""Command: dataset cards -> shards, a volume each, with a manifest and a page that shows what was read beside them.
 
-python -m lvseg.prepare --cfg experiments/volume.yaml
+    python -m lvseg.prepare --cfg experiments/volume.yaml             makes the shards that are missing
+    python -m lvseg.prepare --cfg experiments/volume.yaml --check     reads them back and verifies them
+
+A shard appears whole or not at all, so a run that was killed goes on with the shards that are missing; they come out
+byte for byte as those of a run that was not.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import functools
 import hashlib
+import importlib.metadata
 import json
+import platform
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import joblib
-import numpy as np
-
-from lvseg import command
-from lvseg.cards import Card, Scan, find_scans, load_card
+from lvseg import cards, command, workers
+from lvseg.cards import Card, Scan, find_scans, load_card, survey
 from lvseg.config import Data, add_experiment_arguments, load_experiment
 from lvseg.errors import InputError
 from lvseg.keys import digest
 from lvseg.split import Split, split_patients
-from lvseg.volume import Array, as_float32, check_same_grid
+from lvseg.volume import Volume, as_float32
+from lvseg.workers import Engine
 
 # Raise when what is written into a shard changes, so that old shards are not taken for new ones.
-SHARD_FORMAT = 1
+SHARD_FORMAT = 2
+MANIFEST = "manifest.json"
+PACKAGES = ("lvseg", "tensorflow", "numpy", "nibabel", "pydicom", "highdicom", "SimpleITK", "vtk")
+# Of a scan's metadata, what is kept with the shard; nothing that names a person.
+KEPT_METADATA = ("modality", "manufacturer", "units", "fat_fraction")
+HASHING_THREADS = 8  # they wait for the disk more than for a core
 
 
 @dataclass(frozen=True)
@@ -43,12 +56,24 @@ class ShardSet:
         return [self.folder / row["file"] for row in self.rows if row["patient"] in patients]
 
 
-def prepare(data: Data, jobs: int = -1) -> list[ShardSet]:
+@dataclass(frozen=True)
+class Task:
+    """One scan to make a shard of: absolute paths, since a worker may have another working folder."""
+
+    scan: Scan
+    root: Path
+    path: Path
+    data: Data
+    sources: tuple[str, ...] | None
+
+
+def prepare(data: Data, jobs: int = -1, engine: Engine | None = None) -> list[ShardSet]:
     """Makes the shards of an experiment that are missing, simulating patients first where a card says so.
 
     Args:
         data: the experiment's `data` keys.
         jobs: processes, -1 for one a core.
+        engine: where the work is done instead of in `jobs` processes of this machine.
 
     Returns:
         One set a card, in the order of `data.datasets`.
@@ -56,26 +81,42 @@ def prepare(data: Data, jobs: int = -1) -> list[ShardSet]:
     Raises:
         InputError: a card or scan that cannot be used; DUPLICATE_SCAN for the same voxels under two patient ids.
     """
-    cards = [load_card(Path(path)) for path in data.datasets]
-    names = [card.name for card, _ in cards]
+    engine = engine or Engine(jobs=jobs)
+    loaded = _load_cards(data)
+    sets = [_prepare_card(card, root, data, engine) for card, root in loaded]
+    _check_classes(sets)
+    _check_duplicates(sets, [root for _, root in loaded])
+    return sets
+
+
+def _load_cards(data: Data) -> list[tuple[Card, Path]]:
+    """The experiment's cards with their roots, which fit together; InputError if they do not."""
+    loaded = [load_card(Path(path)) for path in data.datasets]
+    names = [card.name for card, _ in loaded]
     if len(set(names)) < len(names):
         raise InputError("BAD_CONFIG", f"Expected each card once in data.datasets, received {', '.join(names)}.")
-    classes = {tuple(card.classes) for card, _ in cards}
+    classes = {tuple(card.classes) for card, _ in loaded}
     if len(classes) > 1:
         raise InputError("BAD_CONFIG", f"Expected the same labels in all of data.datasets, received {sorted(classes)}.")
-    sets = [_prepare_card(card, root, data, jobs) for card, root in cards]
-    _check_classes(sets)
+    kinds = {card.name: card.kind for card, _ in loaded}
+    if len(set(kinds.values())) > 1:
+        raise InputError("BAD_CONFIG", f"Expected one kind of image in all of data.datasets, received {kinds}.")
+    return loaded
+
+
+def _check_duplicates(sets: Sequence[ShardSet], roots: Sequence[Path]) -> None:
+    """Refuses the same canonical voxels under two patient ids, in whatever orientation or dtype they are stored."""
     seen: dict[str, tuple[str, str]] = {}
-    for shards in sets:
+    for shards, root in zip(sets, roots, strict=True):
         for row in shards.rows:
-            patient, where = seen.setdefault(row["voxels_sha256"], (row["patient"], shards.card.name))
+            where = f"{row['patient']} ({root / row['scan'][0]}, card {shards.card.name})"
+            patient, first = seen.setdefault(row["voxels_sha256"], (row["patient"], where))
             if patient != row["patient"]:
                 raise InputError(
                     "DUPLICATE_SCAN",
-                    f"Expected each scan under one patient id, received the same voxels for {patient} in card {where}"
-                    f" and {row['patient']} in card {shards.card.name}.",
+                    f"Expected each scan under one patient id, received the same voxels for patients {first} and"
+                    f" {where}.",
                 )
-    return sets
 
 
 def _check_classes(sets: Sequence[ShardSet]) -> None:
@@ -104,56 +145,122 @@ def dataset_scans(data: Data) -> list[Scan]:
     return [scan for path in data.datasets for scan in find_scans(*load_card(Path(path)))]
 
 
-def _prepare_card(card: Card, root: Path, data: Data, jobs: int) -> ShardSet:
-    if card.simulate is not None:
-        from lvseg.phantom.simulate import simulate
-
-        simulate(card.simulate.scanner, card.simulate.patients, card.simulate.seed, root, jobs)
-    scans = find_scans(card, root)
-    made_by = {
+def _made_by(card: Card, data: Data) -> dict[str, Any]:
+    """What decides over a shard's content beside the scan's files; another value gets another folder."""
+    return {
         "format": SHARD_FORMAT,
         "labels": list(card.labels.items()),  # their order numbers the classes
+        "masks": "one a class" if isinstance(card.mask, dict) else "one",
         "scanner": card.scanner,
+        "images": list(card.images),
+        "kind": card.kind,
+        "scale": card.scale,
+        "series": card.series,
         "axis": data.axis,
         "spacing_mm": data.spacing_mm,
         "size": data.size,
     }
-    folder = Path(data.shards) / f"{card.name}-{digest(made_by)[:8]}"
-    rows = [_finished_row(scan, folder) for scan in command.progress(scans, f"checking {card.name}")]
-    missing = [number for number, row in enumerate(rows) if row is None]
-    if missing:
-        made = joblib.Parallel(n_jobs=min(jobs, len(missing)) if jobs > 0 else jobs, return_as="generator")(
-            joblib.delayed(_write_shard)(scans[number], folder, data) for number in missing
+
+
+def _folder(card: Card, data: Data) -> Path:
+    return Path(data.shards) / f"{card.name}-{digest(_made_by(card, data))[:8]}"
+
+
+def _prepare_card(card: Card, root: Path, data: Data, engine: Engine) -> ShardSet:
+    if card.simulate is not None:
+        from lvseg.phantom.simulate import simulate
+
+        simulate(card.simulate.scanner, card.simulate.patients, card.simulate.seed, root, engine.jobs)
+    scans, unlabelled = survey(card, root)
+    if unlabelled:
+        print(
+            f"{card.name}: {len(unlabelled)} of {len(scans) + len(unlabelled)} scans have no mask and are left out, the"
+            f" first is {unlabelled[0]}",
+            file=sys.stderr,
         )
-        labelled = zip(missing, made, strict=True)
-        for number, row in command.progress(labelled, f"preparing {card.name}", total=len(missing)):
-            rows[number] = row
-    kept = [row for row in rows if row is not None]
-    manifest = {"card": card.model_dump(), "made_by": made_by, "volumes": kept}
-    with command.atomic(folder / "manifest.json") as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1))
-    return ShardSet(card, folder, kept)
+    folder = _folder(card, data)
+    with _alone_in(folder):
+        for left_over in folder.glob(".partial-*"):  # a worker that was killed could not remove its own
+            left_over.unlink(missing_ok=True)
+        rows = _make_shards(card, root, scans, folder, data, engine)
+        manifest = {
+            "card": card.model_dump(),
+            "card_sha256": digest(card.model_dump()),
+            "made_by": _made_by(card, data),
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+            "unlabelled": [path.relative_to(root).as_posix() for path in unlabelled],
+            "volumes": rows,
+        }
+        with command.atomic(folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for row in rows:
+        for warning in row["metadata"].get("fat_fraction", {}).get("warnings", []):
+            print(f"{card.name}: {row['patient']}, {root / row['scan'][0]}: {warning}", file=sys.stderr)
+    return ShardSet(card, folder, rows)
 
 
-def _finished_row(scan: Scan, folder: Path) -> dict[str, Any] | None:
-    """The manifest row of a scan's shard if it is there and was made of the same files."""
-    from lvseg import records
+def _make_shards(
+    card: Card, root: Path, scans: Sequence[Scan], folder: Path, data: Data, engine: Engine
+) -> list[dict[str, Any]]:
+    """The manifest rows of all scans; shards that are there and were made of the same files are kept."""
+    look = functools.partial(_finished, folder=folder)
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        found = list(command.progress(threads.map(look, scans), f"checking {card.name}", total=len(scans)))
+    rows = [row for row, _ in found]
+    missing = [number for number, row in enumerate(rows) if row is None]
+    tasks = [_task(scans[number], root, folder, data, found[number][1]) for number in missing]
+    made = zip(missing, workers.each(_make_shard, tasks, engine), strict=True)
+    for number, row in command.progress(made, f"preparing {card.name}", total=len(missing)):
+        rows[number] = row
+    return [
+        {**row, "scan": [path.relative_to(root).as_posix() for path in scan.images.values()]}
+        for scan, row in zip(scans, rows, strict=True)
+        if row is not None
+    ]
 
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits for another preparation of the same folder to end; the lock of a killed one is gone with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another preparation of {folder}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _finished(scan: Scan, folder: Path) -> tuple[dict[str, Any] | None, tuple[str, ...] | None]:
+    """The manifest row of a scan's shard if it was made of the same files, and their hashes if they were needed."""
     path = _shard_path(scan, folder)
     if not path.exists():
-        return None
-    row = records.read_row(path)
-    made_of = {"patient": scan.patient, "study": scan.study, "sources": _sources(scan)}
-    return row if made_of.items() <= row.items() else None
-
-
-def _write_shard(scan: Scan, folder: Path, data: Data) -> dict[str, Any]:
-    """Writes a scan's shard and returns its manifest row."""
+        return None, None
     from lvseg import records
 
-    path = _shard_path(scan, folder)
-    records.write_shard(harmonise_scan(scan, _sources(scan), data), path)
-    return records.read_row(path)
+    row, sources = records.read_row(path), _sources(scan)
+    made_of = {"patient": scan.patient, "study": scan.study, "sources": list(sources)}
+    return (row if made_of.items() <= row.items() else None), sources
+
+
+def _make_shard(task: Task) -> dict[str, Any]:
+    """Writes a scan's shard and returns its manifest row; runs in a worker."""
+    from lvseg import records
+
+    sources = task.sources if task.sources is not None else _sources(task.scan)
+    records.write_shard(harmonise_scan(task.scan, sources, task.data, task.root), task.path)
+    return records.read_row(task.path)
+
+
+def _task(scan: Scan, root: Path, folder: Path, data: Data, sources: tuple[str, ...] | None) -> Task:
+    absolute = replace(
+        scan,
+        images={key: path.absolute() for key, path in scan.images.items()},
+        masks={key: path.absolute() for key, path in scan.masks.items()},
+        tissues=scan.tissues.absolute() if scan.tissues is not None else None,
+    )
+    return Task(absolute, root.absolute(), _shard_path(scan, folder).absolute(), data, sources)
 
 
 def _shard_path(scan: Scan, folder: Path) -> Path:
@@ -161,12 +268,17 @@ def _shard_path(scan: Scan, folder: Path) -> Path:
     return folder / f"{quote(scan.patient, safe='')}+{quote(scan.study, safe='')}.tfrecord"
 
 
-def _sources(scan: Scan) -> list[str]:
-    return [_file_sha256(path) for path in (scan.image, scan.mask, scan.tissues) if path is not None]
+def _sources(scan: Scan) -> tuple[str, ...]:
+    return tuple(_sha256(path) for path in scan.files)
 
 
-def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data) -> Any:
+def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data, root: Path | None = None) -> Any:
     """Reads a scan with its mask and harmonises both: a `records.Harmonised`.
+
+    Args:
+        scan: whose files; sources: their sha256, in order.
+        data: the experiment's `data` keys.
+        root: the folder that paths in the metadata are told from, so that a shard does not depend on where it lies.
 
     Raises:
         InputError: an unreadable file; GEOMETRY_MISMATCH if mask and image do not lie on one grid.
@@ -174,9 +286,8 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data) -> Any:
     import tensorflow as tf
 
     from lvseg import preprocess, records
-    from lvseg.formats import read_volume
 
-    image = read_volume(scan.image)
+    image = cards.read_image(scan)
     permutation = preprocess.AXIS_PERMUTATIONS[data.axis]
     canonical = image.canonical()
     voxels = canonical.voxels.transpose(permutation)
@@ -186,20 +297,12 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data) -> Any:
     statistics = preprocess.statistics(intensities)
     target = data.spacing_mm
 
-    def labels(path: Path, values: Sequence[Sequence[int]] | None) -> Array:
-        mask = read_volume(path)
-        check_same_grid(image, mask)
-        found = mask.canonical().voxels.transpose(permutation)
-        if values is not None:
-            mapped = np.zeros(found.shape, np.uint8)
-            for label, raw in enumerate(values, start=1):
-                mapped[np.isin(found, raw)] = label
-            found = mapped
-        count = int(found.max()) + 1 if values is None else len(values) + 1
-        return preprocess.harmonise_labels(
-            tf.constant(found.astype(np.uint8)), spacing_mm, target, data.size, count
-        ).numpy()
+    def harmonised(labels: Volume) -> Any:
+        found = labels.canonical().voxels.transpose(permutation)
+        return preprocess.harmonise_labels(tf.constant(found), spacing_mm, target, data.size).numpy()
 
+    tissues = cards.read_tissues(scan, image)
+    kept = {key: image.metadata[key] for key in KEPT_METADATA if image.metadata.get(key) not in (None, "")}
     return records.Harmonised(
         patient=scan.patient,
         study=scan.study,
@@ -211,39 +314,167 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data) -> Any:
         spacing_mm=(slice_mm, row_mm, column_mm),
         statistics=statistics,
         image=preprocess.harmonise(intensities, spacing_mm, target, data.size, statistics.minimum).numpy(),
-        mask=labels(scan.mask, list(scan.card.labels.values())),
-        tissues=labels(scan.tissues, None) if scan.tissues is not None else None,
+        mask=harmonised(cards.read_labels(scan, image)),
+        tissues=None if tissues is None else harmonised(tissues),
+        metadata=_relative(kept, f"{root}/" if root is not None else ""),
     )
 
 
-def _file_sha256(path: Path) -> str:
-    """sha256 of a file, or of the sorted contents of a folder of files."""
+def _relative(values: Any, prefix: str) -> Any:
+    """JSON-able values with paths below `prefix` cut to what comes after it."""
+    if isinstance(values, str):
+        return values.replace(prefix, "") if prefix else values
+    if isinstance(values, dict):
+        return {key: _relative(value, prefix) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_relative(value, prefix) for value in values]
+    return values
+
+
+def _sha256(path: Path) -> str:
+    """sha256 of a file, or of the names and contents of the files in a folder."""
     if path.is_dir():
-        parts = sorted(_file_sha256(member) for member in path.iterdir() if member.is_file())
-        return hashlib.sha256("".join(parts).encode()).hexdigest()
+        parts = [f"{member.name}\0{_sha256(member)}" for member in sorted(path.iterdir()) if member.is_file()]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check(data: Data, engine: Engine) -> list[str]:
+    """Reads the shards of an experiment back and verifies them against their manifests, without the scans.
+
+    Returns:
+        A sentence for every shard that is bad, missing, or in no manifest; empty if all are whole.
+
+    Raises:
+        InputError: NOT_FOUND where nothing was prepared yet.
+    """
+    problems = []
+    for card, _ in _load_cards(data):
+        folder = _folder(card, data)
+        if not (folder / MANIFEST).is_file():
+            raise InputError("NOT_FOUND", f"Expected prepared shards, received none at {folder}; prepare them first.")
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            rows = {row["file"]: row for row in manifest["volumes"]}
+        except (ValueError, KeyError, TypeError):
+            problems.append(f"{folder / MANIFEST}: expected a manifest, received a damaged file")
+            continue
+        if manifest.get("made_by") != json.loads(json.dumps(_made_by(card, data))):
+            problems.append(f"{folder / MANIFEST}: expected the card's own made_by, received another")
+        there = {path.name for path in folder.glob("*.tfrecord")}
+        problems += [f"{folder / name}: expected a shard, received none" for name in sorted(set(rows) - there)]
+        problems += [
+            f"{folder / name}: expected a row of this shard in {MANIFEST}, received none"
+            for name in sorted(there - set(rows))
+        ]
+        whole = [
+            (folder.absolute() / name, rows[name], len(card.classes), data.size) for name in sorted(there & set(rows))
+        ]
+        verdicts = workers.each(_check_shard, whole, engine)
+        for (path, *_), verdict in command.progress(
+            zip(whole, verdicts, strict=True), f"verifying {card.name}", total=len(whole)
+        ):
+            if verdict:
+                problems.append(f"{folder / path.name}: {verdict}")
+    return problems
+
+
+def _check_shard(what: tuple[Path, dict[str, Any], int, int]) -> str:
+    """What is wrong with a shard that has this manifest row, empty if nothing is; runs in a worker."""
+    import numpy as np
+    import tensorflow as tf
+
+    from lvseg import records
+
+    path, row, classes, size = what
+    try:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != row["shard_sha256"]:
+                return "expected the bytes that the manifest has the hash of, received others"
+        own = records.read_row(path)
+        for key, value in own.items():
+            if row.get(key) != value:
+                return f"expected {key} as in the manifest, received another"
+        slices = records.decode(next(iter(tf.data.TFRecordDataset(str(path)))), size)
+        image, mask = slices.image.numpy(), slices.mask.numpy()
+    except InputError as error:
+        return error.sentence.rstrip(".")
+    except (KeyError, ValueError, tf.errors.OpError) as error:
+        return f"expected slices that can be read, received '{' '.join(str(error).split())[:200]}'"
+    shape = (row["shape"][0], size, size)
+    if image.shape != shape or mask.shape != shape:
+        return f"expected slices of shape {shape}, received {image.shape} and masks of {mask.shape}"
+    found = np.unique(mask).tolist()
+    if found != row["classes"] or max(found) >= classes:
+        return f"expected masks of the classes {row['classes']}, received {found}"
+    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(
         prog="lvseg.prepare",
-        description="Makes the shards of an experiment that are missing.",
+        description="Makes the shards of an experiment that are missing, and a page that shows what was read.",
         epilog="Example: python -m lvseg.prepare --cfg experiments/volume.yaml",
     )
     add_experiment_arguments(parser)
     parser.add_argument("--jobs", type=int, default=-1, help="processes (default: one a core)")
+    parser.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="processes of this machine, or a Ray cluster"
+    )
+    parser.add_argument("--address", help="of a running Ray cluster (default: start one on this machine)")
+    parser.add_argument(
+        "--check", action="store_true", help="verify the shards that are there instead; 2 if one is bad"
+    )
 
     def body(arguments: argparse.Namespace) -> None:
         if arguments.jobs == 0 or arguments.jobs < -1:
             raise InputError("BAD_ARGUMENT", f"Expected --jobs to be positive, or -1, received {arguments.jobs}.")
+        if arguments.address and arguments.engine != "ray":
+            raise InputError("BAD_ARGUMENT", f"Expected --engine ray with --address, received {arguments.engine}.")
+        workers.single_thread()  # this process computes beside its workers, or alone with --jobs 1
         experiment = load_experiment(arguments.cfg, arguments.set)
-        for shards in prepare(experiment.data, arguments.jobs):
-            print(f"{shards.card.name}: {len(shards.rows)} volumes in {shards.folder}")
+        engine = Engine(arguments.engine, arguments.jobs, arguments.address)
+        with workers.session(engine):
+            if arguments.check:
+                _verify(experiment.data, engine)
+            else:
+                _prepare_and_show(experiment.data, engine)
 
     return command.run(parser, body, argv)
 
 
+def _prepare_and_show(data: Data, engine: Engine) -> None:
+    from lvseg import overview
+
+    for shards in prepare(data, engine=engine):
+        page = overview.write(shards.folder, engine)
+        print(f"{shards.card.name}: {len(shards.rows)} volumes in {shards.folder}, look at {page}")
+
+
+def _verify(data: Data, engine: Engine) -> None:
+    problems = check(data, engine)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise InputError(
+            "BAD_SHARDS",
+            f"Expected shards as they were prepared, received {len(problems)} that are not, named above; delete them"
+            " and prepare again.",
+        )
+    print("every shard is as it was prepared")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    # Through the module's own name, so that workers can import what they are asked to call.
+    from lvseg.prepare import main as command_main
+
+    sys.exit(command_main())

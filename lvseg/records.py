@@ -4,14 +4,17 @@ A shard holds one volume, so a split by patient is a choice of files and no read
 Context: who (patient, study, scanner, dataset), the scan's own shape and spacing, its statistics before padding, and
 `slope` and `intercept`. Feature lists, one entry a slice: `image` (uint16, little-endian, value * slope + intercept is
 the intensity, harmonised, not normalised), `slice_minimum` and `slice_maximum` (of the scan before padding), `mask`
-(uint8, zlib) and, for simulated patients, `tissues` (uint8, zlib).
+and, for simulated patients, `tissues`: labels as planes of bits, the lowest bit first and no more than the volume
+needs, eight pixels a byte with the first in its highest bit, zlib.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +41,7 @@ class Harmonised:
         shape, spacing_mm: of the scan, (slice, row, column), with slices along the card's axis.
         statistics: of the scan before padding.
         image: float32 [S, size, size]; mask: uint8 [S, size, size]; tissues: uint8 [S, size, size] or None.
+        metadata: JSON-able facts of how the image was made, such as `fat_fraction` with its warnings.
     """
 
     patient: str
@@ -52,6 +56,7 @@ class Harmonised:
     image: Array
     mask: Array
     tissues: Array | None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Slices(NamedTuple):
@@ -84,6 +89,7 @@ def encode(volume: Harmonised) -> bytes:
         "scanner": _text(volume.scanner),
         "dataset": _text(volume.dataset),
         "sources": _text(*volume.sources),
+        "metadata": _text(json.dumps(dict(volume.metadata), sort_keys=True, allow_nan=False)),
         "voxels_sha256": _text(volume.voxels_sha256),
         "classes": tf.train.Feature(int64_list=tf.train.Int64List(value=np.unique(volume.mask))),
         "shape": tf.train.Feature(int64_list=tf.train.Int64List(value=volume.shape)),
@@ -96,13 +102,13 @@ def encode(volume: Harmonised) -> bytes:
         context[name] = _floats(np.atleast_1d(np.asarray(getattr(volume.statistics, name))))
     lists = {
         "image": _bytes_list([plane.tobytes() for plane in stored]),
-        "mask": _bytes_list([zlib.compress(plane.tobytes(), ZLIB_LEVEL) for plane in volume.mask]),
+        "mask": _bytes_list(_pack(volume.mask)),
     }
     for name in ("slice_minimum", "slice_maximum"):
         values = np.asarray(getattr(volume.statistics, name))
         lists[name] = tf.train.FeatureList(feature=[_floats([value]) for value in values])
     if volume.tissues is not None:
-        lists["tissues"] = _bytes_list([zlib.compress(plane.tobytes(), ZLIB_LEVEL) for plane in volume.tissues])
+        lists["tissues"] = _bytes_list(_pack(volume.tissues))
     example = tf.train.SequenceExample(
         context=tf.train.Features(feature=context), feature_lists=tf.train.FeatureLists(feature_list=lists)
     )
@@ -131,10 +137,9 @@ def decode(serialised: tf.Tensor, size: int) -> Slices:
         sequence_features={"image": planes, "mask": planes, "slice_minimum": extreme, "slice_maximum": extreme},
     )
     image = tf.io.decode_raw(lists["image"], tf.uint16, little_endian=True)
-    mask = tf.io.decode_raw(tf.io.decode_compressed(lists["mask"], "ZLIB"), tf.uint8)
     return Slices(
         tf.reshape(image, [-1, size, size]),
-        tf.reshape(mask, [-1, size, size]),
+        _unpack(lists["mask"], size),
         context["slope"],
         context["intercept"],
         Statistics(
@@ -145,6 +150,31 @@ def decode(serialised: tf.Tensor, size: int) -> Slices:
             context["percentiles"],
         ),
     )
+
+
+def _pack(labels: Array) -> list[bytes]:
+    """One entry a slice of uint8 [S, size, size], as the module says; bits inflate in a fraction of bytes' time."""
+    planes = range(max(1, int(labels.max()).bit_length()))
+    bits = np.stack([labels >> plane & 1 for plane in planes], axis=1).reshape(len(labels), len(planes), -1)
+    return [zlib.compress(packed.tobytes(), ZLIB_LEVEL) for packed in np.packbits(bits, axis=-1)]
+
+
+# Eight pixels of one byte of bits, as the eight bytes of an int64; row k has them worth 2**k.
+_PIXELS = np.concatenate(
+    [(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1) << plane).view(np.int64) for plane in range(8)]
+)[:, 0]
+
+
+def _unpack(packed: tf.Tensor, size: int) -> tf.Tensor:
+    """Labels, uint8 [S, size, size], of what `_pack` made."""
+    row_bytes = -(-size * size // 8)
+    bits = tf.io.decode_raw(tf.io.decode_compressed(packed, "ZLIB"), tf.uint8)
+    planes = tf.reshape(bits, [tf.shape(bits)[0], -1, row_bytes])
+    row = 256 * tf.range(tf.shape(planes)[1])[:, None]
+    # No two planes share a bit of a pixel's byte, so sums of eight pixels at once never carry from one to the next.
+    pixels = tf.reduce_sum(tf.gather(tf.constant(_PIXELS), tf.cast(planes, tf.int32) + row), axis=1)
+    labels = tf.reshape(tf.bitcast(pixels, tf.uint8), [-1, 8 * row_bytes])
+    return tf.reshape(labels[:, : size * size], [-1, size, size])
 
 
 def write_shard(volume: Harmonised, path: Path) -> None:
@@ -178,6 +208,7 @@ def read_row(path: Path) -> dict[str, Any]:
         "shard_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "voxels_sha256": text("voxels_sha256"),
         "sources": [value.decode() for value in context["sources"].bytes_list.value],
+        "metadata": json.loads(text("metadata")),
         "classes": list(context["classes"].int64_list.value),
         "shape": list(context["shape"].int64_list.value),
         "spacing_mm": [round(value, 6) for value in context["spacing_mm"].float_list.value],

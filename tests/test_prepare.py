@@ -1,22 +1,33 @@
 """From cards to shards: what is found, what is refused, and that nothing is done twice or half."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import yaml
+from dataset_trees import fat_study
 from small_study import EXPERIMENT, PATIENTS, ROOT, SCANNERS, command, scan, write_card
 
-from lvseg import prepare, preprocess, records
+from lvseg import prepare, preprocess, records, workers
 from lvseg.cards import find_scans, load_card
 from lvseg.config import Data
 from lvseg.errors import InputError
 from lvseg.formats import read_volume, write_volume
 from lvseg.volume import Volume, check_same_grid
+from lvseg.workers import Engine
 
 
 def data(**changes):
@@ -46,7 +57,7 @@ def test_every_scan_becomes_a_shard_with_its_own_harmonised_voxels(in_study):
     stored = tf.cast(read.image, tf.float32) * read.slope + read.intercept
     np.testing.assert_allclose(stored, expected, atol=1e-4 * np.ptp(expected))
     labels = preprocess.harmonise_labels(
-        tf.constant(np.ascontiguousarray(mask.canonical().voxels)), spacing_mm, (4.0, 4.0), 32, 2
+        tf.constant(np.ascontiguousarray(mask.canonical().voxels)), spacing_mm, (4.0, 4.0), 32
     )
     np.testing.assert_array_equal(read.mask, labels)
 
@@ -55,6 +66,10 @@ def test_manifest_has_a_row_a_volume(in_study):
     shards = prepare.prepare(data(), jobs=1)[0]
     manifest = json.loads((shards.folder / "manifest.json").read_text())
     assert manifest["volumes"] == shards.rows and manifest["card"]["name"] == "set_a"
+    assert manifest["made_by"]["spacing_mm"] == [4.0, 4.0] and manifest["versions"]["numpy"] == np.__version__
+    for number, row in enumerate(shards.rows):
+        assert row["scan"] == [f"a-{number:03d}/image.nii.gz"]
+        assert row["shard_sha256"] == hashlib.sha256((shards.folder / row["file"]).read_bytes()).hexdigest()
     assert sorted(path.name for path in shards.folder.iterdir()) == sorted(
         ["manifest.json", *(row["file"] for row in shards.rows)]
     )
@@ -90,7 +105,21 @@ def test_the_same_voxels_under_two_patients_are_refused_with_both_names(own_stud
     with pytest.raises(InputError) as error:
         prepare.prepare(data(), jobs=1)
     assert error.value.code == "DUPLICATE_SCAN"
-    assert "a-003" in error.value.sentence and "b-twin" in error.value.sentence
+    assert all(f"{name}/image.nii.gz" in error.value.sentence for name in ("raw/a/a-003", "raw/b/b-twin"))
+
+
+def test_the_same_voxels_in_another_orientation_and_dtype_are_the_same(own_study):
+    """Stored from head to feet, with rows and columns changed places, as float: still one person's scan."""
+    for name in ("image", "organs"):
+        volume = read_volume(own_study / f"raw/a/a-003/{name}.nii.gz")
+        affine = volume.affine[:, [0, 2, 1, 3]] @ np.diag([-1, 1, 1, 1.0])
+        affine[:, 3] = volume.affine @ [volume.shape[0] - 1, 0, 0, 1]
+        turned = Volume(np.ascontiguousarray(volume.voxels.transpose(0, 2, 1)[::-1]).astype(np.float32), affine)
+        (own_study / "raw/b/twin").mkdir(exist_ok=True)
+        write_volume(turned, own_study / f"raw/b/twin/{name}.nii.gz")
+    with pytest.raises(InputError, match=r"a-003.*twin") as error:
+        prepare.prepare(data(), jobs=1)
+    assert error.value.code == "DUPLICATE_SCAN"
 
 
 def test_a_patient_seen_by_two_scanners_is_one_patient(own_study):
@@ -165,7 +194,7 @@ def test_only_the_cards_values_become_labels_in_its_order(own_study):
         canonical = mask.with_voxels(remapped.astype(np.uint8)).canonical()
         wanted = preprocess.harmonise_labels(
             tf.constant(np.ascontiguousarray(canonical.voxels)), tf.constant(canonical.spacing_mm, tf.float32),
-            (4.0, 4.0), 32, 3,
+            (4.0, 4.0), 32,
         )  # fmt: skip
         np.testing.assert_array_equal(read.mask, wanted)
     assert len(set(folders)) == 2
@@ -179,9 +208,12 @@ def test_tissues_come_from_their_own_file(own_study):
     shards = prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)[0]
     serialised = next(iter(tf.data.TFRecordDataset(str(shards.folder / shards.rows[0]["file"])))).numpy()
     lists = tf.train.SequenceExample.FromString(serialised).feature_lists.feature_list
-    planes = [zlib.decompress(feature.bytes_list.value[0]) for feature in lists["tissues"].feature]
-    found = np.unique(np.frombuffer(b"".join(planes), np.uint8))
-    np.testing.assert_array_equal(found, [0, 1, 6])  # outside, and the two tissues
+    found = set()
+    for feature in lists["tissues"].feature:  # planes of bits, the lowest first
+        packed = np.frombuffer(zlib.decompress(feature.bytes_list.value[0]), np.uint8)
+        planes = np.unpackbits(packed).reshape(-1, 32 * 32)
+        found |= set(np.unique((planes << np.arange(len(planes))[:, None].astype(np.uint8)).sum(axis=0)).tolist())
+    assert found == {0, 1, 6}  # outside, and the two tissues
 
 
 def test_a_class_that_no_mask_holds_is_refused(own_study):
@@ -207,7 +239,8 @@ def test_patients_and_studies_never_share_a_shard(tmp_path, monkeypatch):
     shards = prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)[0]
     assert len({row["file"] for row in shards.rows}) == len(names)
     for row in shards.rows:
-        assert records.read_row(shards.folder / row["file"]) == row
+        assert records.read_row(shards.folder / row["file"]).items() <= row.items()
+        assert row["scan"] == [f"{row['patient']}/{row['study']}/image.nii.gz"]
 
 
 def test_one_card_twice_is_refused(own_study):
@@ -297,13 +330,196 @@ def test_the_command_says_what_it_made_and_bad_input_exits_2(own_study):
     assert bad.stderr.strip().splitlines() == [bad.stderr.strip()] and "did you mean learning_rate?" in bad.stderr
 
 
-def test_shipped_cards_are_valid_and_the_two_scanners_have_different_patients():
-    cards = [load_card(path)[0] for path in sorted((ROOT / "data").glob("*.yaml"))]
-    seeds = [card.simulate.seed for card in cards if card.simulate]
-    assert len(cards) >= 2 and len(set(seeds)) == len(seeds)
-
-
 def test_an_image_read_back_from_its_path_is_the_study_as_written(in_study):
     found = find_scans(*load_card(in_study / "cards/b.yaml"))
     assert len(found) == PATIENTS
     np.testing.assert_array_equal(read_volume(found[6].image).voxels, scan("b", 6)[0].voxels)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.tfrecord")}
+
+
+def start_and_kill_at(own_study, fifo, *arguments):
+    """Starts the command, waits until it opens a scan that is a pipe, and kills it with its workers."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lvseg.prepare", "--cfg", "experiment.yaml", *arguments],
+        cwd=own_study,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        opened, ended = threads.submit(fifo.open, "wb"), threads.submit(process.wait)
+        done, _ = concurrent.futures.wait((opened, ended), 120, concurrent.futures.FIRST_COMPLETED)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if opened not in done:  # a reader lets the thread that waits for one go
+            os.close(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK))
+        opened.result().close()
+    assert opened in done and process.returncode == -signal.SIGKILL
+
+
+def test_killed_in_the_middle_it_goes_on_and_the_shards_are_those_of_an_unbroken_run(own_study):
+    whole = prepare.prepare(data(shards="unbroken", datasets=["cards/a.yaml"]), jobs=1)[0]
+    fifo = own_study / "raw/a/a-004/organs.nii.gz"
+    kept = fifo.rename(own_study / "kept.nii.gz")
+    os.mkfifo(fifo)
+    start_and_kill_at(own_study, fifo, "--jobs", "2")
+    folder = own_study / "shards" / whole.folder.name
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.tfrecord")}
+    assert 3 <= len(before) < PATIENTS and not (folder / "manifest.json").exists()
+    (folder / ".partial-0badcafe-a-007+1.tfrecord").write_bytes(b"half a shard")
+    fifo.unlink()
+    kept.rename(fifo)
+    shards = prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)[0]
+    assert shards.folder.absolute() == folder and shards.rows == whole.rows
+    assert contents(folder) == contents(own_study / whole.folder)
+    assert all(path.stat().st_mtime_ns == made for path, made in before.items())
+    assert not list(folder.glob(".partial-*"))
+
+
+def test_two_preparations_of_one_folder_wait_for_each_other(own_study, monkeypatch, capsys):
+    folder = own_study / prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)[0].folder
+    held = (folder.parent / f".{folder.name}.lock").open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    taken = fcntl.flock
+
+    def release_and_take(file, how):
+        if not how & fcntl.LOCK_NB:  # it would wait: the other preparation ends now
+            held.close()
+        taken(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", release_and_take)
+    assert len(prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)[0].rows) == PATIENTS
+    assert held.closed and "waiting" in capsys.readouterr().err
+
+
+def test_every_file_is_hashed_once(own_study, monkeypatch):
+    shards = prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)[0]
+    image, _ = scan("a", 2)
+    write_volume(image.with_voxels(image.voxels + np.int16(1)), own_study / "raw/a/a-002/image.nii.gz")
+    (shards.folder / shards.rows[5]["file"]).unlink()
+    hashed, digest = [], hashlib.file_digest
+
+    def counted(file, name):
+        hashed.append(file.name)
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)
+    assert len(hashed) == len(set(hashed)) == 2 * PATIENTS  # an image and a mask of kept, changed and missing alike
+
+
+def test_a_card_that_reads_the_same_files_another_way_gets_shards_of_its_own(own_study):
+    folders = set()
+    for changes in ({}, {"labels": {"organ": [6, 7]}}, {"mask": {"organ": "{patient}/organs.nii.gz"}}):
+        write_card(own_study, "a", **changes)
+        folders.add(prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)[0].folder)
+    assert len(folders) == 3
+
+
+def test_a_swapped_pair_is_told_with_patient_and_file_and_kept_with_the_shard(tmp_path, monkeypatch, capsys):
+    fat_study(tmp_path, 3, swapped=(1,))
+    monkeypatch.chdir(tmp_path)
+    (shards,) = prepare.prepare(data(datasets=["cards/fat.yaml"], size=64), jobs=1)
+    suspected = [row["metadata"]["fat_fraction"]["swap"]["suspected"] for row in shards.rows]
+    assert suspected == [False, True, False]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "swap" in line]
+    assert len(lines) == 1 and "p1" in lines[0] and "raw/fat/p1/water.nii.gz" in lines[0]
+    assert str(tmp_path) not in json.dumps(shards.rows)  # the same shards wherever the scans lie
+    read = records.decode(next(iter(tf.data.TFRecordDataset(str(shards.folder / shards.rows[2]["file"])))), 64)
+    stored = read.image.numpy() * float(read.slope) + float(read.intercept)
+    assert stored[read.mask.numpy() == 1].mean() == pytest.approx(100 * 30 / (480 + 30), abs=1)
+
+
+def damage(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.fixture
+def own_threads(monkeypatch):
+    """The command keeps its process to one thread, which is no wish of the tests that come after."""
+    for which in ("INTRA", "INTER"):
+        monkeypatch.setenv(f"TF_NUM_{which}OP_THREADS", "2")
+
+
+def test_check_finds_every_bad_shard_and_names_it(own_study, own_threads, capsys):
+    shards = prepare.prepare(data(), jobs=1)[0]
+    arguments = ["--cfg", str(own_study / "experiment.yaml"), "--check", "--jobs", "1"]
+    assert prepare.main(arguments) == 0
+    manifest = json.loads((shards.folder / "manifest.json").read_text())
+    files = [shards.folder / row["file"] for row in shards.rows]
+    damage(files[0], lambda whole: whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    damage(files[1], lambda whole: whole[: len(whole) // 2])
+    files[2].unlink()
+    shutil.copy(files[3], shards.folder / "stranger+1.tfrecord")
+    manifest["volumes"][4]["classes"] = [0]
+    # Whole in itself, with a right hash, but of another patient:
+    shutil.copy(files[6], files[5])
+    manifest["volumes"][5]["shard_sha256"] = manifest["volumes"][6]["shard_sha256"]
+    (shards.folder / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert prepare.main(arguments) == 2
+    error = capsys.readouterr().err
+    named = [path.name for path in files if path.name in error]
+    assert named == [files[number].name for number in (0, 1, 2, 4, 5)]
+    assert "stranger+1.tfrecord" in error and "received 6" in error.splitlines()[-1]
+
+
+def test_check_decodes_what_a_right_hash_hides(own_study, capsys):
+    """A shard whose masks hold a class that the card does not know, put there with its own hash."""
+    shards = prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)[0]
+    row, path = shards.rows[3], shards.folder / shards.rows[3]["file"]
+    found = find_scans(*load_card(own_study / "cards/a.yaml"))[3]
+    harmonised = prepare.harmonise_scan(found, row["sources"], data())
+    records.write_shard(dataclasses.replace(harmonised, mask=harmonised.mask * np.uint8(2)), path)
+    manifest = json.loads((shards.folder / "manifest.json").read_text())
+    manifest["volumes"][3] |= records.read_row(path)
+    (shards.folder / "manifest.json").write_text(json.dumps(manifest))
+    (problem,) = prepare.check(data(datasets=["cards/a.yaml"]), Engine(jobs=1))
+    assert path.name in problem and "classes" in problem
+
+
+def test_check_without_shards_says_so(own_study):
+    with pytest.raises(InputError, match="prepare them first") as error:
+        prepare.check(data(), Engine(jobs=1))
+    assert error.value.code == "NOT_FOUND"
+
+
+def test_workers_compute_with_one_thread_each_and_answer_in_order():
+    names = ["TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "NO_SUCH_VARIABLE"] * 4
+    assert list(workers.each(os.getenv, names, Engine(jobs=2))) == ["1", "1", None] * 4
+    assert list(workers.each(os.getenv, [], Engine(jobs=2))) == []
+
+
+def test_a_ray_cluster_makes_the_same_shards_and_tells_bad_input_the_same(own_study):
+    ray = pytest.importorskip("ray")
+    (own,) = prepare.prepare(data(shards="own", datasets=["cards/a.yaml"]), jobs=1)
+    try:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        (made,) = prepare.prepare(data(datasets=["cards/a.yaml"]), engine=Engine("ray", 2))
+        assert own.rows == made.rows and contents(own.folder) == contents(made.folder)
+        damage(own_study / "raw/a/a-003/image.nii.gz", lambda whole: whole[:100])
+        with pytest.raises(InputError, match=r"a-003/image\.nii\.gz"):
+            prepare.prepare(data(datasets=["cards/a.yaml"]), engine=Engine("ray", 2))
+    finally:
+        ray.shutdown()
+
+
+def test_a_cluster_that_nobody_runs_is_one_sentence_at_once(own_study, own_threads, capsys):
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    assert prepare.main(["--cfg", "experiment.yaml", "--engine", "ray", "--address", address]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert address in line and "Expected a Ray cluster" in line
+
+
+def test_ray_that_is_not_installed_is_one_sentence(own_study, own_threads, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert prepare.main(["--cfg", "experiment.yaml", "--engine", "ray"]) == 2
+    assert "pip install 'lvseg[cluster]'" in capsys.readouterr().err
+    assert prepare.main(["--cfg", "experiment.yaml", "--address", "here:6379"]) == 2
+    assert "--engine ray" in capsys.readouterr().err

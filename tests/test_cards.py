@@ -1,0 +1,363 @@
+"""Cards: every public layout read to the right voxels and labels, and one sentence for everything else."""
+
+import json
+import shutil
+from pathlib import Path
+
+import dataset_trees as trees
+import nibabel
+import numpy as np
+import pytest
+import yaml
+from small_study import ROOT, command, scan, write_card
+
+from lvseg import prepare
+from lvseg.cards import Card, find_scans, load_card, read_image, read_labels, survey
+from lvseg.config import Data, load_experiment
+from lvseg.errors import InputError
+from lvseg.formats import write_volume
+
+PUBLIC = {
+    "chaos_mr_inphase": (trees.chaos_mr, "raw/chaos/Train_Sets/MR"),
+    "chaos_ct": (trees.chaos_ct, "raw/chaos/Train_Sets/CT"),
+    "amos_mr": (lambda root: trees.amos(root)["amos_mr"], "raw/amos22"),
+    "amos_ct": (lambda root: trees.amos(root)["amos_ct"], "raw/amos22"),
+    "lits": (trees.lits, "raw/lits"),
+    "totalsegmentator_mr": (trees.totalsegmentator_mr, "raw/totalsegmentator_mr"),
+    "duke_liver": (trees.duke_liver, "raw/duke_liver/Segmentation"),
+}
+
+
+def shipped(name: str, folder: Path) -> Path:
+    """The project's card in a data folder of the test's own."""
+    folder.mkdir(exist_ok=True)
+    return Path(shutil.copy(ROOT / f"data/{name}.yaml", folder))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_dataset_is_read_as_it_is_distributed(tmp_path, name):
+    make, root = PUBLIC[name]
+    card = shipped(name, tmp_path / "data")
+    expected = make(tmp_path / "data" / root)
+    found = find_scans(*load_card(card))
+    assert [(each.patient, each.study) for each in found] == sorted(expected)
+    for each in found:
+        image = read_image(each)
+        wanted_image, wanted_liver = expected[each.patient, each.study]
+        np.testing.assert_array_equal(image.canonical().voxels, wanted_image)
+        assert image.canonical().spacing_mm == pytest.approx(trees.SPACING_MM)
+        labels = read_labels(each, image)
+        assert labels.shape == image.shape and labels.voxels.dtype == np.uint8
+        np.testing.assert_array_equal(labels.canonical().voxels, wanted_liver)
+
+
+def test_a_public_pair_becomes_its_fat_fraction(tmp_path):
+    """Opposed phase at 3/4 of in phase: a quarter of the signal is missing, so fat is an eighth of it."""
+    card = shipped("chaos_mr_fat", tmp_path / "data")
+    expected = trees.chaos_mr(tmp_path / "data/raw/chaos/Train_Sets/MR")
+    for each in find_scans(*load_card(card)):
+        image = read_image(each)
+        in_phase, liver = expected[each.patient, each.study]
+        inside = in_phase > 0
+        np.testing.assert_allclose(image.canonical().voxels[inside], 12.5, atol=0.5)
+        assert image.metadata["units"] == "percent" and "fat_fraction" in image.metadata
+        np.testing.assert_array_equal(read_labels(each, image).canonical().voxels, liver)
+
+
+def test_public_datasets_become_shards_and_several_series_of_a_person_stay_one_patient(tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    names = ["chaos_mr_inphase", "duke_liver", "totalsegmentator_mr"]
+    for name in names:
+        shipped(name, folder)
+        PUBLIC[name][0](folder / PUBLIC[name][1])
+    monkeypatch.chdir(tmp_path)
+    data = Data(datasets=[f"data/{name}.yaml" for name in names], shards="shards", spacing_mm=[4.0, 4.0], size=32,
+                folds=2, test_fraction=0.0)  # fmt: skip
+    sets = prepare.prepare(data, jobs=1)
+    assert [len(shards.rows) for shards in sets] == [2, 3, 2]
+    duke = sets[1]
+    assert [row["patient"] for row in duke.rows] == ["duke-0001", "duke-0001", "duke-0044"]
+    assert len(duke.files(["duke-0001"])) == 2
+    (tmp_path / "folds.yaml").write_text("folds: [[chaos-mr-13, duke-0044], [totalsegmentator-s0003]]")
+    named = {"test_patients": ["duke-0001", "chaos-mr-1", "totalsegmentator-s0001"], "folds_file": "folds.yaml"}
+    parts = prepare.split(Data(**{**data.model_dump(), **named}), sets)
+    assert "duke-0001" in parts.test and "duke-0001" not in parts.train + parts.validation
+
+
+def test_a_real_series_with_labels_in_another_orientation(real_data, tmp_path):
+    """A compressed CT series, its organs on NIfTI's axes: the labels lie where nibabel says they do."""
+    card = write_card(tmp_path, "ct", root=str(real_data), image="{patient}_dicom_series", labels={"liver": [5]},
+                      mask="{patient}_dicom_series_organs.nii.gz", modality="CT")  # fmt: skip
+    (found,) = find_scans(*load_card(card))
+    image = read_image(found)
+    labels = read_labels(found, image)
+    assert found.patient == "ct" and image.spacing_mm[0] == pytest.approx(2.0, abs=1e-3)
+    stored = nibabel.load(real_data / "ct_dicom_series_organs.nii.gz")
+    where = np.argwhere(np.asarray(stored.dataobj) == 5)
+    world_ras = nibabel.affines.apply_affine(stored.affine, where).mean(axis=0)
+    assert len(where) > 1000 and (labels.voxels == 1).sum() == len(where)
+    own_lps = image.world_mm(np.argwhere(labels.voxels == 1)).mean(axis=0)
+    np.testing.assert_allclose(own_lps * [-1, -1, 1], world_ras, atol=0.01)
+
+
+def test_every_shipped_card_is_valid_and_says_its_licence_and_where_it_is_told_about():
+    text = (ROOT / "data/README.md").read_text()
+    cards = {path: load_card(path)[0] for path in sorted((ROOT / "data").glob("*.yaml"))}
+    for path, card in cards.items():
+        assert card.name == path.stem and path.name in text
+        assert card.spacing_mm is not None and card.licence and card.citation
+    simulated = {card.name: card.simulate for card in cards.values() if card.simulate is not None}
+    assert len(simulated) == 9 and len({each.seed for each in simulated.values()}) == 9
+    for name, card in ((card.name, card) for card in cards.values() if card.name in simulated):
+        assert card.scanner == card.simulate.scanner == name.removeprefix("phantom_")
+    trained = [yaml.safe_load(path.read_text())["data"]["datasets"] for path in ROOT.glob("experiments/*.yaml")]
+    assert not any("siemens" in dataset for datasets in trained for dataset in datasets)
+
+
+def test_the_walk_through_for_a_study_of_ones_own_works_as_written(tmp_path):
+    blocks = trees.readme_blocks(ROOT / "data/README.md")
+    for name in ("data/trial7.yaml", "experiments/trial7.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(blocks[name].replace("/studies", str(tmp_path / "studies")))
+    for number in range(6):
+        for visit in ("week00", "week12"):
+            image, liver, _ = trees.body(10 * number + (visit == "week12"))
+            folder = tmp_path / f"studies/trial7/P{number:03d}/{visit}"
+            trees.write_dicom(folder / "dixon_water", [f"{index:03d}" for index in range(len(image))], image)
+            trees.write_nifti(folder / "liver.nii.gz", (liver * 3).astype(np.uint8), (-1, 1, 1))
+    commands = [line for line in blocks["sh"].splitlines() if line.startswith("python -m lvseg.prepare")]
+    assert len(commands) == 2
+    for line in commands:
+        done = command(tmp_path, *line.split("#")[0].split()[2:], "--jobs", 1)
+        assert done.returncode == 0, done.stderr
+    (page,) = (tmp_path / "data/shards").glob("trial7-*/summary.html")
+    assert "P005" in page.read_text()
+    template = yaml.safe_load((ROOT / "data/my_study.yaml").read_text())
+    assert set(template) <= set(Card.model_fields) and set(yaml.safe_load(blocks["data/trial7.yaml"])) <= set(template)
+
+
+def two_patients(folder: Path, image: str = "image.nii.gz", mask: str = "mask.nii.gz") -> None:
+    for number, patient in enumerate(("p1", "p2")):
+        image_volume, mask_volume = scan("a", number)
+        (folder / patient).mkdir(parents=True)
+        write_volume(image_volume, folder / patient / image)
+        write_volume(mask_volume, folder / patient / mask)
+
+
+def card_of(tmp_path, **changes):
+    keys = {"root": "../raw", "mask": "{patient}/mask.nii.gz", "labels": {"organ": [1]}}
+    return load_card(write_card(tmp_path, "a", **{**keys, **changes}))
+
+
+def refused(tmp_path, *words, code=None, **changes):
+    with pytest.raises(InputError) as error:
+        find_scans(*card_of(tmp_path, **changes))
+    assert all(word in error.value.sentence for word in words), error.value.sentence
+    assert code is None or error.value.code == code
+
+
+def test_a_wildcard_finds_what_differs_from_patient_to_patient(tmp_path):
+    two_patients(tmp_path / "raw")
+    for patient, day in (("p1", "20250102"), ("p2", "20250304")):
+        (tmp_path / "raw" / patient / f"scan_{day}").mkdir()
+        for name in ("image", "mask"):
+            (tmp_path / "raw" / patient / f"{name}.nii.gz").rename(
+                tmp_path / f"raw/{patient}/scan_{day}/{day[-1]}-{name}.nii.gz"
+            )
+    found = find_scans(
+        *card_of(tmp_path, image="{patient}/scan_*/?-image.nii.gz", mask="{patient}/scan_*/*mask.nii.gz")
+    )
+    assert [each.mask.parent.name for each in found] == ["scan_20250102", "scan_20250304"]
+
+
+def test_two_matches_for_one_patient_are_an_error_that_lists_them(tmp_path):
+    two_patients(tmp_path / "raw")
+    shutil.copy(tmp_path / "raw/p2/mask.nii.gz", tmp_path / "raw/p2/mask_old.nii.gz")
+    refused(tmp_path, "p2", "mask.nii.gz", "mask_old.nii.gz", "key mask of card set_a", code="AMBIGUOUS_PATH",
+            mask="{patient}/mask*.nii.gz")  # fmt: skip
+    shutil.copy(tmp_path / "raw/p1/image.nii.gz", tmp_path / "raw/p1/image2.nii.gz")
+    refused(tmp_path, "p1", "image2.nii.gz", "key image of card set_a", code="AMBIGUOUS_PATH",
+            image="{patient}/image*.nii.gz")  # fmt: skip
+
+
+def test_brackets_and_braces_in_names_are_names(tmp_path):
+    two_patients(tmp_path / "raw")
+    (tmp_path / "raw/p1").rename(tmp_path / "raw/p[1]")
+    (tmp_path / "raw").rename(tmp_path / "raw[a]")
+    found = find_scans(*card_of(tmp_path, root="../raw[a]"))
+    assert [each.patient for each in found] == ["p2", "p[1]"]
+    assert all(each.mask.exists() and each.mask.parent.name == each.patient for each in found)
+
+
+def test_scans_without_masks_are_an_error_or_left_out_and_counted(tmp_path):
+    two_patients(tmp_path / "raw")
+    (tmp_path / "raw/p1/mask.nii.gz").unlink()
+    refused(tmp_path, "p1/mask.nii.gz", "key mask of card set_a", code="NOT_FOUND")
+    scans, unlabelled = survey(*card_of(tmp_path, unlabelled="skip"))
+    assert [each.patient for each in scans] == ["p2"]
+    assert [path.parent.name for path in unlabelled] == ["p1"]
+    (tmp_path / "raw/p2/mask.nii.gz").unlink()
+    refused(tmp_path, "2 without masks", code="NOT_FOUND", unlabelled="skip")
+
+
+def test_preparing_says_how_many_scans_have_no_mask(tmp_path, monkeypatch, capsys):
+    two_patients(tmp_path / "raw")
+    (tmp_path / "raw/p1/mask.nii.gz").unlink()
+    card_of(tmp_path, unlabelled="skip")
+    monkeypatch.chdir(tmp_path)
+    (shards,) = prepare.prepare(
+        Data(datasets=["cards/a.yaml"], shards="shards", spacing_mm=[4.0, 4.0], size=32), jobs=1
+    )
+    assert "1 of 2 scans" in capsys.readouterr().err
+    assert json.loads((shards.folder / "manifest.json").read_text())["unlabelled"] == ["p1/image.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "keys"),
+    [
+        ("who.txt", "# the first site\np2\n\n", {}),
+        ("who.csv", "id;site\np1;A\np2;B\n", {"column": "id", "delimiter": ";", "where": {"site": ["B"]}}),
+        ("who.json", '{"a": {"training": ["p2"]}}', {"key": "a.training"}),
+        ("who.json", '[{"image": "./images/p2.nii.gz"}]', {"column": "image", "pattern": r"(p\d+)\.nii"}),
+    ],
+)
+def test_a_file_names_the_patients(tmp_path, name, text, keys):
+    two_patients(tmp_path / "raw")
+    (tmp_path / "raw" / name).write_text(text)
+    found = find_scans(*card_of(tmp_path, patients={"file": name, **keys}, patient_prefix="site1-"))
+    assert [each.patient for each in found] == ["site1-p2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "keys", "words"),
+    [
+        ("who.txt", "p1\np3\np9\n", {}, ("p3, p9", "key", "set_a")),
+        ("who.csv", "id,site\np1,A\n", {"column": "patient"}, ("patient", "who.csv", "set_a")),
+        ("who.json", '{"training": {"p1": 1}}', {"key": "training"}, ("training", "who.json")),
+        ("who.json", "{", {}, ("who.json",)),
+        ("who.xlsx", "p1", {}, ("who.xlsx", ".csv")),
+        ("who.txt", "p1\n", {"pattern": r"(\d\d)"}, ("p1", "patients.pattern")),
+        ("who.txt", "", {}, ("none", "who.txt")),
+    ],
+)
+def test_a_list_of_patients_that_cannot_be_used_is_refused(tmp_path, name, text, keys, words):
+    two_patients(tmp_path / "raw")
+    (tmp_path / "raw" / name).write_text(text)
+    refused(tmp_path, *(word for word in words if word != "key"), patients={"file": name, **keys})
+    refused(tmp_path, "other.txt", "key patients of card set_a", patients={"file": "other.txt"})
+
+
+def test_ids_that_do_not_match_are_not_the_cards(tmp_path):
+    two_patients(tmp_path / "raw")
+    assert [each.patient for each in find_scans(*card_of(tmp_path, patient_pattern="p[2-9]"))] == ["p2"]
+
+
+def test_a_class_of_its_own_file_and_values_by_range(tmp_path):
+    image, mask = scan("a", 3)
+    folder = tmp_path / "raw/p1"
+    folder.mkdir(parents=True)
+    write_volume(image, folder / "image.nii.gz")
+    first, second = mask.voxels > 0, np.zeros(mask.shape, bool)
+    second[0, :4, :4] = True
+    assert not (first & second).any()
+    shades = np.where(np.indices(mask.shape).sum(axis=0) % 2, 55, 70)
+    write_volume(mask.with_voxels((first * shades).astype(np.uint8)), folder / "one.nii.gz")
+    write_volume(mask.with_voxels(second.astype(np.uint8)), folder / "two.nii.gz")
+    masks = {"one": "{patient}/one.nii.gz", "two": "{patient}/two.nii.gz"}
+    (found,) = find_scans(*card_of(tmp_path, mask=masks, labels={"one": ["55-60", "61-70"], "two": [1]}))
+    labels = read_labels(found, read_image(found)).voxels
+    np.testing.assert_array_equal(labels, first * 1 + second * 2)
+    write_volume(mask.with_voxels((first | second).astype(np.uint8)), folder / "two.nii.gz")
+    with pytest.raises(InputError, match=r"two\.nii\.gz") as error:
+        read_labels(found, read_image(found))
+    assert error.value.code == "OVERLAPPING_LABELS" and str(first.sum()) in error.value.sentence
+
+
+def test_one_of_several_series_is_read_where_the_card_says_which(tmp_path):
+    image, liver, _ = trees.body(1)
+    for number, (name, factor) in enumerate((("water", 1), ("fat", 2)), start=7):
+        trees.write_dicom(tmp_path / name, [f"{name}{index}" for index in range(len(image))], image * factor,
+                          SeriesNumber=number, SeriesDescription=name)  # fmt: skip
+    dicom = tmp_path / "raw/p1/dicom"
+    dicom.mkdir(parents=True)
+    for path in [*(tmp_path / "water").iterdir(), *(tmp_path / "fat").iterdir()]:
+        shutil.move(path, dicom)
+    trees.write_nifti(tmp_path / "raw/p1/mask.nii.gz", liver.astype(np.uint8))
+    (found,) = find_scans(*card_of(tmp_path, image="{patient}/dicom"))
+    with pytest.raises(InputError, match="water"):
+        read_image(found)
+    (found,) = find_scans(*card_of(tmp_path, image="{patient}/dicom", series="fat"))
+    np.testing.assert_array_equal(read_image(found).canonical().voxels, 2 * image)
+    (found,) = find_scans(*card_of(tmp_path, image=None, water="{patient}/dicom", fat="{patient}/dicom",
+                                   kind="fat_fraction", series={"water": "7", "fat": "8"}))  # fmt: skip
+    np.testing.assert_allclose(read_image(found).canonical().voxels[image > 0], 200 / 3, atol=0.01)
+
+
+def test_a_fat_fraction_series_is_scaled_as_the_card_says(tmp_path):
+    image, liver, _ = trees.body(2)
+    trees.write_nifti(tmp_path / "raw/p1/image.nii.gz", image)  # up to 700: tenths of a percent
+    trees.write_nifti(tmp_path / "raw/p1/mask.nii.gz", liver.astype(np.uint8))
+    (found,) = find_scans(*card_of(tmp_path, kind="fat_fraction", scale=0.1))
+    np.testing.assert_allclose(read_image(found).canonical().voxels, image / 10, atol=1e-4)
+
+
+def test_half_a_pair_is_refused(tmp_path):
+    two_patients(tmp_path / "raw", image="water.nii.gz")
+    shutil.copy(tmp_path / "raw/p1/water.nii.gz", tmp_path / "raw/p1/fat.nii.gz")
+    refused(tmp_path, "p2/fat.nii.gz", "key fat of card set_a", code="NOT_FOUND", image=None,
+            water="{patient}/water.nii.gz", fat="{patient}/fat.nii.gz", kind="fat_fraction")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"water": "{patient}/w"}, ("image and water",)),
+        ({"image": None}, ("image, or water and fat",)),
+        ({"image": None, "water": "{patient}/w", "fat": "{patient}/f"}, ("kind: fat_fraction",)),
+        ({"scale": 0.1}, ("scale", "fat_fraction")),
+        ({"series": {"fat": "3"}}, ("series", "fat")),
+        ({"image": "../{patient}"}, ("image", "below root")),
+        ({"image": "**/{patient}"}, ("image", "**")),
+        ({"mask": {"other": "{patient}/o"}}, ("mask", "organ", "other")),
+        ({"mask": {"organ": "organ.nii.gz"}}, ("mask.organ", "{patient}")),
+        ({"labels": {"organ": ["70-55"]}}, ("labels.organ", "70-55")),
+        ({"labels": {"organ": ["5-9"], "other": [7]}}, ("share no value", "7")),
+        ({"labels": {"organ": [True]}}, ("labels.organ", "True")),
+        ({"labels": {"organ": [70000]}}, ("labels.organ", "65535")),
+        ({"patient_pattern": "("}, ("patient_pattern", "regular expression")),
+        ({"patients": {"file": "x.txt", "pattern": "p"}}, ("patients.pattern", "one group")),
+        ({"spacing_mm": [1.5]}, ("spacing_mm",)),
+        ({"unlabelled": "ignore"}, ("unlabelled", "'error' or 'skip'")),
+    ],
+)
+def test_a_card_that_means_nothing_is_refused_with_its_key(tmp_path, changes, words):
+    path = write_card(tmp_path, "a", **changes)
+    with pytest.raises(InputError) as error:
+        load_card(path)
+    assert error.value.code == "BAD_CONFIG" and all(word in error.value.sentence for word in (*words, str(path)))
+
+
+def test_an_experiment_without_spacing_takes_the_cards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_card(tmp_path, "a", spacing_mm=[1.5, 1.25])
+    write_card(tmp_path, "b")
+    path = tmp_path / "experiment.yaml"
+
+    def spacing(*overrides, **data):
+        keys = {"datasets": ["cards/a.yaml", "cards/b.yaml"], **data}
+        path.write_text(yaml.safe_dump({"task": "volume", "name": "x", "data": keys}))
+        return load_experiment(path, list(overrides)).data.spacing_mm
+
+    assert spacing() == spacing(spacing_mm=None) == [1.5, 1.25]
+    assert spacing(spacing_mm=[2.0, 2.0]) == [2.0, 2.0]
+    assert spacing("data.spacing_mm=null", spacing_mm=[2.0, 2.0]) == [1.5, 1.25]
+    write_card(tmp_path, "b", spacing_mm=[2.0, 2.0])
+    with pytest.raises(InputError) as error:
+        spacing(spacing_mm=None)
+    assert all(word in error.value.sentence for word in ("cards/a.yaml", "cards/b.yaml", "[1.5, 1.25]", "[2.0, 2.0]"))
+    with pytest.raises(InputError, match=r"cards/c\.yaml") as error:
+        spacing(datasets=["cards/c.yaml"], spacing_mm=None)
+    assert error.value.code == "NOT_FOUND"
+    write_card(tmp_path, "b")
+    with pytest.raises(InputError, match="spacing_mm"):
+        spacing(datasets=["cards/b.yaml"], spacing_mm=None)
