@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lvseg.command import run
-from lvseg.phantom.scanners import SCANNERS
+from lvseg.phantom.simulate import PROTOCOLS, simulate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,20 +18,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         epilog="example: python -m lvseg.phantom --scanner philips_volume --patients 5 --seed 1 --out patients",
     )
-    parser.add_argument("--scanner", required=True, choices=list(SCANNERS), help="protocol to image with")
+    parser.add_argument("--scanner", required=True, choices=list(PROTOCOLS), help="protocol to image with")
     parser.add_argument("--patients", required=True, type=int, help="how many")
     parser.add_argument("--seed", type=int, default=1, help="of the set of patients (default: %(default)s)")
     parser.add_argument("--first", type=int, default=1, help="number of the first patient (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=-1, help="processes (default: one a core)")
+    parser.add_argument(
+        "--contour-jitter", action="store_true", help="masks deviate from the truth as an operator's do (MR scanners)"
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder; patients that are there already are kept")
     return run(parser, _body, argv)
 
 
 def _body(arguments: argparse.Namespace) -> None:
-    from lvseg.phantom.simulate import simulate
-
     simulate(
-        arguments.scanner, arguments.patients, arguments.seed, arguments.out, arguments.jobs, first=arguments.first
+        arguments.scanner,
+        arguments.patients,
+        arguments.seed,
+        arguments.out,
+        arguments.jobs,
+        first=arguments.first,
+        contour_jitter=arguments.contour_jitter,
     )
     print(f"{arguments.patients} patients of {arguments.scanner} and truth.csv are in {arguments.out}")
 
