@@ -26,7 +26,7 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-bench demo
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
@@ -40,5 +40,18 @@ clean:
 
 .venv/.dev: .venv/.demo
 	@echo "installing what the tests need (once)"
-	$(INSTALL) --editable '.[train,server,dev]'
+	$(INSTALL) --editable '.[train,server,cluster,dev]'
+	@touch $@
+
+# Benchmarks, in an environment of their own, since they need the libraries that are compared with. Prints the table;
+# make bench BENCH=--update-readme also writes it into benchmarks/README.md.
+.PHONY: bench
+bench: .venv-bench/.done
+	.venv-bench/bin/python benchmarks/run.py $(BENCH)
+
+.venv-bench/.done: setup.cfg pyproject.toml constraints.txt constraints-bench.txt
+	@echo "installing what the benchmarks need (once)"
+	$(PYTHON) -m venv .venv-bench
+	PIP_CONSTRAINT="$(CURDIR)/constraints.txt $(CURDIR)/constraints-bench.txt" PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		.venv-bench/bin/python -m pip install --quiet --progress-bar off --editable '.[train,bench]'
 	@touch $@

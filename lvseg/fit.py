@@ -86,7 +86,7 @@ class Fit:
         self.train_step = tf.function(self._train_step, reduce_retracing=True)
         self.infer = tf.function(self._infer)
         # Compiled by XLA by itself: on a GPU its index arithmetic otherwise visits the host; on a CPU it is faster so.
-        self.elastic = tf.function(augment.elastic, jit_compile=True)
+        self.elastic = tf.function(_elastic, jit_compile=True)
 
     @property
     def best_weights(self) -> Path:
@@ -240,7 +240,7 @@ class Fit:
             scores.append(float(np.mean([metrics.dice(predicted, true, c) for c in range(1, len(self.classes))])))
             if place in shown:
                 largest = int(np.argmax(np.count_nonzero(true, axis=(1, 2))))
-                grey = volume.stack[largest, ..., self.reading.neighbours].numpy()
+                grey = volume.stack[largest, self.reading.neighbours].numpy()
                 picture = figures.overlay_rgb(grey, predicted[largest] > 0, true[largest] > 0)
                 tf.summary.image(f"validation/{row['patient']} {row['scanner']}", picture[None], step=number)
         dice = float(np.mean(scores))
@@ -267,6 +267,14 @@ class Fit:
             table = csv.DictWriter(file, METRICS)
             table.writeheader()
             table.writerows(rows)
+
+
+def _elastic(
+    stack: tf.Tensor, mask: tf.Tensor, seeds: tf.Tensor, sigma_px: float, grid: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`augment.elastic` of stacks as they travel, channels first; XLA makes the two turns part of what it reads."""
+    moved, mask = augment.elastic(tf.transpose(stack, [0, 2, 3, 1]), mask, seeds, sigma_px, grid)
+    return tf.transpose(moved, [0, 3, 1, 2]), mask
 
 
 def _parts(volume: Samples) -> Iterator[Samples]:

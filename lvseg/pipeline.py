@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,10 @@ import tensorflow as tf
 from lvseg import augment, preprocess, records
 from lvseg.preprocess import Normalisation
 
-INTERLEAVED_VOLUMES = 8
+# Fewer patients than this are never shuffled together, however many slices each has.
+MIXED_VOLUMES = 8
+READING_THREADS = 2
+WAITING_SLICES = 16
 
 
 class Reading(NamedTuple):
@@ -29,16 +33,26 @@ class Reading(NamedTuple):
 class Samples(NamedTuple):
     """Slices with their neighbours as they travel to the device, which finishes them with `intensities`.
 
-    stack: uint16 [B, size, size, 2n+1] (float32 once deformed); mask: uint8 [B, size, size, 1];
-    slope, intercept: float32 [B]; low, high: float32 [B, 2n+1], the bounds of each channel for `preprocess.normalise`.
+    stack: uint16 [B, 2n+1, size, size] (float32 once deformed); mask: uint8 [B, size, size, 1];
+    scale: float32 [B, 2n+1, 4], of each channel: slope, intercept, and the bounds for `preprocess.normalise`.
+
+    Channels come first until the device turns them, since a stack is then a stretch of its volume and is never copied.
     """
 
     stack: tf.Tensor
     mask: tf.Tensor
-    slope: tf.Tensor
-    intercept: tf.Tensor
-    low: tf.Tensor
-    high: tf.Tensor
+    scale: tf.Tensor
+
+
+class _Volume(NamedTuple):
+    """A volume with its end slices repeated n times on each side, so that every stack is a stretch of it.
+
+    image: uint16 [S+2n, size, size]; mask: uint8 [S, size, size, 1]; scale: float32 [S+2n, 4], as in `Samples`.
+    """
+
+    image: tf.Tensor
+    mask: tf.Tensor
+    scale: tf.Tensor
 
 
 Deform = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
@@ -56,82 +70,107 @@ def training_batches(
 ) -> tf.data.Dataset:
     """Endless batches of `Samples`, from the given step on, the same whenever and wherever the run is resumed.
 
+    An epoch opens its volumes in a random order, has `volumes_together` of them open, and takes a slice of each in
+    turn, in a random order within the volume and shuffled once more among volumes. No more than three times that
+    many, and the few that are being read, are in memory, however many there are: the open ones, the next ones, and
+    those that slices waiting to be shuffled belong to.
+
     Args:
         files: shards of the training patients; slices: how many slices they hold together.
         seed: of the run; epoch and order follow from it and the position in the stream.
-        shuffle_slices: how many slices the shuffle buffer holds.
+        shuffle_slices: of at least how many slices the volumes are open at a time.
         step: batches already used.
-        deform: deforms one sample on the host, of (stack float32, mask, seeds int64 [2]); None leaves it to the device.
+        deform: deforms one sample on the host, of (stack float32 [size, size, 2n+1], mask, seeds int64 [2]); None
+            leaves it to the device.
     """
     first_epoch, used = divmod(step * batch_size, slices)
     names = tf.constant([str(file) for file in files])
+    together, channels = volumes_together(len(files), slices, shuffle_slices), 2 * reading.neighbours + 1
+    alone = batch_size == 1 and deform is None  # a batch of one is the sample itself: nothing is copied
 
-    def epoch(number: tf.Tensor) -> tf.data.Dataset:
-        order = tf.random.experimental.stateless_shuffle(
-            names, seed=augment.sample_seeds(seed, augment.SHUFFLE_STREAM, 0, number[None])[0]
+    def shuffled(values: tf.Tensor, epoch: tf.Tensor, part: int | tf.Tensor) -> tf.Tensor:
+        seeds = augment.sample_seeds(seed, augment.SHUFFLE_STREAM, part, epoch[None])[0]
+        return tf.random.experimental.stateless_shuffle(values, seed=seeds)
+
+    def stacks(epoch: tf.Tensor, position: tf.Tensor, volume: _Volume) -> tf.data.Dataset:
+        slices = shuffled(tf.range(tf.shape(volume.mask)[0]), epoch, position)
+        return tf.data.Dataset.from_tensor_slices(slices).map(functools.partial(stack, volume))
+
+    def stack(volume: _Volume, own: tf.Tensor) -> Samples:
+        sample = Samples(
+            tf.slice(volume.image, [own, 0, 0], [channels, reading.size, reading.size]),
+            volume.mask[own],
+            tf.slice(volume.scale, [own, 0], [channels, 4]),
         )
-        volumes = tf.data.Dataset.from_tensor_slices(order)
+        return Samples(*(part[tf.newaxis] for part in sample)) if alone else sample
+
+    def samples_of(epoch: tf.Tensor) -> tf.data.Dataset:
         return (
+            # Unbuffered, since a shard is one record, which is read at once.
+            tf.data.TFRecordDataset(shuffled(names, epoch, 0), buffer_size=0)
+            .map(lambda record: _volume(record, reading), num_parallel_calls=READING_THREADS, deterministic=True)
+            .enumerate(1)
+            # The next patients are read meanwhile: volumes of one length end at the same time.
+            .prefetch(together)
             # Several patients at a time, slice by slice, so that neighbours in the stream are not neighbours in a body.
-            volumes.interleave(
-                lambda name: volume_samples(name, reading).unbatch(),
-                cycle_length=min(INTERLEAVED_VOLUMES, len(files)),
-                block_length=1,
-                num_parallel_calls=tf.data.AUTOTUNE,
-                deterministic=True,
-            )
-            .shuffle(shuffle_slices, seed=seed + number, reshuffle_each_iteration=False)
-            # After the shuffle: the slices an interrupted run has used are the first of its epoch's order.
-            .skip(tf.where(number == first_epoch, tf.constant(used, tf.int64), tf.constant(0, tf.int64)))
+            .interleave(functools.partial(stacks, epoch), cycle_length=together, block_length=1)
+            # Views of volumes, not copies, which keep no more than as many volumes in memory.
+            .shuffle(together, seed=seed + epoch, reshuffle_each_iteration=False)
         )
 
-    def deformed(deform: Deform, index: tf.Tensor, samples: Samples) -> Samples:
+    def deformed(deform: Deform, index: tf.Tensor, sample: Samples) -> Samples:
         seeds = augment.sample_seeds(seed, augment.ELASTIC_STREAM, index // batch_size, (index % batch_size)[None])[0]
-        stack, mask = deform(tf.cast(samples.stack, tf.float32), samples.mask, seeds)
-        return samples._replace(stack=tf.cast(tf.round(stack), tf.uint16), mask=mask)
+        stack = tf.transpose(tf.cast(sample.stack, tf.float32), [1, 2, 0])
+        stack, mask = deform(stack, sample.mask, seeds)
+        return sample._replace(stack=tf.cast(tf.round(tf.transpose(stack, [2, 0, 1])), tf.uint16), mask=mask)
 
-    samples = tf.data.Dataset.range(first_epoch, 2**31).flat_map(epoch)
+    samples = (
+        tf.data.Dataset.range(first_epoch, 2**31)
+        .flat_map(samples_of)
+        # After the shuffle: the slices an interrupted run has used are the first of its epoch's order.
+        .skip(used)
+    )
     if deform is not None:
         numbered = samples.enumerate(step * batch_size)
         samples = numbered.map(functools.partial(deformed, deform), num_parallel_calls=tf.data.AUTOTUNE)
-    return (
-        samples
+    if not alone:
         # Epochs run into each other inside a batch, so every batch is full and a step is a step.
-        .batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
-    )
+        samples = samples.batch(batch_size, drop_remainder=True)
+    return samples.prefetch(max(2, WAITING_SLICES // batch_size))
+
+
+def volumes_together(volumes: int, slices: int, shuffle_slices: int) -> int:
+    """How many of `volumes`, which hold `slices`, are open at a time: as many as hold `shuffle_slices` or more."""
+    return min(volumes, max(MIXED_VOLUMES, math.ceil(shuffle_slices * volumes / slices)))
 
 
 def volume_samples(name: tf.Tensor, reading: Reading) -> tf.data.Dataset:
     """A dataset of one element: all slices of a shard's volume, in order, as `Samples` with B = S."""
-    return tf.data.TFRecordDataset(name).map(
-        lambda serialised: _samples(records.decode(serialised, reading.size), reading)
-    )
+
+    def samples(record: tf.Tensor) -> Samples:
+        volume = _volume(record, reading)
+        around = tf.range(tf.shape(volume.mask)[0])[:, None] + tf.range(2 * reading.neighbours + 1)
+        return Samples(tf.gather(volume.image, around), volume.mask, tf.gather(volume.scale, around))
+
+    return tf.data.TFRecordDataset(name).map(samples)
 
 
-def _samples(volume: records.Slices, reading: Reading) -> Samples:
+def _volume(record: tf.Tensor, reading: Reading) -> _Volume:
+    volume = records.decode(record, reading.size)
     low, high = preprocess.intensity_bounds(
         volume.statistics, reading.normalisation, reading.clip_percentiles, reading.global_bounds
     )
-    count = tf.shape(volume.image)[0]
-    neighbours = preprocess.neighbour_indices(tf.range(count), reading.neighbours, count)
-    channels = 2 * reading.neighbours + 1
-    return Samples(
-        tf.ensure_shape(
-            preprocess.stack_neighbours(volume.image, reading.neighbours), [None, reading.size, reading.size, channels]
-        ),
-        volume.mask[..., None],
-        tf.fill([count], volume.slope),
-        tf.fill([count], volume.intercept),
-        tf.gather(low, neighbours),
-        tf.gather(high, neighbours),
-    )
+    scale = tf.stack([*(value + tf.zeros_like(low) for value in (volume.slope, volume.intercept)), low, high], axis=1)
+    count, neighbours = tf.shape(volume.image)[0], reading.neighbours
+    repeated = tf.clip_by_value(tf.range(-neighbours, count + neighbours), 0, count - 1)
+    return _Volume(tf.gather(volume.image, repeated), volume.mask[..., None], tf.gather(scale, repeated))
 
 
 def intensities(samples: Samples, normalisation: Normalisation) -> tf.Tensor:
     """Normalised float32 [B, size, size, 2n+1] of samples; runs on the device, where 16 bits travel faster than 32."""
-    slope, intercept = samples.slope[:, None, None, None], samples.intercept[:, None, None, None]
-    values = tf.cast(samples.stack, tf.float32) * slope + intercept
-    return preprocess.normalise(values, samples.low[:, None, None, :], samples.high[:, None, None, :], normalisation)
+    slope, intercept, low, high = tf.unstack(samples.scale[:, None, None], axis=-1)
+    values = tf.transpose(tf.cast(samples.stack, tf.float32), [0, 2, 3, 1]) * slope + intercept
+    return preprocess.normalise(values, low, high, normalisation)
 
 
 def training_bounds(

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from lvseg import biomarkers, command
+from lvseg import biomarkers, command, waterfat
 from lvseg.errors import InputError
 from lvseg.formats import read_volume, stem, write_volume
 from lvseg.volume import Array, Volume, as_float32
 
-FORMATS = ("vtk", "nii.gz", "vti")
+FORMATS = ("vtk", "nii.gz", "vti", "nrrd", "mha")
 VERSION = re.compile(r"[0-9]+")  # a version folder's name
+FAT_FRACTION_TASK = "fatfraction"  # a model of this task sees fat fractions in percent
 # What of model.json is needed to use the model.
 CARD_KEYS = ("task", "labels", "axis", "spacing_mm", "size", "neighbours", "batch_size", "weights_sha256")
 # Voxels brighter than this share of the scan's range (minimum to 99th percentile) count as tissue when the crop cuts.
@@ -86,17 +87,19 @@ class Segmenter:
         """Segments one scan.
 
         Args:
-            scan: any real dtype, any orientation.
+            scan: any real dtype, any orientation; for a model of fat fractions, one in any unit that
+                `waterfat.from_series` can tell.
             on_progress: called with (slices done, slices in all) after every batch.
 
         Raises:
-            InputError: NONFINITE_VOXELS, EMPTY_IMAGE.
+            InputError: NONFINITE_VOXELS, EMPTY_IMAGE, UNKNOWN_SCALE.
         """
         import tensorflow as tf
 
         from lvseg.preprocess import AXIS_PERMUTATIONS, stack_neighbours
 
-        canonical = scan.canonical()
+        image = waterfat.from_series(scan) if self.info["task"] == FAT_FRACTION_TASK else scan
+        canonical = image.canonical()
         permutation = AXIS_PERMUTATIONS[self.info["axis"]]
         voxels = np.ascontiguousarray(intensities(canonical).transpose(permutation))
         spacing_mm = tf.constant([canonical.spacing_mm[axis] for axis in permutation], tf.float32)
@@ -117,7 +120,7 @@ class Segmenter:
             if on_progress is not None:
                 on_progress(last, count)
         mask = scan.from_canonical(labels.transpose(np.argsort(permutation)))
-        return Segmentation(mask, self._measure(scan, mask, cut_tissue(voxels, spacing_mm.numpy(), self.info)))
+        return Segmentation(mask, self._measure(image, mask, cut_tissue(voxels, spacing_mm.numpy(), self.info)))
 
     def _measure(self, scan: Volume, mask: Volume, cut: bool) -> dict[str, Any]:
         volumes, voxels, flags = {}, {}, []
@@ -134,8 +137,21 @@ class Segmenter:
             flags.append(f"directions of the scan: {scan.metadata['directions']}")
         if cut:
             flags.append("tissue beyond the network's field of view was left out")
+        fat: dict[str, Any] = {}
+        if scan.metadata.get("units") == "percent":
+            provenance = dict(scan.metadata.get("fat_fraction", {}))
+            flags += provenance.get("warnings", [])
+            provenance.pop("sources", None)  # paths of this machine, which the server's clients should not see
+            fat = {
+                "fat_fraction_percent": {
+                    name: waterfat.fat_fraction_percent(scan, mask, label)
+                    for label, name in enumerate(self.info["labels"][1:], start=1)
+                },
+                "fat_fraction_image": provenance,
+            }
         return {
             "volume_ml": volumes,
+            **fat,
             "voxels": voxels,
             "flags": flags,
             "model": {key: self.info[key] for key in ("task", "version", "weights_sha256")},
@@ -185,33 +201,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(
         prog="lvseg.predict",
-        description="Segments scans: files (.nii, .nii.gz, .vtk, .vti, .dcm) or folders of one DICOM series each.",
-        epilog="Example: python -m lvseg.predict --model models/volume scan.nii.gz -o liver.vtk",
+        description="Segments scans: files (.nii, .nii.gz, .nrrd, .mha, .mhd, .vtk, .vti, .dcm), or folders or zips of"
+        " one DICOM series each.",
+        epilog="Examples: python -m lvseg.predict --model models/volume scan.nii.gz -o liver.vtk;"
+        " python -m lvseg.predict --model models/fatfraction --water water.nii.gz --fat fat.nii.gz -o liver.vtk",
     )
-    parser.add_argument("scans", nargs="+", type=Path, metavar="SCAN")
+    parser.add_argument("scans", nargs="*", type=Path, metavar="SCAN", help="an image; for fat, a fat-fraction image")
+    waterfat.add_pair_arguments(parser)
+    parser.add_argument(
+        "--scale", type=float, help="of a fat-fraction SCAN: percent a unit, where its file has no unit"
+    )
     parser.add_argument(
         "--model", type=Path, required=True, help="models/<task>/<version>, or models/<task> for the newest"
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, help="a file .vtk, .nii.gz or .vti, or a folder")
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True, help="a file .vtk, .nii.gz, .vti, .nrrd or .mha, or a folder"
+    )
     parser.add_argument("--format", choices=FORMATS, help="of the files in a folder (default: vtk)")
+    parser.add_argument(
+        "--series",
+        metavar="SERIES[/STACK]",
+        help="which of several DICOM series: its number, description or the end of its UID; and which of its stacks, by"
+        " a word of its image type (12/W) or its echo time (12/TE4.6); where it is missing, the error lists them",
+    )
     parser.add_argument("--json", type=Path, help="write the measurements here, a list with an entry a scan")
     return command.run(parser, _segment_scans, argv)
 
 
 def _segment_scans(arguments: argparse.Namespace) -> int:
-    for path in arguments.scans:
+    pair = waterfat.given_pair(vars(arguments))
+    if bool(pair) == bool(arguments.scans):
+        raise InputError(
+            "BAD_ARGUMENT",
+            f"Expected SCAN, or --water and --fat, or --in-phase and --opposed-phase, received"
+            f" {'both SCAN and a pair' if pair else 'none of them'}.",
+        )
+    if pair and (arguments.series is not None or arguments.scale is not None):
+        raise InputError("BAD_ARGUMENT", "Expected --series and --scale with SCAN only; a pair has its own options.")
+    scans = arguments.scans or [next(iter(pair.values()))]  # the first of a pair names the mask
+    for path in [*arguments.scans, *pair.values()]:
         if not path.exists():
             raise InputError("NOT_FOUND", f"Expected a scan, received a path that does not exist: {path}.")
-    outputs = output_paths(arguments.scans, arguments.out, arguments.format)
-    check_outputs(arguments.scans, outputs, arguments.json)
+    outputs = output_paths(scans, arguments.out, arguments.format)
+    check_outputs([*arguments.scans, *pair.values()], outputs, arguments.json)
     newest_version(arguments.model)  # a wrong folder is told before TensorFlow's seconds
     segmenter = Segmenter(arguments.model)
+    if (pair or arguments.scale is not None) and segmenter.info["task"] != FAT_FRACTION_TASK:
+        raise InputError(
+            "BAD_ARGUMENT",
+            f"Expected a model of the task {FAT_FRACTION_TASK} for fat fractions, received one of"
+            f" {segmenter.info['task']} in {arguments.model}.",
+        )
     results, failed = [], 0
-    for path, out in command.progress(list(zip(arguments.scans, outputs, strict=True)), "segmenting"):
+    for path, out in command.progress(list(zip(scans, outputs, strict=True)), "segmenting"):
         try:
-            answer = segmenter.segment(read_volume(path))
+            scan = waterfat.read_pair(pair, vars(arguments)) if pair else read_volume(path, arguments.series)
+            if arguments.scale is not None:
+                scan = waterfat.from_series(scan, arguments.scale)
+            answer = segmenter.segment(scan)
         except InputError as error:
-            if len(arguments.scans) == 1:
+            if len(scans) == 1:
                 raise
             failed += 1  # one bad scan of many costs that scan alone
             results.append({"scan": str(path), "error": {"code": error.code, "text": error.sentence}})
@@ -220,6 +269,10 @@ def _segment_scans(arguments: argparse.Namespace) -> int:
         written = write_volume(answer.mask, out)
         results.append({"scan": str(path), "files": [str(file) for file in written], **answer.measurements})
         volumes = ", ".join(f"{name} {volume:.1f} ml" for name, volume in answer.measurements["volume_ml"].items())
+        for name, fat in answer.measurements.get("fat_fraction_percent", {}).items():
+            volumes += f", {name} {fat['mean']:.1f} % fat" if fat["mean"] is not None else ""
+        for warning in answer.measurements.get("fat_fraction_image", {}).get("warnings", []):
+            print(f"lvseg.predict: warning: {path}: {warning}", file=sys.stderr)
         notes = f" ({'; '.join(answer.measurements['flags'])})" if answer.measurements["flags"] else ""
         print(f"{out}: {volumes}{notes}")
     if arguments.json is not None:

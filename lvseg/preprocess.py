@@ -38,21 +38,59 @@ def statistics(voxels: tf.Tensor, percentiles: bool = True) -> Statistics:
 
     Args:
         voxels: float32 [S, H, W].
-        percentiles: whether to find them, which sorts the scan; the field is empty otherwise.
+        percentiles: whether to find them, which takes longest; the field is empty otherwise.
     """
     table = tf.zeros([0], tf.float32)
     if percentiles:
-        ordered = tf.sort(tf.reshape(voxels, [-1]))
-        last = tf.cast(tf.size(ordered) - 1, tf.float64)
+        last = tf.cast(tf.size(voxels) - 1, tf.float64)
         position = tf.cast(tf.range(PERCENTILE_STEPS + 1), tf.float64) / PERCENTILE_STEPS * last
         lower = tf.cast(tf.floor(position), tf.int32)
-        upper = tf.minimum(lower + 1, tf.size(ordered) - 1)
-        weight = tf.cast(position - tf.floor(position), tf.float32)
-        below = tf.gather(ordered, lower)
-        table = below + (tf.gather(ordered, upper) - below) * weight
+        upper = tf.minimum(lower + 1, tf.size(voxels) - 1)
+        below, above = tf.split(_of_rank(tf.reshape(voxels, [-1]), tf.concat([lower, upper], 0)), 2)
+        table = _between(below, above, tf.cast(position - tf.floor(position), tf.float32))
     slice_minimum = tf.reduce_min(voxels, axis=[1, 2])
     slice_maximum = tf.reduce_max(voxels, axis=[1, 2])
     return Statistics(tf.reduce_min(slice_minimum), tf.reduce_max(slice_maximum), slice_minimum, slice_maximum, table)
+
+
+@tf.function(reduce_retracing=True)
+def _of_rank(values: tf.Tensor, ranks: tf.Tensor) -> tf.Tensor:
+    """The values of these ranks (0 for the least), exactly: float32 [N] and int32 [K] to float32 [K].
+
+    A radix selection: counts of the values' first 16 bits, then of the next 8 and the last 8 of those values alone that
+    share their first bits with a wanted one. TensorFlow's sort, of which a table of percentiles needs little, takes
+    many times as long.
+    """
+    bits = tf.bitcast(values, tf.int32)
+    # Negative numbers count backwards in their magnitude's bits; turned over, integers are ordered as their floats.
+    key = tf.bitwise.bitwise_xor(bits, tf.bitwise.bitwise_and(tf.bitwise.right_shift(bits, 31), 0x7FFFFFFF))
+    found, group, groups = (
+        tf.zeros_like(ranks),
+        tf.zeros_like(ranks),
+        1,
+    )  # of each rank: its first bits, who shares them
+    members = tf.zeros_like(key)  # of each value: the group of its first bits; `groups` for those that nobody wants
+    remaining = ranks  # of each rank: how many of its group lie below it
+    for shift, digits in ((16, 2**16), (8, 2**8), (0, 2**8)):
+        digit = tf.bitwise.right_shift(key, shift)
+        digit = digit + digits // 2 if shift == 16 else tf.bitwise.bitwise_and(digit, digits - 1)
+        place = members * digits + digit
+        places = (groups + 1) * digits
+        counts = tf.raw_ops.Bincount(arr=place, size=places, weights=tf.zeros([0], tf.int32))
+        below = tf.cumsum(counts, exclusive=True)
+        rank = tf.gather(below, group * digits) + remaining
+        place_of_rank = tf.searchsorted(below, rank, side="right") - 1
+        remaining = rank - tf.gather(below, place_of_rank)
+        digit_of_rank = place_of_rank - group * digits
+        found = found * digits + (digit_of_rank - digits // 2 if shift == 16 else digit_of_rank)
+        if shift:
+            groups = tf.size(ranks)
+            # Ranks with the same first bits make one group, numbered by the last of them.
+            owner = tf.tensor_scatter_nd_max(tf.fill([places], -1), place_of_rank[:, None], tf.range(groups))
+            owner = tf.where(owner < 0, groups, owner)
+            group, members = tf.gather(owner, place_of_rank), tf.gather(owner, place)
+    bits = tf.bitwise.bitwise_xor(found, tf.bitwise.bitwise_and(tf.bitwise.right_shift(found, 31), 0x7FFFFFFF))
+    return tf.bitcast(bits, tf.float32)
 
 
 def percentile(table: tf.Tensor, percent: float) -> tf.Tensor:
@@ -77,39 +115,30 @@ def harmonise(
     Returns:
         float32 [S, size, size].
     """
-    for axis in (1, 2):
-        positions = _harmonised_positions(tf.shape(voxels)[axis], spacing_mm[axis], target_mm[axis - 1], size)
-        voxels = _resample_axis(voxels, positions, axis, fill)
-    return voxels
+    slices = _harmonise(voxels, spacing_mm, tf.constant(target_mm, tf.float64), size, fill)
+    return tf.ensure_shape(slices, [None, size, size])
 
 
-def harmonise_labels(
-    labels: tf.Tensor, spacing_mm: tf.Tensor, target_mm: Sequence[float], size: int, classes: int
-) -> tf.Tensor:
-    """Resamples each class's indicator linearly and takes the largest; ties and the outside go to background.
+def harmonise_labels(labels: tf.Tensor, spacing_mm: tf.Tensor, target_mm: Sequence[float], size: int) -> tf.Tensor:
+    """Resamples each class's indicator linearly and takes the largest; the outside goes to background.
 
     Args:
-        labels: uint8 [S, H, W] of classes 0 (background) to `classes` - 1.
+        labels: uint8 [S, H, W], 0 for background; however many classes there are, the time is that of one.
         spacing_mm, target_mm, size: as in `harmonise`.
 
     Returns:
-        uint8 [S, size, size].
+        uint8 [S, size, size]; ties go to the lower class, so to background.
     """
-    best = harmonise(tf.cast(labels == 0, tf.float32), spacing_mm, target_mm, size, tf.constant(1.0))
-    result = tf.zeros(tf.shape(best), tf.uint8)
-    for label in range(1, classes):
-        share = harmonise(tf.cast(labels == label, tf.float32), spacing_mm, target_mm, size, tf.constant(0.0))
-        wins = share > best
-        result = tf.where(wins, tf.constant(label, tf.uint8), result)
-        best = tf.maximum(best, share)
-    return result
+    slices = _harmonise_labels(labels, spacing_mm, tf.constant(target_mm, tf.float64), size)
+    return tf.ensure_shape(slices, [None, size, size])
 
 
 def restore(probabilities: tf.Tensor, shape: tf.Tensor, spacing_mm: tf.Tensor, target_mm: Sequence[float]) -> tf.Tensor:
     """Brings class probabilities back to the scan's own grid and takes the most probable class.
 
     Args:
-        probabilities: float32 [S, size, size, C]; outside their grid the background has probability 1.
+        probabilities: float32 [S, size, size, C], C known when traced; outside their grid the background has
+            probability 1.
         shape: int32 [3], the scan's slices, rows and columns; the first is not used.
         spacing_mm: float32 [3] of the scan; target_mm: spacing of the probabilities, (row, column).
 
@@ -117,13 +146,15 @@ def restore(probabilities: tf.Tensor, shape: tf.Tensor, spacing_mm: tf.Tensor, t
         uint8 [S, H, W]; ties go to the lower class, so to background.
     """
     size = tf.shape(probabilities)[1]
-    inside = []
-    for axis in (1, 2):
-        positions = _own_positions(shape[axis], spacing_mm[axis], target_mm[axis - 1], size)
-        inside.append(_is_inside(positions, size))
-        probabilities = _resample_axis(probabilities, positions, axis, fill=None)
-    labels = tf.cast(tf.argmax(probabilities, axis=-1), tf.uint8)
-    return tf.where(inside[0][:, None] & inside[1][None, :], labels, tf.constant(0, tf.uint8))
+    rows, columns = (
+        _line(_own_positions(shape[axis], spacing_mm[axis], target_mm[axis - 1], size), size) for axis in (1, 2)
+    )
+    background, *others = (_resample(plane, rows, columns) for plane in tf.unstack(probabilities, axis=-1))
+    labels, best = tf.zeros(tf.shape(background), tf.uint8), background
+    for label, share in enumerate(others, start=1):
+        labels = tf.where(share > best, tf.constant(label, tf.uint8), labels)
+        best = tf.maximum(best, share)
+    return _surround(labels, rows, columns, tf.constant(0, tf.uint8))
 
 
 def intensity_bounds(
@@ -206,22 +237,94 @@ def _own_positions(count: tf.Tensor, own_mm: tf.Tensor, target_mm: float, size: 
     return (tf.cast(size, tf.float64) - 1) / 2 + voxel * (tf.cast(own_mm, tf.float64) / target_mm)
 
 
-def _is_inside(positions: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-    rounding = 1e-6  # spacing_mm comes as float32: an exact half voxel may not cost an edge row
-    return (positions >= -0.5 - rounding) & (positions <= tf.cast(count, tf.float64) - 0.5 + rounding)
+class _Line(NamedTuple):
+    """Linear interpolation at positions of an axis, without those that lie outside.
+
+    lower, upper: int32 [P], the voxels around each position; weight: float32 [P], of the upper one;
+    before, after: int32, how many positions lie outside at either end.
+    """
+
+    lower: tf.Tensor
+    upper: tf.Tensor
+    weight: tf.Tensor
+    before: tf.Tensor
+    after: tf.Tensor
 
 
-def _resample_axis(values: tf.Tensor, positions: tf.Tensor, axis: int, fill: tf.Tensor | None) -> tf.Tensor:
-    """Linear interpolation of `values` along `axis` (1 or 2) at float64 `positions`; gathers: exact on any device."""
-    count = tf.shape(values)[axis]
-    held = tf.clip_by_value(positions, 0.0, tf.cast(count - 1, tf.float64))
-    lower = tf.cast(tf.floor(held), tf.int32)
-    upper = tf.minimum(lower + 1, count - 1)
-    broadcast = [1] * values.shape.rank
-    broadcast[axis] = -1
-    weight = tf.reshape(tf.cast(held - tf.floor(held), values.dtype), broadcast)
-    below = tf.gather(values, lower, axis=axis)
-    result = below + (tf.gather(values, upper, axis=axis) - below) * weight
-    if fill is None:
-        return result
-    return tf.where(tf.reshape(_is_inside(positions, count), broadcast), result, tf.cast(fill, values.dtype))
+def _line(positions: tf.Tensor, count: tf.Tensor) -> _Line:
+    """Interpolation at ascending `positions`, float64 in voxels, along an axis of `count` voxels."""
+    reach = 0.5 + 1e-6  # spacing_mm comes as float32: an exact half voxel may not cost an edge row
+    last = tf.cast(count - 1, tf.float64)
+    before, after = (
+        tf.reduce_sum(tf.cast(outside, tf.int32)) for outside in (positions < -reach, positions > last + reach)
+    )
+    held = tf.clip_by_value(positions[before : tf.size(positions) - after], 0.0, last)
+    below = tf.floor(held)
+    lower = tf.cast(below, tf.int32)
+    return _Line(lower, tf.minimum(lower + 1, count - 1), tf.cast(held - below, tf.float32), before, after)
+
+
+def _harmonised_lines(shape: tf.Tensor, spacing_mm: tf.Tensor, target_mm: tf.Tensor, size: int) -> tuple[_Line, _Line]:
+    rows, columns = (
+        _line(_harmonised_positions(shape[axis], spacing_mm[axis], target_mm[axis - 1], size), shape[axis])
+        for axis in (1, 2)
+    )
+    return rows, columns
+
+
+def _between(lower: tf.Tensor, upper: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+    return lower + (upper - lower) * weight
+
+
+def _surround(values: tf.Tensor, rows: _Line, columns: _Line, fill: tf.Tensor) -> tf.Tensor:
+    """Puts what lies outside around what `_resample` found inside."""
+    paddings = tf.stack([tf.zeros([2], tf.int32), *(tf.stack([line.before, line.after]) for line in (rows, columns))])
+    return tf.pad(values, paddings, constant_values=fill)
+
+
+@tf.function(reduce_retracing=True)
+def _harmonise(values: tf.Tensor, spacing_mm: tf.Tensor, target_mm: tf.Tensor, size: int, fill: tf.Tensor) -> tf.Tensor:
+    rows, columns = _harmonised_lines(tf.shape(values), spacing_mm, target_mm, size)
+    return _surround(_resample(values, rows, columns), rows, columns, fill)
+
+
+def _resample(values: tf.Tensor, rows: _Line, columns: _Line) -> tf.Tensor:
+    """Linear interpolation of [S, H, W] at rows and columns: [S, rows, columns].
+
+    Not by multiplying matrices, which GPUs may round to 10 bits (TF32). Whole rows are gathered and the image is turned
+    for the columns, since a CPU gathers single voxels ten times as slowly as rows and turns an image in between.
+    """
+    for line in (rows, columns):
+        lower, upper = tf.gather(values, line.lower, axis=1), tf.gather(values, line.upper, axis=1)
+        values = tf.transpose(_between(lower, upper, line.weight[:, None]), [0, 2, 1])
+    return values
+
+
+@tf.function(reduce_retracing=True)
+def _harmonise_labels(labels: tf.Tensor, spacing_mm: tf.Tensor, target_mm: tf.Tensor, size: int) -> tf.Tensor:
+    rows, columns = _harmonised_lines(tf.shape(labels), spacing_mm, target_mm, size)
+    # The labels of the four voxels around each pixel, columns before rows, as `_resample` goes.
+    corners = []
+    for of_row in (rows.lower, rows.upper):
+        turned = tf.transpose(tf.gather(labels, of_row, axis=1), [0, 2, 1])
+        corners += [tf.gather(turned, of_column, axis=1) for of_column in (columns.lower, columns.upper)]
+    top_left, top_right, bottom_left, bottom_right = corners
+    # Where all four agree there is nothing to weigh, and that is nearly everywhere.
+    mixed = tf.where((top_left != top_right) | (top_left != bottom_left) | (top_left != bottom_right))
+    around = [tf.gather_nd(corner, mixed) for corner in corners]
+    row_weight = tf.gather(rows.weight, mixed[:, 2])
+    column_weight = tf.gather(columns.weight, mixed[:, 1])
+
+    def share(label: tf.Tensor) -> tf.Tensor:
+        is_label = [tf.cast(corner == label, tf.float32) for corner in around]
+        left = _between(is_label[0], is_label[2], row_weight)
+        return _between(left, _between(is_label[1], is_label[3], row_weight), column_weight)
+
+    # Only the background and the four labels around can win.
+    best, best_share = tf.zeros_like(around[0]), share(tf.zeros_like(around[0]))
+    for label in around:
+        label_share = share(label)
+        wins = (label_share > best_share) | ((label_share == best_share) & (label < best))
+        best, best_share = tf.where(wins, label, best), tf.where(wins, label_share, best_share)
+    result = tf.transpose(tf.tensor_scatter_nd_update(top_left, mixed, best), [0, 2, 1])
+    return _surround(result, rows, columns, tf.constant(0, labels.dtype))

@@ -113,3 +113,103 @@ def test_training_constants_come_from_the_files_given(shards):
     (low, high), (dark, bright) = pipeline.training_bounds(files[:3], SIZE, None)
     assert (low, high) == (0.0, 204.0)
     assert dark == pytest.approx(100.0, abs=0.1) and bright == pytest.approx(103.0, abs=0.1)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Forty volumes of 1 to 3 slices of noise, with masks of up to 32 classes."""
+    folder = tmp_path_factory.mktemp("many")
+    random, files, counts = np.random.default_rng(0), [], []
+    for number in range(40):
+        counts.append(1 + number % 3)
+        image = random.integers(0, 2**16, (counts[-1], SIZE, SIZE)).astype(np.float32)
+        image[0, 0, 0], image[0, 0, 1] = 0, 65535  # slope 1 and intercept 0
+        image[:, 8, 8] = 1000 * number + np.arange(counts[-1])  # tells the slice
+        mask = random.integers(0, 32, image.shape).astype(np.uint8)
+        volume = records.Harmonised(
+            f"p{number}", "1", "s", "d", (), "", image.shape, (5.0, 2.0, 2.0),
+            preprocess.statistics(tf.constant(image)), image, mask, None,
+        )  # fmt: skip
+        files.append(folder / f"{number:02d}.tfrecord")
+        records.write_shard(volume, files[-1])
+    return files, counts
+
+
+def drawn(many, neighbours=0, batch_size=1, seed=0, step=0, shuffle=8):
+    files, counts = many
+    reading = READING._replace(neighbours=neighbours)
+    return pipeline.training_batches(files, sum(counts), reading, seed, batch_size, shuffle, step)
+
+
+def numbers(batch, neighbours=0):
+    """1000 times the volume plus the slice, of each sample of a batch."""
+    return batch.stack.numpy()[:, neighbours, 8, 8].astype(int).tolist()
+
+
+def test_more_volumes_than_are_shuffled_together_give_every_slice_once_an_epoch(many):
+    _, counts = many
+    every = [1000 * number + s for number, count in enumerate(counts) for s in range(count)]
+    stream = [number for batch in drawn(many).take(2 * len(every)) for number in numbers(batch)]
+    epochs = stream[: len(every)], stream[len(every) :]
+    for epoch in epochs:
+        assert sorted(epoch) == every
+    together = [{number // 1000 for number in epoch[:16]} for epoch in epochs]
+    assert together[0] != together[1]  # other patients meet in every epoch
+    assert all(len(patients) >= 6 for patients in together)
+
+
+@pytest.mark.parametrize("step", [1, 3, 19, 27])
+def test_with_many_volumes_too_the_stream_goes_on_as_if_never_stopped(many, step):
+    unbroken = [numbers(batch) for batch in drawn(many, batch_size=3).take(step + 8)]
+    assert [numbers(batch) for batch in drawn(many, batch_size=3, step=step).take(8)] == unbroken[step:]
+
+
+def test_the_stream_does_not_depend_on_the_batch_size(many):
+    alone = [number for batch in drawn(many).take(60) for number in numbers(batch)]
+    assert [number for batch in drawn(many, batch_size=4).take(15) for number in numbers(batch)] == alone
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("neighbours", [0, 1, 4])
+def test_stacks_and_masks_are_those_of_the_volume_bit_by_bit(many, neighbours, batch_size):
+    files, counts = many
+    read = [records.decode(next(iter(tf.data.TFRecordDataset(str(file)))), SIZE) for file in files]
+    expected = [preprocess.stack_neighbours(volume.image, neighbours).numpy() for volume in read]
+    for batch in drawn(many, neighbours, batch_size).take(sum(counts) // batch_size):
+        assert batch.stack.shape == (batch_size, 2 * neighbours + 1, SIZE, SIZE) and batch.stack.dtype == tf.uint16
+        for stack, mask, number in zip(batch.stack, batch.mask, numbers(batch, neighbours), strict=True):
+            volume, s = divmod(number, 1000)
+            np.testing.assert_array_equal(np.moveaxis(stack.numpy(), 0, -1), expected[volume][s])
+            np.testing.assert_array_equal(mask[..., 0], read[volume].mask[s])
+
+
+def test_volumes_are_read_no_further_ahead_than_promised(many, monkeypatch):
+    """Memory: volumes are open, next, or hold a slice that waits to be shuffled, however many there are."""
+    _, counts = many
+    read, decode = [], records.decode
+
+    def noting(record, size):
+        def note(image):
+            read.append(1)
+            return image
+
+        slices = decode(record, size)
+        image = tf.ensure_shape(tf.numpy_function(note, [slices.image], tf.uint16), [None, SIZE, SIZE])
+        return slices._replace(image=image)
+
+    monkeypatch.setattr(records, "decode", noting)
+    together = pipeline.volumes_together(len(counts), sum(counts), 8)
+    assert together == pipeline.MIXED_VOLUMES == 8
+    left, most = list(counts), 0
+    for batch in drawn(many).take(sum(counts)):
+        left[numbers(batch)[0] // 1000] -= 1
+        most = max(most, len(read) - left.count(0))
+    assert not any(left)
+    # Besides, those being read, and those whose last slices wait in the queue of batches.
+    assert together <= most <= 3 * together + 2 * pipeline.READING_THREADS + pipeline.WAITING_SLICES
+
+
+def test_how_many_volumes_are_shuffled_together():
+    assert pipeline.volumes_together(100, 2800, 512) == 19  # 512 slices are those of 18.3 volumes of 28
+    assert pipeline.volumes_together(100, 32000, 512) == 8  # never fewer patients, however many slices each has
+    assert pipeline.volumes_together(5, 140, 512) == 5

@@ -11,7 +11,7 @@ import tensorflow as tf
 from bad_files import bad_scans
 from small_study import command, scan
 
-from lvseg import metrics, pipeline, predict, preprocess, records
+from lvseg import metrics, pipeline, predict, preprocess, records, waterfat
 from lvseg.errors import InputError
 from lvseg.export import export_model, publish, weights_sha256
 from lvseg.formats import read_volume, write_volume
@@ -337,6 +337,94 @@ def test_outputs_that_cannot_be_are_refused_and_scans_stay(exported, tmp_path, m
     said = capsys.readouterr().err
     assert word in said and "Traceback" not in said
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.nii.gz")} == before
+
+
+@pytest.fixture(scope="module")
+def fat_model(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "fatfraction" / "1"
+    export_model(model, card(task="fatfraction", normalisation="none", labels=["background", "liver"]), folder)
+    return folder
+
+
+def water_and_fat(folder):
+    """A fatty rim about lean tissue in air, with a fraction that rises through the inside; two NIfTI files."""
+    shape, (y, x) = (6, 64, 72), np.meshgrid(np.arange(64) - 31.5, np.arange(72) - 35.5, indexing="ij")
+    radius = np.sqrt((y / 26) ** 2 + (x / 30) ** 2)
+    percent = np.where(radius < 0.85, 2.0 + 0.3 * np.arange(72), 92.0)
+    random = np.random.default_rng(7)
+    affine = np.array([[0, 0, 5.0, 0], [0, 5.0, 0, 0], [8.0, 0, 0, 0], [0, 0, 0, 1]])
+    paths = []
+    for name, share in (("water", 100 - percent), ("fat", percent)):
+        noise = random.normal(0, 20, (2, *shape))
+        image = np.hypot(np.where(radius < 1, 10.0 * share, 0.0) + noise[0], noise[1])
+        paths += write_volume(Volume(np.rint(image).astype(np.int16), affine), folder / f"{name}.nii.gz")
+    return paths
+
+
+def run_predict(*arguments):
+    return predict.main([str(argument) for argument in arguments])
+
+
+def test_water_and_fat_become_a_mask_and_the_fat_inside_it(fat_model, tmp_path, capsys):
+    water, fat = water_and_fat(tmp_path)
+    told = tmp_path / "m.json"
+    out = tmp_path / "liver.nii.gz"
+    assert run_predict("--model", fat_model, "--water", water, "--fat", fat, "-o", out, "--json", told) == 0
+    (result,) = json.loads(told.read_text())
+    mask = read_volume(out)
+    np.testing.assert_array_equal(mask.affine, read_volume(water).affine)
+    inside = waterfat.from_water_fat(read_volume(water), read_volume(fat)).voxels[mask.voxels == 1].astype(np.float64)
+    assert inside.size > 100
+    found = result["fat_fraction_percent"]["liver"]
+    assert found["mean"] == pytest.approx(inside.mean(), abs=1e-6)
+    assert found["median"] == pytest.approx(np.median(inside), abs=1e-6)
+    assert found["sd"] == pytest.approx(inside.std(), abs=1e-6)
+    assert result["fat_fraction_image"]["swap"]["suspected"] is False and "sources" not in result["fat_fraction_image"]
+    said = capsys.readouterr()
+    assert "swapped" not in said.err + said.out and "% fat" in said.out
+
+    assert run_predict("--model", fat_model, "--water", fat, "--fat", water, "-o", out, "--json", told) == 0
+    assert any("water and fat look swapped" in flag for flag in json.loads(told.read_text())[0]["flags"])
+    assert "water and fat look swapped" in capsys.readouterr().err
+
+
+def test_a_fat_fraction_in_another_unit_gets_the_answer_of_the_same_in_percent(fat_model, tmp_path, capsys):
+    percent = waterfat.from_water_fat(*(read_volume(path) for path in water_and_fat(tmp_path)))
+    answers = []
+    for name, factor, options in (("percent", 1, ()), ("tenths", 10, ()), ("odd", 3, ("--scale", 1 / 3))):
+        write_volume(percent.with_voxels(percent.voxels * factor), tmp_path / f"{name}.nii.gz")
+        out, told = tmp_path / f"{name}-mask.nii.gz", tmp_path / f"{name}.json"
+        assert run_predict("--model", fat_model, tmp_path / f"{name}.nii.gz", "-o", out, "--json", told, *options) == 0
+        answers.append((read_volume(out).voxels, json.loads(told.read_text())[0]["fat_fraction_percent"]["liver"]))
+    for voxels, fat in answers[1:]:
+        assert np.mean(voxels != answers[0][0]) < 1e-3
+        assert fat["mean"] == pytest.approx(answers[0][1]["mean"], abs=0.05)
+    capsys.readouterr()
+    assert run_predict("--model", fat_model, tmp_path / "odd.nii.gz", "-o", tmp_path / "no.vtk") == 2
+    assert "odd.nii.gz" in capsys.readouterr().err and not (tmp_path / "no.vtk").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--water", "water.nii.gz", "-o", "o.vtk"], "--fat"),
+        (["water.nii.gz", "--water", "water.nii.gz", "--fat", "fat.nii.gz", "-o", "o.vtk"], "both"),
+        (["-o", "o.vtk"], "none of them"),
+        (["--water", "water.nii.gz", "--fat", "gone.nii.gz", "-o", "o.vtk"], "gone.nii.gz"),
+        (["--water", "water.nii.gz", "--fat", "fat.nii.gz", "-o", "fat.nii.gz"], "scan's own"),
+        (["--water", "water.nii.gz", "--fat", "fat.nii.gz", "--scale", "1", "-o", "o.vtk"], "--scale"),
+        (["--water", "water.nii.gz", "--fat", "fat.nii.gz", "-o", "o.vtk", "--volume"], "fatfraction"),
+    ],
+)
+def test_pairs_that_cannot_be_are_refused_and_stay(exported, fat_model, tmp_path, monkeypatch, capsys, arguments, word):
+    monkeypatch.chdir(tmp_path)
+    water_and_fat(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    chosen = exported if arguments[-1] == "--volume" else fat_model  # a model that knows nothing of fat fractions
+    assert run_predict("--model", chosen, *[word for word in arguments if word != "--volume"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert word in said and said.count("\n") == 0
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_real_series_goes_through_and_keeps_its_place(exported, tmp_path, real_data):
