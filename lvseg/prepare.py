@@ -332,9 +332,10 @@ def _relative(values: Any, prefix: str) -> Any:
 
 
 def _sha256(path: Path) -> str:
-    """sha256 of a file, or of the names and contents of the files in a folder."""
+    """sha256 of a file, or of the names and contents of all files below a folder."""
     if path.is_dir():
-        parts = [f"{member.name}\0{_sha256(member)}" for member in sorted(path.iterdir()) if member.is_file()]
+        files = [member for member in sorted(path.rglob("*")) if member.is_file()]
+        parts = [f"{member.relative_to(path).as_posix()}\0{_sha256(member)}" for member in files]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
