@@ -78,7 +78,7 @@ def pipeline(folder: Path, volumes: int) -> None:
 
     files = sorted((folder / "shards").iterdir())[:volumes]
     reading = pipeline.Reading(SIZE, 1, "none", None, None)
-    batches = iter(pipeline.training_batches(files, SLICES * volumes, reading, 0, 8, 512, 0))
+    batches = iter(pipeline.training_batches(files, SLICES * volumes, reading, 0, 8, 8 * SLICES, 0))  # 8 open at a time
     for _ in range(MANY * SLICES // 8):
         next(batches)
 
