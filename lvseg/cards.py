@@ -10,8 +10,9 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -265,6 +266,20 @@ def survey(card: Card, root: Path) -> tuple[list[Scan], list[Path]]:
     return scans, unlabelled
 
 
+def masks_without_scans(card: Card, root: Path) -> list[Path]:
+    """Masks of patients and studies without an image, sorted: most likely the image has a name that the card misses."""
+    listed = _listed(card, root)
+    key, pattern = next(iter(card.images.items()))
+    scans = {(patient, study) for patient, study, _ in _matching(card, root, key, pattern, listed)}
+    patients = {patient for patient, _ in scans}
+    return sorted(
+        path
+        for name, its_pattern in card.masks.items()
+        for patient, study, path in _matching(card, root, f"mask.{name}", its_pattern, listed)
+        if patient not in patients or ("{study}" in its_pattern and (patient, study) not in scans)
+    )
+
+
 def read_image(scan: Scan) -> Volume:
     """Reads a scan as its card says: the intensities of its image, or the fat fraction in percent.
 
@@ -334,20 +349,10 @@ def read_tissues(scan: Scan, image: Volume) -> Volume | None:
 
 def _images(card: Card, root: Path, key: str, pattern: str) -> dict[tuple[str, str], Path]:
     """The images of one key by (patient, study) as they stand in the paths."""
-    expression = _expression(pattern)
     listed = _listed(card, root)
     found: dict[tuple[str, str], list[Path]] = {}
-    for path in sorted(root.glob(_glob(pattern, patient="*", study="*"))):
-        relative = path.relative_to(root)
-        match = re.fullmatch(expression, relative.as_posix())
-        if match is None or any(part.startswith(".") for part in relative.parts):
-            continue
-        groups = {"study": "1", **match.groupdict()}
-        if card.patient_pattern is not None and re.fullmatch(card.patient_pattern, groups["patient"]) is None:
-            continue
-        if listed is not None and groups["patient"] not in listed:
-            continue
-        found.setdefault((groups["patient"], groups["study"]), []).append(path)
+    for patient, study, path in _matching(card, root, key, pattern, listed):
+        found.setdefault((patient, study), []).append(path)
     for (patient, study), paths in found.items():
         _check_one(card, key, patient, study, paths)
     if listed is not None:
@@ -359,6 +364,30 @@ def _images(card: Card, root: Path, key: str, pattern: str) -> dict[tuple[str, s
                 f" {root / pattern} for {_some(missing)}.",
             )
     return {who: paths[0] for who, paths in found.items()}
+
+
+def _matching(
+    card: Card, root: Path, key: str, pattern: str, listed: set[str] | None
+) -> Iterator[tuple[str, str, Path]]:
+    """Patient, study and path of whatever a pattern finds of the card's patients, by path."""
+    expression = _expression(pattern)
+    for path in sorted(root.glob(_glob(pattern, patient="*", study="*"))):
+        relative = path.relative_to(root)
+        match = re.fullmatch(expression, relative.as_posix())
+        if match is None or any(part.startswith(".") for part in relative.parts):
+            continue
+        groups = {"study": "1", **match.groupdict()}
+        if any("\ud800" <= letter <= "\udfff" for letter in relative.as_posix()):
+            raise InputError(
+                "BAD_PATH",
+                f"Expected names of files and folders in UTF-8, received {os.fsencode(path)!r} (key {key} of card"
+                f" {card.name}); rename it.",
+            )
+        if card.patient_pattern is not None and re.fullmatch(card.patient_pattern, groups["patient"]) is None:
+            continue
+        if listed is not None and groups["patient"] not in listed:
+            continue
+        yield groups["patient"], groups["study"], path
 
 
 def _expression(pattern: str) -> str:
@@ -456,11 +485,18 @@ def _entries(path: Path, wanted: PatientList, where: str) -> list[str]:
                         f"Expected a column {column or 'for patients.column'} among {table.fieldnames},"
                         f" received none in {path} {where}.",
                     )
-            return [
-                row[wanted.column or ""]
+            chosen = [
+                (table.line_num, row[wanted.column or ""])
                 for row in table
                 if all(row[column] in values for column, values in wanted.where.items())
             ]
+        for line, patient in chosen:
+            if not patient:
+                raise InputError(
+                    "BAD_CONFIG",
+                    f"Expected a patient in column {wanted.column}, received none in line {line} of {path} {where}.",
+                )
+        return [patient for _, patient in chosen]
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json":
         values = reduce(

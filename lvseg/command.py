@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -113,6 +114,19 @@ def atomic(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(lock: Path, folder: Path) -> Iterator[None]:
+    """Waits until no other process that works on `folder` holds the file `lock`; a killed one's hold ends with it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another preparation of {folder}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:

@@ -21,6 +21,9 @@ class Keys(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+# What pydantic puts into the place of an error to say which type of a union it tried.
+UNION_TAGS = frozenset(("str", "list[str]", "dict[str,str]", "PatientList"))
+
 Checked = TypeVar("Checked", bound=Keys)
 
 
@@ -67,13 +70,14 @@ def check_keys(kind: type[Checked], values: dict[str, Any], where: str) -> Check
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first, *others = error.errors()
+        # An unknown key first: it is often the misspelt name of one that is missing.
+        first, *others = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         more = f" ({len(others)} more like it)" if others else ""
         raise InputError("BAD_CONFIG", _sentence(kind, first, f"in {where}{more}")) from error
 
 
 def _sentence(kind: type[BaseModel], error: Any, where: str) -> str:
-    names = [str(part) for part in error["loc"]]
+    names = [str(part) for part in error["loc"] if str(part) not in UNION_TAGS]
     key = ".".join(names)
     if error["type"] == "extra_forbidden":
         siblings = list(_group(kind, names[:-1]).model_fields)
@@ -102,6 +106,8 @@ def _sentence(kind: type[BaseModel], error: Any, where: str) -> str:
             number = float(error["input"])
             whole = error["type"].startswith("int")
             hint = f" (YAML reads it as text; write {int(number) if whole else f'{number:.1e}'})"
+    if error["type"] == "string_type" and type(error["input"]) is int:
+        hint = " (YAML reads it as a number; write it in quotes)"
     return f"Expected {expected} for {key}, received {error['input']!r}{hint} {where}."
 
 

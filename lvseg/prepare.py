@@ -10,15 +10,13 @@ byte for byte as those of a run that was not.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +33,7 @@ from lvseg.volume import Volume, as_float32
 from lvseg.workers import Engine
 
 # Raise when what is written into a shard changes, so that old shards are not taken for new ones.
-SHARD_FORMAT = 2
+SHARD_FORMAT = 3
 MANIFEST = "manifest.json"
 PACKAGES = ("lvseg", "tensorflow", "numpy", "nibabel", "pydicom", "highdicom", "SimpleITK", "vtk")
 # Of a scan's metadata, what is kept with the shard; nothing that names a person.
@@ -178,8 +176,13 @@ def _prepare_card(card: Card, root: Path, data: Data, engine: Engine) -> ShardSe
             f" first is {unlabelled[0]}",
             file=sys.stderr,
         )
+    if alone := cards.masks_without_scans(card, root):
+        print(
+            f"{card.name}: {len(alone)} masks have no scan and are left out, the first is {alone[0]}", file=sys.stderr
+        )
     folder = _folder(card, data)
-    with _alone_in(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with command.alone(folder.parent / f".{folder.name}.lock", folder):
         for left_over in folder.glob(".partial-*"):  # a worker that was killed could not remove its own
             left_over.unlink(missing_ok=True)
         rows = _make_shards(card, root, scans, folder, data, engine)
@@ -193,6 +196,13 @@ def _prepare_card(card: Card, root: Path, data: Data, engine: Engine) -> ShardSe
         }
         with command.atomic(folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        left = sorted({path.name for path in folder.glob("*.tfrecord")} - {row["file"] for row in rows})
+    if left:
+        print(
+            f"{card.name}: {len(left)} shards are of scans that the card does not find any more, the first is"
+            f" {folder / left[0]}; delete them if nothing else needs them",
+            file=sys.stderr,
+        )
     for row in rows:
         for warning in row["metadata"].get("fat_fraction", {}).get("warnings", []):
             print(f"{card.name}: {row['patient']}, {root / row['scan'][0]}: {warning}", file=sys.stderr)
@@ -217,19 +227,6 @@ def _make_shards(
         for scan, row in zip(scans, rows, strict=True)
         if row is not None
     ]
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Waits for another preparation of the same folder to end; the lock of a killed one is gone with it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another preparation of {folder}", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _finished(scan: Scan, folder: Path) -> tuple[dict[str, Any] | None, tuple[str, ...] | None]:
@@ -309,7 +306,7 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data, root: Path | 
         scanner=scan.card.scanner,
         dataset=scan.card.name,
         sources=tuple(sources),
-        voxels_sha256=records.voxels_sha256(canonical.voxels, canonical.spacing_mm),
+        voxels_sha256=records.voxels_sha256(canonical.voxels),
         shape=(voxels.shape[0], voxels.shape[1], voxels.shape[2]),
         spacing_mm=(slice_mm, row_mm, column_mm),
         statistics=statistics,

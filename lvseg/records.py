@@ -37,7 +37,7 @@ class Harmonised:
     Args:
         patient, study, scanner, dataset: who and what it is; text without geometry.
         sources: sha256 of every file it was made from, by name, in the order they were read.
-        voxels_sha256: of the scan's canonical voxels, shape and spacing, to notice the same scan under two names.
+        voxels_sha256: of the scan's canonical voxels and shape, to notice the same scan under two names.
         shape, spacing_mm: of the scan, (slice, row, column), with slices along the card's axis.
         statistics: of the scan before padding.
         image: float32 [S, size, size]; mask: uint8 [S, size, size]; tissues: uint8 [S, size, size] or None.
@@ -72,9 +72,12 @@ class Slices(NamedTuple):
     statistics: Statistics
 
 
-def voxels_sha256(voxels: Array, spacing_mm: tuple[float, float, float]) -> str:
-    """Digest of a scan's canonical voxels, shape and spacing; equal values give equal digests in any dtype."""
-    header = f"{voxels.shape} {[round(mm, 4) for mm in spacing_mm]} "
+def voxels_sha256(voxels: Array) -> str:
+    """Digest of a scan's canonical voxels and shape; equal values give equal digests in any dtype.
+
+    Without the spacing, whose last digits differ from one file format to another.
+    """
+    header = f"{voxels.shape} "
     return hashlib.sha256(header.encode() + voxels.astype("<f8").tobytes(order="C")).hexdigest()
 
 

@@ -157,7 +157,7 @@ def from_water_fat(water: Volume, fat: Volume, remove_noise_bias: bool = False) 
         signals = [_without_bias(values, sd) for values, sd in zip(signals, sds, strict=True)]
     percent, clipped = _ratio(signals[1], signals[0] + signals[1], signal)
 
-    warnings = []
+    warnings = _same_image(signals)
     ratio = sds[0] / sds[1] if sds[1] > 0 else 1.0
     if not 1 / SCALES_DIFFER < ratio < SCALES_DIFFER:
         warnings.append(
@@ -214,6 +214,7 @@ def from_in_opposed_phase(in_phase: Volume, opposed_phase: Volume, t2star_ms: fl
     floor = noise_floor(*(in_phase.with_voxels(values).canonical().voxels for values in signals))
     signal = floor.signal(*signals)
     swap, warnings = _check_phases(images, signals, signal)
+    warnings += _same_image(signals)
     times_ms = [_echo_time_ms(image) for image in images]
     decay = 1.0
     if t2star_ms is not None:
@@ -335,8 +336,9 @@ def noise_floor(first: Array, second: Array) -> NoiseFloor:
         air = air[agreeing]
         mean, variance = float(energy[air].mean()), float(energy[air].var())
         freedom = min(max(2 * mean**2 / variance, 1.0), 64.0)
-        most = AIR_OVER_TISSUE_IN_VIEW if np.mean(root == 0) < FEW_ZEROS else AIR_OVER_TISSUE
-        if tissue is None or math.sqrt(mean / MAGNITUDE_FREEDOM) <= most * tissue:
+        in_view = np.mean(root == 0) < FEW_ZEROS
+        most = math.inf if tissue is None else tissue * (AIR_OVER_TISSUE_IN_VIEW if in_view else AIR_OVER_TISSUE)
+        if math.sqrt(mean / MAGNITUDE_FREEDOM) <= most and (in_view or tissue is not None):
             parts = [image[air].ravel() for image in pairs]
             magnitudes = all(float(_variation(part[None])[0]) < MAGNITUDE_VARIATION for part in parts)
             sds = [math.sqrt(float((part**2).mean()) / (2.0 if magnitudes else 1.0)) for part in parts]
@@ -376,7 +378,7 @@ def _tissue_noise(pairs: Sequence[Floats], root: Floats) -> float | None:
     lit = mean > 0
     if np.count_nonzero(lit) < LEAST_BLOCKS:
         return None
-    even = lit & (mean > np.median(mean[lit])) & (root.min(1) > 0.5 * mean)
+    even = lit & (mean >= np.median(mean[lit])) & (root.min(1) > 0.5 * mean)
     if np.count_nonzero(even) < LEAST_BLOCKS:
         return None
     chosen = [image[even] for image in pairs]
@@ -439,6 +441,13 @@ def _magnitudes(images: Sequence[Volume]) -> list[Floats]:
                 f" {image.source or 'an image'}.",
             )
     return pair
+
+
+def _same_image(signals: Sequence[Floats]) -> list[str]:
+    """What to say of a pair of which both are one image, which has one fraction everywhere: no sentence or one."""
+    if not np.array_equal(signals[0], signals[1]):
+        return []
+    return ["both images are the same, voxel for voxel: the fat fraction says nothing if one file was given twice"]
 
 
 def _on_grid_of(image: Volume, other: Volume) -> Volume:
@@ -650,7 +659,8 @@ def given_pair(arguments: Mapping[str, Any]) -> dict[str, Path]:
     """The paths of water and fat, or of in_phase and opposed_phase, as the options gave them; empty without any.
 
     Raises:
-        InputError: BAD_ARGUMENT for half a pair or two of them, or the choice of a series of an image not given.
+        InputError: BAD_ARGUMENT for half a pair or two of them, one image given as both, or the choice of a series of
+            an image not given.
     """
     names = [name for pair in PAIRS for name in pair]
     given = {name: arguments[name] for name in names if arguments[name] is not None}
@@ -658,6 +668,11 @@ def given_pair(arguments: Mapping[str, Any]) -> dict[str, Path]:
         received = " ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(
             "BAD_ARGUMENT", f"Expected --water and --fat, or --in-phase and --opposed-phase, received {received}."
+        )
+    if given and len({(path.resolve(), arguments[f"{name}_series"]) for name, path in given.items()}) == 1:
+        received = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(
+            "BAD_ARGUMENT", f"Expected two images, received the same for {received}: {next(iter(given.values()))}."
         )
     for name in names:
         if arguments[f"{name}_series"] is not None and name not in given:
@@ -711,7 +726,8 @@ def _write_fraction(arguments: argparse.Namespace) -> None:
 
 def _check_output(outputs: Sequence[Path], sources: Sequence[Path]) -> None:
     """Refuses outputs that are an input, lie in one, or are folders: InputError BAD_OUTPUT."""
-    inputs = {source.resolve() for source in sources}
+    # The JSON beside an input, as converters of DICOM write it, is the user's own.
+    inputs = {path.resolve() for source in sources for path in (source, source.with_name(f"{stem(source)}.json"))}
     for path in outputs:
         whole = path.resolve()
         if whole in inputs or any(parent in inputs for parent in whole.parents):

@@ -67,7 +67,7 @@ class Refused(ClientError):
             number = int(match[1])
             return members[number - 1] if 1 <= number <= len(members) else match[0]
 
-        sentence = re.sub(r"\b([0-9]{6})\.(?:bin|dcm|ima)\b", local, error.text)
+        sentence = re.sub(r"\b([0-9]{6})\.(?:bin|dcm|ima|000)\b", local, error.text)
         if (error.code, error.fault) == ("NOT_FOUND", "access"):  # the readers have a code of that name, too
             sentence = (
                 f"Expected the server at {server} to know the job, received '{sentence}' (it was restarted, or gave the"

@@ -39,8 +39,9 @@ MODEL_CHARACTERS_MAX = 64
 OUTPUTS = ("vtk", "nii.gz", "vti", "nrrd", "mha")
 # Suffixes that reach a file name on the server; readers choose by them. Longest first.
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".vtk", ".vti", ".dcm", ".zip")
-# All that is kept of the names in a series: files that call themselves DICOM have to be.
+# All that is kept of the names in a series: files that call themselves DICOM have to be, and nameless ones may be.
 MEMBER_SUFFIXES = (".dcm", ".ima")
+MEMBER_NAMELESS = ".000"
 
 
 class BadFrame(ValueError):
@@ -237,7 +238,7 @@ class Submit:
     """C>S: announces a scan. One at a time per connection: the answer is ACCEPTED or ERROR.
 
     `name`: base name for messages, never used on disk but for a suffix in SUFFIXES. `kind`: "file", or "series" for a
-    zip of DICOM files whose member names are ignored but for MEMBER_SUFFIXES. `bytes` and `sha256`: of the bytes as
+    zip of DICOM files whose member names are ignored but for `member_suffix`. `bytes` and `sha256`: of the bytes as
     sent. `content_bytes`: of what `codec` unpacks them to. `deadline_ms`: give up when not begun by then, counted from
     SUBMIT.
     """
@@ -554,6 +555,13 @@ def is_model_name(text: str) -> bool:
 def suffix_of(name: str) -> str:
     """The suffix in SUFFIXES that `name` ends with in either case, or the empty string."""
     return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+
+
+def member_suffix(name: str) -> str:
+    """What is sent of the name of a file of a series: .dcm, .ima, .bin, or .000 where no letters follow a dot."""
+    suffix = next((known for known in MEMBER_SUFFIXES if name.lower().endswith(known) and len(name) > len(known)), "")
+    nameless = not name.startswith(".") and not re.search(r"\.[A-Za-z]\w*$", name)
+    return suffix or (MEMBER_NAMELESS if nameless else ".bin")
 
 
 def _sound(item: dataclasses.Field[Any], value: Any, kind: type[Any]) -> Any:

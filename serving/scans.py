@@ -17,6 +17,7 @@ from serving.errors import EXIT_BAD_INPUT, ClientError
 
 ZSTD_LEVEL = 1  # packs faster than a network of 1 Gbit/s carries
 PIECE_BYTES = 1024 * 1024
+FOLDERS_DEEP = 8  # as far down as the reader of DICOM looks
 SPOOL_BYTES = 64 * 1024 * 1024  # an upload up to this size waits in memory, a larger one in a temporary file
 
 
@@ -127,27 +128,31 @@ def stem_of(scan: Path) -> str:
 
 
 def _members(scan: Path) -> list[Path]:
-    """The files of a folder, by the rule of the reader of DICOM: one that holds only a folder stands for that one."""
-    folder = scan
-    while len(inside := sorted(folder.iterdir())) == 1 and inside[0].is_dir():
-        folder = inside[0]
+    """The files of a folder, which holds what the folders in it hold, as for the reader of DICOM."""
+    members = _of_folder(scan, FOLDERS_DEEP)
+    if not members:
+        raise ClientError("NOT_FOUND", f"Expected DICOM files, received none in the folder {scan}.", EXIT_BAD_INPUT)
+    return members
+
+
+def _of_folder(folder: Path, deep: int) -> list[Path]:
+    inside = sorted(folder.iterdir())
     for path in inside:
         if not path.is_file() and not path.is_dir():  # such as a link to a slice that is gone
             raise ClientError(
                 "NOT_READABLE", f"Expected files, received a device, a pipe or a broken link: {path}.", EXIT_BAD_INPUT
             )
+    folders = [path for path in inside if path.is_dir() and not path.is_symlink()] if deep else []
     members = [path for path in inside if path.is_file()]
-    if not members:
-        raise ClientError("NOT_FOUND", f"Expected DICOM files, received none in the folder {folder}.", EXIT_BAD_INPUT)
-    return members
+    return members + [path for folder in folders for path in _of_folder(folder, deep - 1)]
 
 
 def _zip(members: Sequence[Path], content: IO[bytes]) -> None:
     """A stored zip: zstd packs it afterwards. Without the names, which often hold the patient's, or any date."""
     with zipfile.ZipFile(content, "w") as archive:
         for number, member in enumerate(members, start=1):
-            suffix = member.suffix.lower() if member.suffix.lower() in protocol.MEMBER_SUFFIXES else ".bin"
-            with member.open("rb") as source, archive.open(zipfile.ZipInfo(f"{number:06d}{suffix}"), "w") as entry:
+            name = f"{number:06d}{protocol.member_suffix(member.name)}"
+            with member.open("rb") as source, archive.open(zipfile.ZipInfo(name), "w") as entry:
                 while piece := source.read(PIECE_BYTES):
                     entry.write(piece)
 

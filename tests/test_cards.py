@@ -1,6 +1,7 @@
 """Cards: every public layout read to the right voxels and labels, and one sentence for everything else."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -170,6 +171,20 @@ def test_a_wildcard_finds_what_differs_from_patient_to_patient(tmp_path):
     assert [each.mask.parent.name for each in found] == ["scan_20250102", "scan_20250304"]
 
 
+def test_preparing_says_how_many_masks_have_no_scan_and_which_shards_are_left_over(tmp_path, monkeypatch, capsys):
+    two_patients(tmp_path / "raw")
+    card_of(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    data = Data(datasets=["cards/a.yaml"], shards="shards", spacing_mm=[4.0, 4.0], size=32)
+    prepare.prepare(data, jobs=1)
+    assert "set_a: " not in capsys.readouterr().err
+    (tmp_path / "raw/p2/image.nii.gz").rename(tmp_path / "raw/p2/Image.nii.gz")
+    assert len(prepare.prepare(data, jobs=1)[0].rows) == 1
+    masks, shards = (line for line in capsys.readouterr().err.splitlines() if " are " in line or " have " in line)
+    assert "1 masks have no scan" in masks and masks.endswith("p2/mask.nii.gz")
+    assert "1 shards are of scans" in shards and "p2+1.tfrecord" in shards
+
+
 def test_two_matches_for_one_patient_are_an_error_that_lists_them(tmp_path):
     two_patients(tmp_path / "raw")
     shutil.copy(tmp_path / "raw/p2/mask.nii.gz", tmp_path / "raw/p2/mask_old.nii.gz")
@@ -238,6 +253,7 @@ def test_a_file_names_the_patients(tmp_path, name, text, keys):
         ("who.xlsx", "p1", {}, ("who.xlsx", ".csv")),
         ("who.txt", "p1\n", {"pattern": r"(\d\d)"}, ("p1", "patients.pattern")),
         ("who.txt", "", {}, ("none", "who.txt")),
+        ("who.csv", "site,id\nA,p1\nB\n", {"column": "id"}, ("line 3", "who.csv")),
     ],
 )
 def test_a_list_of_patients_that_cannot_be_used_is_refused(tmp_path, name, text, keys, words):
@@ -245,6 +261,19 @@ def test_a_list_of_patients_that_cannot_be_used_is_refused(tmp_path, name, text,
     (tmp_path / "raw" / name).write_text(text)
     refused(tmp_path, *(word for word in words if word != "key"), patients={"file": name, **keys})
     refused(tmp_path, "other.txt", "key patients of card set_a", patients={"file": "other.txt"})
+
+
+def test_a_misspelt_key_is_told_before_the_one_that_is_missing_for_it(tmp_path):
+    path = write_card(tmp_path, "a", scaner="b")
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("scanner:")))
+    with pytest.raises(InputError, match=r"received scaner \(did you mean scanner\?\)"):
+        load_card(path)
+
+
+def test_a_name_in_another_encoding_is_refused_with_its_bytes(tmp_path):
+    two_patients(tmp_path / "raw")
+    (tmp_path / "raw/p2").rename(tmp_path / "raw" / os.fsdecode(b"M\xfcller"))
+    refused(tmp_path, "UTF-8", r"M\xfcller", "key image of card set_a", code="BAD_PATH")
 
 
 def test_ids_that_do_not_match_are_not_the_cards(tmp_path):
@@ -328,6 +357,7 @@ def test_half_a_pair_is_refused(tmp_path):
         ({"patients": {"file": "x.txt", "pattern": "p"}}, ("patients.pattern", "one group")),
         ({"spacing_mm": [1.5]}, ("spacing_mm",)),
         ({"unlabelled": "ignore"}, ("unlabelled", "'error' or 'skip'")),
+        ({"patients": [1, 2]}, ("string for patients.0, received 1 (YAML reads it as a number", "quotes")),
     ],
 )
 def test_a_card_that_means_nothing_is_refused_with_its_key(tmp_path, changes, words):

@@ -281,6 +281,18 @@ def test_frames_of_an_enhanced_object_lie_where_their_groups_say(tmp_path, own, 
     np.testing.assert_allclose(scan.world_mm((2, 0, 0)), [-30, 20, 105])
 
 
+def test_a_makers_own_groups_of_a_frame_do_not_count(tmp_path):
+    dataset = enhanced(own=False)
+    for frame in dataset.PerFrameFunctionalGroupsSequence:  # as Philips repeats elements of classic images
+        own = Dataset()
+        own.PixelSpacing, own.SliceThickness, own.ImageOrientationPatient = [3, 3], 1, [1, 0, 0, 0, 0, -1]
+        frame.private_block(0x2005, "Philips MR Imaging DD 005", create=True).add_new(0x0F, "SQ", [own])
+    dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    scan = read_volume(tmp_path / "a.dcm")
+    assert scan.spacing_mm == (2.5, 1.5, 1.25)
+    np.testing.assert_allclose(scan.world_mm((0, 1, 0)), [-30, 21.5, 100])
+
+
 def without(keyword: str):
     def change(datasets):
         for dataset in datasets:
@@ -628,6 +640,33 @@ def test_a_folder_of_folders_holds_the_series_of_all(tmp_path):
     np.testing.assert_array_equal(read_volume(tmp_path, "4").voxels, pixels_of(3))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_slices_in_folders_of_a_folder_are_slices_of_its_series(tmp_path, packed):
+    folder = save(tmp_path / "scan", [slice_of(index) for index in range(2)])
+    save(folder / "more", [slice_of(index) for index in range(2, 4)])
+    path = folder
+    if packed:
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        path = zipped(tmp_path / "scan.zip", {str(file.relative_to(tmp_path)): file.read_bytes() for file in files})
+    np.testing.assert_array_equal(read_volume(path).voxels, pixels_of(4))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_notes_of_a_mac_beside_the_slices_are_passed_over(tmp_path, packed):
+    folder = tmp_path / "scan"
+    folder.mkdir()
+    for index in range(3):
+        slice_of(index).save_as(folder / f"IM{index}.dcm", enforce_file_format=True)
+        note = b"\0\5\x16\7\0\2\0\0Mac OS X        \0\2\0\0\0\x09\0\0\0\x32" + bytes(4062)
+        (folder / f"._IM{index}.dcm").write_bytes(note)
+    path = folder
+    if packed:
+        members = {f"__MACOSX/{file.name}" if file.name.startswith(".") else file.name: file.read_bytes()
+                   for file in folder.iterdir()}  # fmt: skip
+        path = zipped(tmp_path / "scan.zip", members)
+    np.testing.assert_array_equal(read_volume(path).voxels, pixels_of(3))
+
+
 def test_objects_without_pixels_are_passed_over_and_never_an_image_that_lost_its_pixels(tmp_path):
     folder = save(tmp_path / "scan", [slice_of(index) for index in range(3)])
     state = Dataset()
@@ -718,8 +757,19 @@ def test_a_zip_that_no_one_should_unpack_is_refused(tmp_path, monkeypatch, fault
     assert is_one_sentence_naming(sentence, path)
 
 
-def test_the_server_and_the_library_keep_the_same_of_a_members_name():
-    assert archive.SUFFIXES == protocol.MEMBER_SUFFIXES
+@pytest.mark.parametrize("name", ["a.dcm", "A.IMA", "IM0001", "1.2.840.3", "x.000", "notes.txt", "._IM1", ".dcm", "é"])
+def test_the_server_and_the_library_keep_the_same_of_a_members_name(name):
+    assert archive.kept_suffix(name) == protocol.member_suffix(name)
+    assert archive.kept_suffix(f"000001{archive.kept_suffix(name)}") == archive.kept_suffix(name)
+
+
+def test_a_damaged_slice_of_a_zip_is_not_passed_over(tmp_path):
+    members = members_of(tmp_path, [slice_of(index) for index in range(4)])
+    last = max(members)
+    spoilt = {**members, last: bytes(300) + members[last][300:]}
+    code, sentence = error_of(read_volume, zipped(tmp_path / "scan.zip", spoilt))
+    assert code == "UNSUPPORTED_FORMAT"
+    assert f"scan.zip/{last.rpartition('/')[2]}" in sentence
 
 
 def test_a_choice_where_there_is_none_is_refused(tmp_path):

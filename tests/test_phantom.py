@@ -1,6 +1,7 @@
 """Simulated scans: geometry, contrast, disturbances, masks as people draw them, truth, and the command."""
 
 import csv
+import fcntl
 import json
 from dataclasses import replace
 from functools import cache
@@ -428,6 +429,26 @@ def quick(monkeypatch):
         monkeypatch.setitem(PROTOCOLS, name, small(name))
 
 
+def test_two_simulations_into_one_folder_wait_for_each_other(tmp_path, quick, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    held = (tmp_path / "out/.lock").open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    of_the_other = tmp_path / f"out/.partial-0badcafe-{patient_id(SEED, 1)}"
+    of_the_other.mkdir()
+    taken = fcntl.flock
+
+    def release_and_take(file, how):
+        if not how & fcntl.LOCK_NB:  # it would wait: the other simulation ends now, its folder untouched
+            of_the_other.rename(tmp_path / "untouched")
+            held.close()
+        taken(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", release_and_take)
+    arguments = ["--scanner", "philips_volume", "--patients", "1", "--seed", str(SEED), "--jobs", "1"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "untouched").is_dir() and "waiting" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("scanner", ["philips_volume", "siemens_fat"])
 def test_the_command_writes_what_it_promises_and_keeps_what_is_finished(tmp_path, quick, scanner):
     out = tmp_path / "patients"
@@ -439,7 +460,8 @@ def test_the_command_writes_what_it_promises_and_keeps_what_is_finished(tmp_path
 
     assert main([*command, "--patients", "2", "--jobs", "2"]) == 0
     assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == before
-    assert sorted(path.name for path in out.iterdir()) == [patient_id(SEED, 1), patient_id(SEED, 2), "truth.csv"]
+    shown = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    assert shown == [patient_id(SEED, 1), patient_id(SEED, 2), "truth.csv"] and not list(out.glob(".partial-*"))
     expected = [PROTOCOLS[scanner].image(SEED, number) for number in (1, 2)]
     for number, made in enumerate(expected, start=1):
         folder = out / patient_id(SEED, number)

@@ -87,6 +87,14 @@ def test_numbers_without_zeros_are_matched_by_the_names_themselves_or_not_at_all
     assert is_one_sentence_naming(sentence, counted)
 
 
+def test_names_that_place_some_files_elsewhere_than_their_order_are_refused(tmp_path):
+    image = series(tmp_path / "image", [f"IM{number:03d}" for number in range(COUNT)])
+    shifted = pngs(tmp_path / "shifted", [f"IM{number:03d}.png" for number in range(1, COUNT + 1)], masks())
+    code, sentence = error_of(lambda path: read_mask(path, image), shifted)
+    assert code == "GEOMETRY_AMBIGUOUS"
+    assert is_one_sentence_naming(sentence, shifted)
+
+
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 

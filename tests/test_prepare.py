@@ -122,6 +122,17 @@ def test_the_same_voxels_in_another_orientation_and_dtype_are_the_same(own_study
     assert error.value.code == "DUPLICATE_SCAN"
 
 
+def test_the_same_voxels_in_another_format_are_the_same_whatever_its_spacing_rounds_to(own_study):
+    card, root = load_card(own_study / "cards/a.yaml")
+    first, second, *_ = find_scans(card, root)
+    image, mask = read_volume(first.image), read_volume(first.mask)
+    for volume, path in ((image, second.image), (mask, second.mask)):
+        # 0.9999 of it: as far apart as two formats that keep some digits of a spacing
+        write_volume(dataclasses.replace(volume, affine=volume.affine @ np.diag([0.9999, 1, 1, 1])), path)
+    with pytest.raises(InputError, match=rf"same voxels for patients {first.patient} .* and {second.patient} "):
+        prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)
+
+
 def test_a_patient_seen_by_two_scanners_is_one_patient(own_study):
     shutil.copytree(own_study / "raw/b/b-005", own_study / "raw/b/a-005")
     shutil.rmtree(own_study / "raw/b/b-005")

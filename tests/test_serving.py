@@ -934,6 +934,18 @@ def test_a_series_is_sent_without_its_names_and_named_in_errors(server: Server, 
     assert "study/Jane_Doe_1.dcm" in refused.value.sentence
 
 
+def test_a_series_in_folders_of_a_folder_is_sent_whole(tmp_path: Path) -> None:
+    for name in ("study/1.dcm", "study/one/IM2", "study/two/deep/3.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"content")
+    package = client.package(tmp_path / "study")
+    assert package.members == ("1.dcm", "one/IM2", "two/deep/3.txt")
+    with package.file as sent:
+        sent.seek(0)
+        archive = zipfile.ZipFile(io.BytesIO(zstandard.ZstdDecompressor().stream_reader(sent).read()))
+    assert archive.namelist() == ["000001.dcm", "000002.000", "000003.bin"]  # a nameless one may be a damaged slice
+
+
 def test_too_large_is_told_before_a_byte_is_sent(server: Server, tmp_path: Path) -> None:
     big = tmp_path / "big.nii.gz"
     big.write_bytes(bytes(4_000_001))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zipfile
 import zlib
@@ -15,12 +16,27 @@ MEMBERS_MAX = 20_000
 CONTENT_BYTES_MAX = 4 * 1024**3
 # All that is kept of a member's name: files that call themselves DICOM have to be.
 SUFFIXES = (".dcm", ".ima")
+# For names such as IM0001 or 1.2.840.3: what has one may be a damaged slice. Others get .bin.
+NAMELESS = ".000"
+
+
+def is_nameless(name: str) -> bool:
+    """Whether a file's name has no suffix, or a number; what else has such a name as slices have is text."""
+    return not name.startswith(".") and not re.search(r"\.[A-Za-z]\w*$", name)
+
+
+def kept_suffix(name: str) -> str:
+    """What is kept of a member's name."""
+    suffix = Path(name).suffix.lower()
+    if suffix in SUFFIXES:
+        return suffix
+    return NAMELESS if is_nameless(name) else ".bin"
 
 
 def unzip(source: Path, folder: Path, content_bytes: int, members: int, name: str) -> dict[str, str]:
-    """Unpacks a zip of DICOM files as 000001.dcm, 000002.bin, ... in the archive's order.
+    """Unpacks a zip of DICOM files as 000001.dcm, 000002.000, ... in the archive's order.
 
-    Of its names only a suffix in `SUFFIXES` is kept on disk, so none can lead anywhere.
+    Of its names only `kept_suffix` stays on disk, so none can lead anywhere.
 
     Args:
         source: the zip.
@@ -55,11 +71,11 @@ def unzip(source: Path, folder: Path, content_bytes: int, members: int, name: st
                         "ARCHIVE_UNSUPPORTED",
                         f"Expected members stored or deflated and not encrypted, received another in {name}.",
                     )
-                suffix = Path(entry.filename).suffix.lower()
-                kept = f"{number:06d}{suffix if suffix in SUFFIXES else '.bin'}"
+                name_in_zip = entry.filename.replace("\\", "/").rpartition("/")[2]
+                kept = f"{number:06d}{kept_suffix(name_in_zip)}"
                 with archive.open(entry) as member, (folder / kept).open("wb") as file:
                     left -= _copy(member, file, left, name)
-                names[kept] = entry.filename.replace("\\", "/").rpartition("/")[2]
+                names[kept] = name_in_zip
     except InputError:
         raise
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError) as error:

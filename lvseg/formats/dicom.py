@@ -8,7 +8,7 @@ alone and no SpacingBetweenSlices, and the metadata says so.
 
 Nothing is picked, filled in or left out: one whole, evenly spaced stack of slices is read. Where there are several,
 `dicom_series` lists them and lets one be chosen. Files that are no DICOM, a DICOMDIR, and objects that have no pixels
-by their kind are passed over. A folder without DICOM files stands for those of the folders in it.
+by their kind are passed over. A folder holds what the folders in it hold, as a zip does.
 """
 
 from __future__ import annotations
@@ -139,16 +139,14 @@ def _files(path: Path) -> list[Path]:
 
 
 def _of_folder(folder: Path, deep: int) -> list[Path]:
-    """The folder's own DICOM files, else those of the folders in it."""
+    """The DICOM files of the folder and of those in it."""
     inside = sorted(folder.iterdir())
     for entry in inside:
         if not entry.is_file() and not entry.is_dir():  # such as a link to a slice that is gone
             raise InputError("NOT_READABLE", f"Expected files, received a device, a pipe or a broken link: {entry}.")
     files = [entry for entry in inside if entry.is_file() and holds_dicom(entry) and not is_directory_file(entry)]
-    if files or not deep:
-        return files
-    folders = [entry for entry in inside if entry.is_dir() and not entry.is_symlink()]
-    return [file for entry in folders for file in _of_folder(entry, deep - 1)]
+    folders = [entry for entry in inside if entry.is_dir() and not entry.is_symlink()] if deep else []
+    return files + [file for entry in folders for file in _of_folder(entry, deep - 1)]
 
 
 def _read_files(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,7 @@ from pydicom.uid import (
 )
 
 from lvseg.errors import InputError
+from lvseg.formats.archive import SUFFIXES, is_nameless
 from lvseg.formats.checks import DEFLATE_RATIO, MAXIMUM_VOXEL_BYTES, truncated
 
 PREAMBLE_BYTES = 132
@@ -71,6 +71,8 @@ HEADER_KEYWORDS = (
     "SharedFunctionalGroupsSequence",
     "SoftwareVersions",
 )
+# The notes that a Mac keeps beside a file on a foreign disk or in a zip: ._IM0001.dcm, which is no slice.
+APPLE_DOUBLE = b"\x00\x05\x16\x07"
 END_OF_CODESTREAM = b"\xff\xd9"
 # The markers of a JPEG or JPEG-LS frame header; the other codes in the first range are no frame headers.
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
@@ -131,15 +133,15 @@ def holds_dicom(path: Path) -> bool:
     mark, meta = start[128:PREAMBLE_BYTES], start[PREAMBLE_BYTES : PREAMBLE_BYTES + 4]
     if mark == b"DICM":
         return True
+    if start.startswith(APPLE_DOUBLE):
+        return False
     if len(start) < PREAMBLE_BYTES and not start.strip(b"\0"):
         # Most preambles are zeros, so this may have been a slice, and one at the end would not be missed.
         raise truncated(path, PREAMBLE_BYTES, len(start))
-    is_named = path.suffix.lower() in (".dcm", ".ima")
+    is_named = path.suffix.lower() in SUFFIXES
     is_damaged = b"DICM" in start[:256] or meta == b"\x02\0\x00\0"  # bytes lost, added or changed before the header
     is_bare = start[:4] in (b"\x08\0\x00\0", b"\x08\0\x05\0", b"\x02\0\x00\0")
-    # Names of slices have no suffix, or a number; what else has such a name is text.
-    is_nameless = not path.name.startswith(".") and not re.search(r"\.[A-Za-z]\w*$", path.name) and b"\0" in start
-    if is_named or is_damaged or is_bare or is_nameless:
+    if is_named or is_damaged or is_bare or (is_nameless(path.name) and b"\0" in start):
         raise InputError("UNSUPPORTED_FORMAT", f"Expected DICM at byte 128, received a file without in {path}.")
     return False
 
@@ -363,7 +365,9 @@ def number_or_none(groups: Sequence[pydicom.Dataset], keyword: str) -> float | N
 
 
 def _items(groups: Sequence[pydicom.Dataset]) -> list[pydicom.Dataset]:
-    sequences = [element.value for group in groups for element in group if element.VR == "SQ"]
+    # A maker's own sequences repeat elements of the standard, on other terms.
+    standard = [element for group in groups for element in group if not element.tag.is_private]
+    sequences = [element.value for element in standard if element.VR == "SQ"]
     return [item for sequence in sequences for item in sequence]
 
 

@@ -3,7 +3,8 @@
 A PNG does not say where it lies. It belongs to the image file that has its place in the order of names, and its rows
 and columns are that image's. Grey values are the labels: 63, 126, 189 and 252 mean different organs in one set, and 255
 the only one in another, so nothing is rescaled here. Names are ordered as text and with their numbers as numbers; where
-the two orders would put a PNG on different slices nobody can know which was meant, unless the names themselves agree.
+the two orders would put a PNG on different slices, or an order puts it beside its namesake, nobody can know which was
+meant, unless all names agree.
 """
 
 from __future__ import annotations
@@ -81,6 +82,12 @@ def _slices(names: Sequence[str], files: Sequence[Path], folder: Path) -> list[i
             "GEOMETRY_AMBIGUOUS",
             f"Expected numbers with leading zeros in the names, received names whose order as text is not that of their"
             f" numbers in {folder} or its image.",
+        )
+    if any(stems.get(stem, pairs[0][number]) != pairs[0][number] for number, stem in enumerate(own)):
+        raise InputError(
+            "GEOMETRY_AMBIGUOUS",
+            f"Expected PNG files that all have a DICOM file's name, or none, received some whose namesake is another"
+            f" slice than their place in order says in {folder}.",
         )
     return [pairs[0][number] for number in range(len(own))]
 

@@ -7,8 +7,8 @@ pure functions of numbers or arrays that NumPy broadcasts, in SI units (seconds,
 
 Where the numbers come from (units of the table: proton density relative to pure water, times in ms, R2' in 1/s):
 
-- T1 and T2 of liver, spleen, pancreas, kidney cortex and medulla, marrow and subcutaneous fat at 1.5 and 3 T, and T2 of
-  muscle: de Bazelaire et al., Radiology 2004;230:652.
+- T1 and T2 of liver, spleen, pancreas, kidney cortex and medulla and subcutaneous fat at 1.5 and 3 T, and T2 of muscle
+  and marrow: de Bazelaire et al., Radiology 2004;230:652.
 - T1 of skeletal muscle, T1 and T2 of heart muscle, T2 of blood: Stanisz et al., Magn Reson Med 2005;54:507. T1 of blood
   at 1.5 T: the same; at 3 T: Lu et al., Magn Reson Med 2004;52:679.
 - T1 of cerebrospinal fluid, hardly dependent on field: Rooney et al., Magn Reson Med 2007;57:308.
@@ -19,9 +19,10 @@ Where the numbers come from (units of the table: proton density relative to pure
 - Fat fractions: liver from the patient; pancreas Kühn et al., Radiology 2015;276:129; vertebral marrow Kühn et al.,
   Radiology 2014;272:494; adipose tissue and muscle: usual values of water-fat studies.
 - T1 of fat and of water in the liver, and the single R2* that both share: Hamilton et al., NMR Biomed 2011;24:784.
-- The rest (contents of stomach, bowel and gallbladder, walls, skin, discs, lesions) are estimates; so is R2', the decay
-  by uneven field within a voxel, which is proportional to the field: R2* = 1/T2 + R2'. For liver it is chosen so that
-  T2* is about 29 ms at 1.5 T, and in the range healthy people have: Schwenzer et al., Invest Radiol 2008;43:854.
+- The rest (T1 of water in marrow and adipose tissue, contents of stomach, bowel and gallbladder, walls, skin, discs,
+  lesions) are estimates; so is R2', the decay by uneven field within a voxel, which is proportional to the field:
+  R2* = 1/T2 + R2'. For liver it is chosen so that T2* is about 29 ms at 1.5 T, and in the range healthy people have:
+  Schwenzer et al., Invest Radiol 2008;43:854.
 """
 
 from __future__ import annotations

@@ -16,13 +16,13 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import joblib
 
-from lvseg.command import atomic, progress
+from lvseg.command import alone, atomic, progress
 from lvseg.errors import InputError
 from lvseg.formats import write_volume
 from lvseg.phantom import ct
@@ -72,13 +72,21 @@ def simulate(
         protocol = replace(protocol, contour_jitter=True)
 
     made_by = {"scanner": scanner, "version": PHANTOM_VERSION, "contour_jitter": contour_jitter}
+    with alone(out / ".lock", out):
+        _simulate(protocol, seed, range(first, first + patients), out, jobs, made_by)
+
+
+def _simulate(
+    protocol: Protocol, seed: int, wanted: Iterable[int], out: Path, jobs: int, made_by: Mapping[str, object]
+) -> None:
+    """What `simulate` does while no other process writes patients into the folder."""
     done = {row["patient"] for row in _finished(out, made_by)}
-    numbers = [number for number in range(first, first + patients) if patient_id(seed, number) not in done]
+    numbers = [number for number in wanted if patient_id(seed, number) not in done]
     work = joblib.Parallel(n_jobs=min(jobs, max(1, len(numbers))), return_as="generator")(
         joblib.delayed(write_patient)(protocol, seed, number, out, made_by) for number in numbers
     )
     try:
-        for _ in progress(work, f"simulating {scanner}", total=len(numbers)):
+        for _ in progress(work, f"simulating {protocol.name}", total=len(numbers)):
             pass
     finally:
         for number in numbers:  # a worker that was killed could not remove its own
