@@ -11,7 +11,7 @@ demo: .venv/.demo
 	$(BIN)/python experiments/demo.py
 
 test: .venv/.dev
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -102,7 +102,7 @@ def test_a_real_series_with_labels_in_another_orientation(real_data, tmp_path):
 
 
 def test_every_shipped_card_is_valid_and_says_its_licence_and_where_it_is_told_about():
-    text = (ROOT / "data/README.md").read_text()
+    text = (ROOT / "data/README.md").read_text(encoding="utf-8")
     cards = {path: load_card(path)[0] for path in sorted((ROOT / "data").glob("*.yaml"))}
     for path, card in cards.items():
         assert card.name == path.stem and path.name in text
@@ -111,7 +111,9 @@ def test_every_shipped_card_is_valid_and_says_its_licence_and_where_it_is_told_a
     assert len(simulated) == 9 and len({each.seed for each in simulated.values()}) == 9
     for name, card in ((card.name, card) for card in cards.values() if card.name in simulated):
         assert card.scanner == card.simulate.scanner == name.removeprefix("phantom_")
-    trained = [yaml.safe_load(path.read_text())["data"]["datasets"] for path in ROOT.glob("experiments/*.yaml")]
+    trained = [
+        yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["datasets"] for path in ROOT.glob("experiments/*.yaml")
+    ]
     assert not any("siemens" in dataset for datasets in trained for dataset in datasets)
 
 
@@ -132,8 +134,8 @@ def test_the_walk_through_for_a_study_of_ones_own_works_as_written(tmp_path):
         done = command(tmp_path, *line.split("#")[0].split()[2:], "--jobs", 1)
         assert done.returncode == 0, done.stderr
     (page,) = (tmp_path / "data/shards").glob("trial7-*/summary.html")
-    assert "P005" in page.read_text()
-    template = yaml.safe_load((ROOT / "data/my_study.yaml").read_text())
+    assert "P005" in page.read_text(encoding="utf-8")
+    template = yaml.safe_load((ROOT / "data/my_study.yaml").read_text(encoding="utf-8"))
     assert set(template) <= set(Card.model_fields) and set(yaml.safe_load(blocks["data/trial7.yaml"])) <= set(template)
 
 
@@ -224,7 +226,9 @@ def test_preparing_says_how_many_scans_have_no_mask(tmp_path, monkeypatch, capsy
         Data(datasets=["cards/a.yaml"], shards="shards", spacing_mm=[4.0, 4.0], size=32), jobs=1
     )
     assert "1 of 2 scans" in capsys.readouterr().err
-    assert json.loads((shards.folder / "manifest.json").read_text())["unlabelled"] == ["p1/image.nii.gz"]
+    assert json.loads((shards.folder / "manifest.json").read_text(encoding="utf-8"))["unlabelled"] == [
+        "p1/image.nii.gz"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +269,9 @@ def test_a_list_of_patients_that_cannot_be_used_is_refused(tmp_path, name, text,
 
 def test_a_misspelt_key_is_told_before_the_one_that_is_missing_for_it(tmp_path):
     path = write_card(tmp_path, "a", scaner="b")
-    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("scanner:")))
+    path.write_text(
+        "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if not line.startswith("scanner:"))
+    )
     with pytest.raises(InputError, match=r"received scaner \(did you mean scanner\?\)"):
         load_card(path)
 

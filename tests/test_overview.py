@@ -89,8 +89,8 @@ def odd_study(tmp_path):
 def test_the_page_shows_every_scan_flags_the_odd_ones_and_needs_nothing_else(odd_study, monkeypatch):
     shards = shards_of(odd_study, monkeypatch)
     shutil.rmtree(odd_study / "raw")
-    text = overview.write(shards.folder, ONE).read_text()
-    assert overview.write(shards.folder, ONE).read_text() == text
+    text = overview.write(shards.folder, ONE).read_text(encoding="utf-8")
+    assert overview.write(shards.folder, ONE).read_text(encoding="utf-8") == text
     page = Page(text)
     assert not re.search(r"(?:https?:)?//[a-z]", re.sub(r"data:image/jpeg;base64,[\w+/=]+", "", text))
     for tag, found in page.attributes:
@@ -148,7 +148,7 @@ def test_a_picture_is_the_slice_in_grey_with_the_outline_in_colour():
 def test_fat_fractions_and_swapped_pairs_are_shown(tmp_path, monkeypatch):
     fat_study(tmp_path, 9, swapped=(4,))
     shards = shards_of(tmp_path, monkeypatch, "fat", 80)
-    page = Page(overview.write(shards.folder, ONE).read_text())
+    page = Page(overview.write(shards.folder, ONE).read_text(encoding="utf-8"))
     with (shards.folder / "summary.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows):
@@ -163,14 +163,14 @@ def test_fat_fractions_and_swapped_pairs_are_shown(tmp_path, monkeypatch):
 def test_what_is_common_to_most_scans_is_said_once(tmp_path, monkeypatch):
     fat_study(tmp_path, 4)  # livers from the first to the last slice
     shards = shards_of(tmp_path, monkeypatch, "fat", 80)
-    text = overview.write(shards.folder, ONE).read_text()
+    text = overview.write(shards.folder, ONE).read_text(encoding="utf-8")
     assert "<b>4 of 4</b> scans the mask reaches" in text
     assert not any(card["flag"] for card in Page(text).cards.values())
 
 
 def test_an_organ_that_the_field_cuts_off_is_told(odd_study, monkeypatch):
     shards = shards_of(odd_study, monkeypatch, size=32, spacing_mm=(1.0, 1.0))
-    rows = overview.write(shards.folder, ONE).with_name("summary.csv").read_text()
+    rows = overview.write(shards.folder, ONE).with_name("summary.csv").read_text(encoding="utf-8")
     assert "the scan is 120 mm high, the field 32 mm" in rows
 
 
@@ -178,8 +178,8 @@ def test_names_from_files_are_text(odd_study, monkeypatch):
     name = "<script>alert(1)<"
     (odd_study / "raw/a-003").rename(odd_study / "raw" / name)
     page = overview.write(shards_of(odd_study, monkeypatch).folder, ONE)
-    assert name not in page.read_text()
-    assert any(name in cell for row in Page(page.read_text()).rows for cell in row)
+    assert name not in page.read_text(encoding="utf-8")
+    assert any(name in cell for row in Page(page.read_text(encoding="utf-8")).rows for cell in row)
 
 
 QUANTITY = Quantity("x", "size", "mm", False, 0.1, 1)
@@ -217,8 +217,8 @@ def test_without_a_manifest_the_sentence_says_what_to_do(tmp_path):
 
 def test_the_pictures_in_the_page_are_the_scans_own(odd_study, monkeypatch):
     shards = shards_of(odd_study, monkeypatch)
-    manifest = json.loads((shards.folder / "manifest.json").read_text())
-    page = Page(overview.write(shards.folder, ONE).read_text())
+    manifest = json.loads((shards.folder / "manifest.json").read_text(encoding="utf-8"))
+    page = Page(overview.write(shards.folder, ONE).read_text(encoding="utf-8"))
     for row in manifest["volumes"]:
         card = page.cards[row["file"].replace("+", "%2B")]
         picture = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(card["picture"].split(",")[1]))).convert("RGB"))
