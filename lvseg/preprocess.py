@@ -21,6 +21,7 @@ Normalisation = Literal["none", "slice", "patient", "global"]
 AXIS_PERMUTATIONS = {"transversal": (0, 1, 2), "coronal": (1, 0, 2), "sagittal": (2, 0, 1)}
 # Percentiles kept of every scan, in percent: a table every clipping choice is read from without seeing the scan again.
 PERCENTILE_STEPS = 1000
+_BLOCK_SLICES = 4
 
 
 class Statistics(NamedTuple):
@@ -149,12 +150,15 @@ def restore(probabilities: tf.Tensor, shape: tf.Tensor, spacing_mm: tf.Tensor, t
     rows, columns = (
         _line(_own_positions(shape[axis], spacing_mm[axis], target_mm[axis - 1], size), size) for axis in (1, 2)
     )
-    background, *others = (_resample(plane, rows, columns) for plane in tf.unstack(probabilities, axis=-1))
+    background, *others = (
+        _resample(plane, rows, columns, tf.constant(0.0 if label else 1.0))
+        for label, plane in enumerate(tf.unstack(probabilities, axis=-1))
+    )
     labels, best = tf.zeros(tf.shape(background), tf.uint8), background
     for label, share in enumerate(others, start=1):
         labels = tf.where(share > best, tf.constant(label, tf.uint8), labels)
         best = tf.maximum(best, share)
-    return _surround(labels, rows, columns, tf.constant(0, tf.uint8))
+    return labels
 
 
 def intensity_bounds(
@@ -238,30 +242,27 @@ def _own_positions(count: tf.Tensor, own_mm: tf.Tensor, target_mm: float, size: 
 
 
 class _Line(NamedTuple):
-    """Linear interpolation at positions of an axis, without those that lie outside.
+    """Linear interpolation at the P positions of an axis.
 
     lower, upper: int32 [P], the voxels around each position; weight: float32 [P], of the upper one;
-    before, after: int32, how many positions lie outside at either end.
+    inside: bool [P], whether the position lies within the axis.
     """
 
     lower: tf.Tensor
     upper: tf.Tensor
     weight: tf.Tensor
-    before: tf.Tensor
-    after: tf.Tensor
+    inside: tf.Tensor
 
 
 def _line(positions: tf.Tensor, count: tf.Tensor) -> _Line:
-    """Interpolation at ascending `positions`, float64 in voxels, along an axis of `count` voxels."""
+    """Interpolation at `positions`, float64 in voxels, along an axis of `count` voxels."""
     reach = 0.5 + 1e-6  # spacing_mm comes as float32: an exact half voxel may not cost an edge row
     last = tf.cast(count - 1, tf.float64)
-    before, after = (
-        tf.reduce_sum(tf.cast(outside, tf.int32)) for outside in (positions < -reach, positions > last + reach)
-    )
-    held = tf.clip_by_value(positions[before : tf.size(positions) - after], 0.0, last)
+    held = tf.clip_by_value(positions, 0.0, last)
     below = tf.floor(held)
     lower = tf.cast(below, tf.int32)
-    return _Line(lower, tf.minimum(lower + 1, count - 1), tf.cast(held - below, tf.float32), before, after)
+    inside = (positions >= -reach) & (positions <= last + reach)
+    return _Line(lower, tf.minimum(lower + 1, count - 1), tf.cast(held - below, tf.float32), inside)
 
 
 def _harmonised_lines(shape: tf.Tensor, spacing_mm: tf.Tensor, target_mm: tf.Tensor, size: int) -> tuple[_Line, _Line]:
@@ -276,34 +277,45 @@ def _between(lower: tf.Tensor, upper: tf.Tensor, weight: tf.Tensor) -> tf.Tensor
     return lower + (upper - lower) * weight
 
 
-def _surround(values: tf.Tensor, rows: _Line, columns: _Line, fill: tf.Tensor) -> tf.Tensor:
-    """Puts what lies outside around what `_resample` found inside."""
-    paddings = tf.stack([tf.zeros([2], tf.int32), *(tf.stack([line.before, line.after]) for line in (rows, columns))])
-    return tf.pad(values, paddings, constant_values=fill)
-
-
 @tf.function(reduce_retracing=True)
 def _harmonise(values: tf.Tensor, spacing_mm: tf.Tensor, target_mm: tf.Tensor, size: int, fill: tf.Tensor) -> tf.Tensor:
-    rows, columns = _harmonised_lines(tf.shape(values), spacing_mm, target_mm, size)
-    return _surround(_resample(values, rows, columns), rows, columns, fill)
+    return _resample(values, *_harmonised_lines(tf.shape(values), spacing_mm, target_mm, size), fill)
 
 
-def _resample(values: tf.Tensor, rows: _Line, columns: _Line) -> tf.Tensor:
-    """Linear interpolation of [S, H, W] at rows and columns: [S, rows, columns].
+def _resample(values: tf.Tensor, rows: _Line, columns: _Line, fill: tf.Tensor) -> tf.Tensor:
+    """Linear interpolation of [S, H, W] at rows and columns: [S, rows, columns], `fill` outside.
 
-    Not by multiplying matrices, which GPUs may round to 10 bits (TF32). Whole rows are gathered and the image is turned
-    for the columns, since a CPU gathers single voxels ten times as slowly as rows and turns an image in between.
+    In blocks of slices of one length, because XLA compiles for every shape it meets: so only for every H and W.
     """
-    for line in (rows, columns):
-        lower, upper = tf.gather(values, line.lower, axis=1), tf.gather(values, line.upper, axis=1)
-        values = tf.transpose(_between(lower, upper, line.weight[:, None]), [0, 2, 1])
-    return values
+    count = tf.shape(values)[0]
+    missing = -count % _BLOCK_SLICES
+    if missing > 0:
+        values = tf.concat([values, tf.repeat(values[-1:], missing, axis=0)], 0)
+
+    def of_block(first: tf.Tensor) -> tf.Tensor:
+        return _resample_block(values[first : first + _BLOCK_SLICES], rows, columns, fill)
+
+    blocks = tf.map_fn(of_block, tf.range(0, count, _BLOCK_SLICES), fn_output_signature=tf.float32)
+    return tf.reshape(blocks, [-1, tf.size(rows.lower), tf.size(columns.lower)])[:count]
+
+
+@tf.function(jit_compile=True, reduce_retracing=True)
+def _resample_block(values: tf.Tensor, rows: _Line, columns: _Line, fill: tf.Tensor) -> tf.Tensor:
+    """Not by multiplying matrices, which GPUs may round to 10 bits (TF32); XLA makes one pass of the gathers."""
+    at_rows = _between(
+        tf.gather(values, rows.lower, axis=1), tf.gather(values, rows.upper, axis=1), rows.weight[:, None]
+    )
+    inside = _between(
+        tf.gather(at_rows, columns.lower, axis=2), tf.gather(at_rows, columns.upper, axis=2), columns.weight
+    )
+    return tf.where(rows.inside[:, None] & columns.inside, inside, fill)
 
 
 @tf.function(reduce_retracing=True)
 def _harmonise_labels(labels: tf.Tensor, spacing_mm: tf.Tensor, target_mm: tf.Tensor, size: int) -> tf.Tensor:
     rows, columns = _harmonised_lines(tf.shape(labels), spacing_mm, target_mm, size)
-    # The labels of the four voxels around each pixel, columns before rows, as `_resample` goes.
+    # The labels of the four voxels around each pixel. Whole rows are gathered and the image is turned for the columns:
+    # a CPU gathers single voxels ten times as slowly as rows.
     corners = []
     for of_row in (rows.lower, rows.upper):
         turned = tf.transpose(tf.gather(labels, of_row, axis=1), [0, 2, 1])
@@ -327,4 +339,4 @@ def _harmonise_labels(labels: tf.Tensor, spacing_mm: tf.Tensor, target_mm: tf.Te
         wins = (label_share > best_share) | ((label_share == best_share) & (label < best))
         best, best_share = tf.where(wins, label, best), tf.where(wins, label_share, best_share)
     result = tf.transpose(tf.tensor_scatter_nd_update(top_left, mixed, best), [0, 2, 1])
-    return _surround(result, rows, columns, tf.constant(0, labels.dtype))
+    return tf.where(rows.inside[:, None] & columns.inside, result, tf.constant(0, labels.dtype))
