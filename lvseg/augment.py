@@ -1,4 +1,4 @@
-"""Elastic deformation of slices: one random field a sample, applied to the image and to its mask.
+"""Spatial augmentation of slices: one random field a sample, applied to the image and to its mask.
 
 Axes. A batch of slices is [sample, row, column, channel]. A displacement or a field holds (row, column) in pixels and
 says where a pixel's value comes from: output(p) = image(p + field(p)), the sign of `elasticdeform.deform_grid` and the
@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import elasticdeform
@@ -29,7 +30,61 @@ Array = npt.NDArray[Any]
 SEED_BITS, STREAM_BITS = 47, 16
 STEP_BITS, INDEX_BITS = 31, 32
 # Every use of a run's random numbers has a stream of its own; dropout layer k takes DROPOUT_STREAM + k.
-ELASTIC_STREAM, SHUFFLE_STREAM, DROPOUT_STREAM = 0, 1, 16
+ELASTIC_STREAM, SHUFFLE_STREAM, FLIP_STREAM, ROTATE_STREAM, SCALE_STREAM, GAMMA_STREAM = range(6)
+BIAS_FIELD_STREAM, BIAS_CONTROL_STREAM, NOISE_STREAM, NOISE_PIXEL_STREAM, RESOLUTION_STREAM = range(6, 11)
+DROPOUT_STREAM = 16
+
+
+def spatial(
+    images: tf.Tensor, masks: tf.Tensor, seeds: tf.Tensor, settings: Mapping[str, Mapping[str, Any] | None]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mirrors, turns, magnifies and then deforms slices and their masks, in one resampling.
+
+    With centre c, the turn and magnification A of `similarity_field` and the elastic field e, a pixel's value is
+    output(p) = mirrored image(c + A (p + e(p) - c)). Mirroring only renumbers pixels, so it is exact.
+
+    Args:
+        images: float [B, size, size, C]; all channels of a sample move together.
+        masks: uint8 [B, size, size, 1].
+        seeds: int64 [B, 2], from `sample_seeds` with ELASTIC_STREAM.
+        settings: the experiment's keys of `elastic` (nothing here where it is "host"), `flip`, `rotate` and `scale`;
+            null or absent is off.
+
+    Returns:
+        Images (linear interpolation) and masks (nearest) of the shapes and dtypes that came in.
+
+    Raises:
+        ValueError: for slices that are not square, or whose size is unknown when traced.
+    """
+    elastic, flip, rotate, scale = (settings.get(name) for name in ("elastic", "flip", "rotate", "scale"))
+    if elastic and elastic.get("where") == "host":
+        elastic = None
+    if not (elastic or flip or rotate or scale):
+        return images, masks
+    _, size, width, _ = images.shape
+    if size is None or size != width:
+        raise ValueError(f"Expected square slices of a known size, received images.shape={images.shape}.")
+    if flip:
+        drawn = _uniform_of_each(seeds, FLIP_STREAM, 2)
+        for axis, probability in ((1, flip["rows"]), (2, flip["columns"])):
+            mirrored = (drawn[:, axis - 1] < probability)[:, tf.newaxis, tf.newaxis, tf.newaxis]
+            images = tf.where(mirrored, tf.reverse(images, [axis]), images)
+            masks = tf.where(mirrored, tf.reverse(masks, [axis]), masks)
+    if not (elastic or rotate or scale):
+        return images, masks
+    field = None
+    if elastic:
+        field = elastic_field(draw_displacement(seeds, elastic["sigma_px"], elastic["grid"]), size)
+    if rotate or scale:
+        degrees, factor = tf.zeros([1], tf.float64), tf.ones([1], tf.float64)
+        if rotate:
+            bound = rotate["max_degrees"]
+            degrees = draw_strength(seeds, ROTATE_STREAM, rotate["probability"], -bound, bound)
+        if scale:
+            bound = math.log(scale["max_factor"])
+            factor = tf.exp(draw_strength(seeds, SCALE_STREAM, scale["probability"], -bound, bound))
+        field = similarity_field(degrees, factor, size, field)
+    return warp(images, field, "linear"), warp(masks, field, "nearest")
 
 
 def elastic(
@@ -45,16 +100,9 @@ def elastic(
         grid: control points an axis, at least 2.
 
     Returns:
-        Images (linear interpolation) and masks (nearest) of the shapes and dtypes that came in.
-
-    Raises:
-        ValueError: for slices that are not square, or whose size is unknown when traced.
+        As `spatial`, which this is with nothing but `elastic` on; it raises the same.
     """
-    _, height, width, _ = images.shape
-    if height is None or height != width:
-        raise ValueError(f"Expected square slices of a known size, received images.shape={images.shape}.")
-    field = elastic_field(draw_displacement(seeds, sigma_px, grid), height)
-    return warp(images, field, "linear"), warp(masks, field, "nearest")
+    return spatial(images, masks, seeds, {"elastic": {"sigma_px": sigma_px, "grid": grid}})
 
 
 def elastic_host(
@@ -116,6 +164,45 @@ def sample_seeds(seed: int, stream: int, step: int | tf.Tensor, indices: tf.Tens
     return tf.stack([run, tf.cast(step, tf.int64) * 2**INDEX_BITS + indices], axis=1)
 
 
+def of_stream(seeds: tf.Tensor, stream: int) -> tf.Tensor:
+    """Turns seeds, int64 [B, 2], from `sample_seeds` with stream 0 into those of another stream."""
+    return seeds + tf.constant([stream, 0], tf.int64)
+
+
+def draw_uniform(seed: tf.Tensor, shape: Sequence[int], dtype: tf.DType = tf.float64) -> tf.Tensor:
+    """Draws a sample's numbers, uniform between 0 and 1 (float32 rounds some to 1), from its seed, int64 [2], alone.
+
+    TensorFlow's own uniform and normal numbers differ between its kernels and XLA; Philox's bits do not, so the bits
+    are drawn and made numbers here: in float64 to round alike everywhere, in float32 where they are many.
+    """
+    bits = tf.random.stateless_uniform(shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox")
+    return (tf.cast(bits, dtype) + 0.5) * 2.0**-32
+
+
+def draw_strength(seeds: tf.Tensor, stream: int, probability: float, lowest: float, highest: float) -> tf.Tensor:
+    """Draws how strongly each sample undergoes an augmentation, or 0 for those that do not.
+
+    Args:
+        seeds: int64 [B, 2], from `sample_seeds` with stream 0.
+        stream: the augmentation's own.
+        probability: of undergoing it.
+        lowest, highest: between which the strength is uniform.
+
+    Returns:
+        float64 [B].
+    """
+    drawn = _uniform_of_each(seeds, stream, 2)
+    return tf.where(drawn[:, 0] < probability, lowest + (highest - lowest) * drawn[:, 1], 0.0)
+
+
+def _uniform_of_each(seeds: tf.Tensor, stream: int, count: int) -> tf.Tensor:
+    return tf.map_fn(
+        lambda seed: draw_uniform(seed, [count]),
+        of_stream(seeds, stream),
+        fn_output_signature=tf.TensorSpec([count], tf.float64),
+    )
+
+
 def draw_displacement(seeds: tf.Tensor, sigma_px: float, grid: int) -> tf.Tensor:
     """Draws the control points' displacements, each sample's from its own seed alone.
 
@@ -129,13 +216,8 @@ def draw_displacement(seeds: tf.Tensor, sigma_px: float, grid: int) -> tf.Tensor
     """
 
     def draw(seed: tf.Tensor) -> tf.Tensor:
-        # TensorFlow's own normal (and uniform) numbers differ between its kernels and XLA; Philox's bits do not, so
-        # the bits are drawn and made normal here (Box and Muller 1958), in float64 to round alike everywhere.
-        bits = tf.random.stateless_uniform(
-            [2, 2, grid, grid], seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox"
-        )
-        uniform = (tf.cast(bits, tf.float64) + 0.5) * 2.0**-32
-        normal = tf.sqrt(-2.0 * tf.math.log(uniform[0])) * tf.cos(2.0 * math.pi * uniform[1])
+        uniform = draw_uniform(seed, [2, 2, grid, grid])
+        normal = tf.sqrt(-2.0 * tf.math.log(uniform[0])) * tf.cos(2.0 * math.pi * uniform[1])  # Box and Muller, 1958
         return tf.cast(tf.cast(sigma_px, tf.float64) * normal, tf.float32)
 
     return tf.map_fn(draw, seeds, fn_output_signature=tf.TensorSpec([2, grid, grid], tf.float32))
@@ -163,10 +245,15 @@ def elastic_field(displacement_px: tf.Tensor, size: int) -> tf.Tensor:
             "Expected displacements [B, 2, G, G] with G >= 2 and size >= 2, received"
             f" displacement_px.shape={displacement_px.shape} and size={size}."
         )
+    return spline_surface(displacement_px, size)
+
+
+def spline_surface(control: tf.Tensor, size: int) -> tf.Tensor:
+    """Interpolates values at control points, float32 [B, D, G, G], to every pixel: float32 [B, size, size, D]."""
     # In float64, since GPUs may multiply float32 matrices as TF32, whose 10-bit mantissa moves pixels by hundredths.
-    spline = tf.constant(_spline_matrix(size, grid))
-    field = tf.einsum("rg,bdgh,ch->brcd", spline, tf.cast(displacement_px, tf.float64), spline)
-    return tf.cast(field, tf.float32)
+    spline = tf.constant(_spline_matrix(size, control.shape[-1]))
+    surface = tf.einsum("rg,bdgh,ch->brcd", spline, tf.cast(control, tf.float64), spline)
+    return tf.cast(surface, tf.float32)
 
 
 @functools.cache
@@ -181,6 +268,33 @@ def _spline_matrix(size: int, grid: int) -> npt.NDArray[np.float64]:
         control %= 2 * (grid - 1)
         np.add.at(basis, (np.arange(size), np.minimum(control, 2 * (grid - 1) - control)), weight)
     return basis @ scipy.ndimage.spline_filter1d(np.eye(grid), order=3, axis=0, mode="mirror")
+
+
+def similarity_field(
+    degrees: tf.Tensor, factor: tf.Tensor, size: int, elastic_px: tf.Tensor | None = None
+) -> tf.Tensor:
+    """Makes the field that turns and magnifies slices about their centre and then, if asked to, deforms them.
+
+    Args:
+        degrees: float64 [B], anticlockwise as displayed with rows downwards, as `np.rot90` turns.
+        factor: float64 [B], above 1 to magnify.
+        size: pixels an axis of the slices.
+        elastic_px: float32 [B, size, size, 2] in pixels, (row, column), or None.
+
+    Returns:
+        float32 [B, size, size, 2] in pixels, (row, column).
+    """
+    radians = degrees * (math.pi / 180.0)
+    cosine, sine = tf.cos(radians) / factor, tf.sin(radians) / factor
+    along, across, rest = (tf.cast(part, tf.float32)[:, tf.newaxis, tf.newaxis] for part in (cosine, sine, cosine - 1))
+    column = np.arange(size, dtype=np.float32) - np.float32((size - 1) / 2)
+    row = column[:, np.newaxis]
+    # (A - I) (p - c) + A e rather than A (p + e - c) - (p - c), which would round e where A is the identity.
+    rows, columns = rest * row + across * column, rest * column - across * row
+    if elastic_px is not None:
+        rows += along * elastic_px[..., 0] + across * elastic_px[..., 1]
+        columns += along * elastic_px[..., 1] - across * elastic_px[..., 0]
+    return tf.stack([rows, columns], axis=-1)
 
 
 def warp(images: tf.Tensor, field: tf.Tensor, interpolation: Literal["linear", "nearest"] = "linear") -> tf.Tensor:

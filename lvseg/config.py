@@ -54,6 +54,8 @@ class Model(Keys):
     width: Annotated[int, Field(ge=1, le=512)] = 64
     encoder: Literal["vgg11"] | None = "vgg11"
     encoder_weights: str = "imagenet"
+    encoder_input: Literal["spread", "projection"] = "spread"
+    freeze_encoder_steps: Annotated[int, Field(ge=0)] = 0
     residual: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
@@ -66,10 +68,74 @@ class Elastic(Keys):
     where: Literal["device", "host"] = "device"
 
 
+class Chance(Keys):
+    """An augmentation that a sample undergoes with a probability."""
+
+    probability: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class Flip(Keys):
+    """Mirrors slices, each axis with its own probability: rows (front and back), columns (right and left)."""
+
+    rows: Annotated[float, Field(ge=0, le=1)] = 0.0
+    columns: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class Rotate(Chance):
+    """Turns slices around their centre, uniformly up to an angle either way."""
+
+    max_degrees: Annotated[float, Field(gt=0, le=180)] = 15.0
+
+
+class Scale(Chance):
+    """Magnifies or shrinks slices around their centre, log-uniformly up to a factor either way."""
+
+    max_factor: Annotated[float, Field(gt=1, le=4)] = 1.2
+
+
+class Gamma(Chance):
+    """Bends intensities, log-uniformly up to an exponent either way."""
+
+    max_gamma: Annotated[float, Field(gt=1, le=10)] = 1.5
+
+
+class BiasField(Chance):
+    """Multiplies a slice by a smooth field, as receiver coils do."""
+
+    sigma: Annotated[float, Field(gt=0, le=2)] = 0.3
+    grid: Annotated[int, Field(ge=4, le=64)] = 4
+
+
+class Noise(Chance):
+    """Adds Gaussian noise of a standard deviation up to this share of the intensity range."""
+
+    max_sigma_percent: Annotated[float, Field(gt=0, le=100)] = 5.0
+
+
+class Resolution(Chance):
+    """Blurs slices as if scanned with pixels up to this many times as large."""
+
+    max_factor: Annotated[float, Field(gt=1, le=8)] = 2.0
+
+
 class Augment(Keys):
-    """What is drawn anew for every sample."""
+    """What is drawn anew for every sample; all but the report's elastic deformation are off until asked for."""
 
     elastic: Elastic | None = Elastic()
+    flip: Flip | None = None
+    rotate: Rotate | None = None
+    scale: Scale | None = None
+    gamma: Gamma | None = None
+    bias_field: BiasField | None = None
+    noise: Noise | None = None
+    resolution: Resolution | None = None
+
+
+class EarlyStopping(Keys):
+    """Ends training when the validation Dice has not risen by `min_delta` for `patience` validations."""
+
+    patience: Annotated[int, Field(ge=1)] = 10
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Train(Keys):
@@ -78,14 +144,40 @@ class Train(Keys):
     steps: Annotated[int, Field(ge=1, lt=2**31)] = 100_000
     batch_size: Annotated[int, Field(ge=1)] = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1.0e-4
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "polynomial", "step"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_steps: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
     beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    loss: Literal["cross_entropy", "dice", "cross_entropy_dice"] = "cross_entropy"
-    precision: Literal["float32"] = "float32"
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    loss: Literal["cross_entropy", "dice", "cross_entropy_dice", "focal"] = "cross_entropy"
+    class_weights: list[Annotated[float, Field(ge=0)]] | None = None
+    focal_gamma: Annotated[float, Field(ge=0)] = 2.0
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    devices: Literal["auto", "cpu", "gpu", "all"] = "auto"
+    jit_compile: bool | None = None
     deterministic: bool = False
     validate_every: Annotated[int, Field(ge=1)] = 1000
     checkpoint_every: Annotated[int, Field(ge=1)] = 1000
+    early_stopping: EarlyStopping | None = None
+    histograms: bool = False
+    profile_steps: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Train:
+        if (self.schedule == "step") != bool(self.decay_steps):
+            raise ValueError(
+                f"expected decay_steps with schedule=step and only there, received schedule={self.schedule} and"
+                f" decay_steps={self.decay_steps}"
+            )
+        if self.loss == "dice" and self.class_weights is not None:
+            raise ValueError("expected no class_weights with loss=dice, which counts the classes alike as it is")
+        if self.decay_steps != sorted(set(self.decay_steps)):
+            raise ValueError(f"expected decay_steps to rise, received {self.decay_steps}")
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"expected profile_steps first and last, received {self.profile_steps}")
+        return self
 
 
 class Experiment(Keys):
@@ -113,6 +205,10 @@ class Experiment(Keys):
                 f"expected data.size to be a multiple of {multiple} (the network halves it"
                 f" {multiple.bit_length() - 1} times), received {self.data.size}"
             )
+        if self.model.encoder is None and self.model.encoder_input != "spread":
+            raise ValueError(f"expected encoder=vgg11 for encoder_input={self.model.encoder_input}, received null")
+        if self.model.encoder is None and self.model.freeze_encoder_steps:
+            raise ValueError("expected encoder=vgg11 for freeze_encoder_steps, received null")
         return self
 
 

@@ -40,14 +40,15 @@ def evaluate_run(run: Path, split: str) -> dict[str, Any]:
     manifest = run / "manifest.json"
     if not (run / "model" / "model.json").is_file() or not manifest.is_file():
         raise InputError("NOT_FOUND", f"Expected a trained run, received {run} without its model; train it first.")
-    patients = set(read_yaml(manifest)["split"][split])
+    made = read_yaml(manifest)
+    patients = set(made["split"][split])
     scans = [scan for scan in dataset_scans(experiment.data) if scan.patient in patients]
     if not scans:
         raise InputError("NOT_FOUND", f"Expected scans of {split} patients, received none in the split of {manifest}.")
     segmenter = Segmenter(run / "model")
 
     rows = [_row(scan, segmenter) for scan in command.progress(scans, f"evaluating {split}")]
-    summary = {"split": split, **summarise(rows)}
+    summary = {"split": split, "encoder_weights": made.get("encoder_weights"), **summarise(rows)}
     summary["by_scanner"] = {
         scanner: summarise([row for row in rows if row["scanner"] == scanner])
         for scanner in sorted({row["scanner"] for row in rows})

@@ -1,92 +1,68 @@
-"""The training loop: one compiled step, checkpoints, validation by patient, and what TensorBoard shows of it."""
+"""The training loop: batches to the compiled step, checkpoints, validation by patient, and the log."""
 
 from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from lvseg import augment, command, export, figures, metrics, pipeline
+from lvseg.board import Board
 from lvseg.config import Experiment
-from lvseg.losses import LOSSES
-from lvseg.models import vgg
-from lvseg.models.unet import unet
+from lvseg.devices import Cluster
+from lvseg.errors import InputError
 from lvseg.pipeline import Samples
 from lvseg.prepare import ShardSet
 from lvseg.split import Split
+from lvseg.step import Step, network
 
 LOG_EVERY = 25
 OVERLAYS = 4
 # Slices a batch of validation and serving; one fixed number, so nothing is traced twice.
 INFER_SLICES = 8
-METRICS = ("step", "loss", "dice", "validation_dice", "learning_rate", "input_wait_share", "seconds")
+METRICS = ("step", "loss", "dice", "validation_dice", "learning_rate", "input_wait_share", "step_seconds", "seconds")
 
 
 class Fit:
     """One fold's training, from its last checkpoint on.
 
     Args:
-        experiment: the config; sets: the shards; split: the patients; run: the run folder.
+        experiment: the config; sets: the shards; split: the patients; run: the run folder; cluster: the devices.
 
     Raises:
-        InputError: weights that cannot be had.
+        InputError: weights that cannot be had; BAD_CHECKPOINT.
     """
 
-    def __init__(self, experiment: Experiment, sets: list[ShardSet], split: Split, run: Path) -> None:
+    def __init__(self, experiment: Experiment, sets: list[ShardSet], split: Split, run: Path, cluster: Cluster) -> None:
         data, train = experiment.data, experiment.train
         if train.deterministic:
             tf.config.experimental.enable_op_determinism()
-        self.experiment, self.run_folder = experiment, run
+        self.experiment, self.run_folder, self.cluster = experiment, run, cluster
         self.classes = sets[0].card.classes
-        self.files = [file for shards in sets for file in shards.files(split.train)]
-        self.slices = sum(row["shape"][0] for shards in sets for row in shards.rows if row["patient"] in split.train)
-        self.validation = [
-            (row, shards.folder / row["file"])
-            for shards in sets
-            for row in shards.rows
-            if row["patient"] in split.validation
-        ]
+        rows = [(row, shards.folder / row["file"]) for shards in sets for row in shards.rows]
+        self.training = [(row, file) for row, file in rows if row["patient"] in split.train]
+        self.validation = [(row, file) for row, file in rows if row["patient"] in split.validation]
+        self.files = [file for _, file in self.training]
+        self.slices = sum(row["shape"][0] for row, _ in self.training)
         bounds, scaled = pipeline.training_bounds(self.files, data.size, data.clip_percentiles)
         self.global_bounds = bounds if data.normalise == "global" else None
         self.reading = pipeline.Reading(
             data.size, data.neighbours, data.normalise, data.clip_percentiles, self.global_bounds
         )
-        low, high = scaled if data.normalise == "none" else (0.0, 1.0)
-        offset, scale = low, 1.0 / (high - low)
-        if experiment.model.encoder == "vgg11":
-            offset, scale = low + vgg.IMAGENET_MEAN * (high - low), scale / vgg.IMAGENET_SD
-        self.input_scaling = {"offset": offset, "scale": scale}
-
-        model = experiment.model
-        self.model = unet(
-            data.size, 2 * data.neighbours + 1, len(self.classes), model.width, model.encoder, model.residual,
-            model.dropout, offset, scale, experiment.seed,
-        )  # fmt: skip
-        self.logits = keras.Model(self.model.inputs, self.model.get_layer("logits").output)
-        self.encoder_weights_sha256 = vgg.load_encoder(self.model, model.encoder_weights) if model.encoder else None
-        self.optimizer = keras.optimizers.Adam(self._schedule(), beta_1=train.beta_1, beta_2=train.beta_2)
-        self.optimizer.build(self.model.trainable_variables)
-        self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.step = Step(experiment, cluster, len(self.classes), *(scaled if data.normalise == "none" else (0.0, 1.0)))
         self.best_dice = tf.Variable(-1.0, dtype=tf.float64, trainable=False)
-        # Since the last log: steps, loss, true positives, false positives, false negatives of the foreground.
-        self.sums = tf.Variable(tf.zeros([5], tf.float64), trainable=False)
+        self.validations_since_best = tf.Variable(0, dtype=tf.int64, trainable=False)
         self.checkpoint = tf.train.Checkpoint(
-            model=self.model, optimizer=self.optimizer, step=self.step, best_dice=self.best_dice, sums=self.sums
+            **self.step.state, best_dice=self.best_dice, validations_since_best=self.validations_since_best
         )
         self.manager = tf.train.CheckpointManager(self.checkpoint, str(run / "checkpoints"), max_to_keep=2)
-        if self.manager.latest_checkpoint:
-            self.checkpoint.restore(self.manager.latest_checkpoint).assert_consumed()
-            print(f"going on from step {int(self.step)} ({self.manager.latest_checkpoint})")
-        self.train_step = tf.function(self._train_step, reduce_retracing=True)
+        self._restore()
         self.infer = tf.function(self._infer)
-        # Compiled by XLA by itself: on a GPU its index arithmetic otherwise visits the host; on a CPU it is faster so.
-        self.elastic = tf.function(_elastic, jit_compile=True)
 
     @property
     def best_weights(self) -> Path:
@@ -94,44 +70,67 @@ class Fit:
         return self.run_folder / "checkpoints" / "best.npz"
 
     def run(self) -> None:
-        """Trains to the last step; asked to stop, it finishes the step at hand, saves a checkpoint and interrupts."""
-        train, first = self.experiment.train, int(self.step)
-        if first >= train.steps:
+        """Trains to the last step; asked to stop, it finishes the step at hand, saves a checkpoint and interrupts.
+
+        Raises:
+            FloatingPointError: for a loss or gradients that are not finite, naming the step and its slices.
+        """
+        train, first = self.experiment.train, int(self.step.number.numpy())
+        if first >= train.steps or self._stopped_early():
             return
         rows = [row for row in self._read_metrics() if int(row["step"]) <= first]
-        writer = tf.summary.create_file_writer(str(self.run_folder / "logs"))
-        batches = iter(self._batches(first))
+        board = Board(self.run_folder / "logs" if self.cluster.is_chief else None, train.profile_steps)
+        batches = self._distributed(first)
         started = time.monotonic()
-        waited, since = 0.0, started
-        with command.stop_requests() as stop_requested, writer.as_default():
+        waited, since, steps = 0.0, started, 0
+        with command.stop_requests() as stop_requested:
             for number in command.progress(range(first + 1, train.steps + 1), "training"):
+                board.before_step(number)
                 before = time.monotonic()
                 samples = next(batches)
                 waited += time.monotonic() - before
-                self.train_step(samples)
+                self.step(samples)
+                board.after_step(number, self.step.sums.numpy)
+                steps += 1
                 validates = number % train.validate_every == 0 or number == train.steps
+                saves = number % train.checkpoint_every == 0 or number == train.steps
+                stops = self._stops(number, stop_requested)
+                if validates or saves or stops or number % LOG_EVERY == 0:
+                    self._check_finite()
                 if validates or number % LOG_EVERY == 0:
-                    row = self._scalars(number, waited / (time.monotonic() - since))
+                    row = self._averages(number)
+                    seconds = time.monotonic() - since
+                    row |= {"input_wait_share": waited / seconds, "step_seconds": seconds / steps}
                     if validates:
-                        row["validation_dice"] = self._validate(number)
+                        row["validation_dice"] = self._validate(number, board)
                         row["seconds"] = round(time.monotonic() - started, 1)
-                        rows.append(row)
-                        self._write_metrics(rows)
-                        self._say(row)
-                    self.sums.assign(tf.zeros_like(self.sums))
-                    waited, since = 0.0, time.monotonic()
-                stops = stop_requested()
-                if stops or number % train.checkpoint_every == 0 or number == train.steps:
+                        rows.append({name: row.get(name) for name in METRICS})
+                        if self.cluster.is_chief:
+                            self._write_metrics(rows)
+                            self._say(row)
+                    board.scalars(row)
+                    self.step.sums.assign(tf.zeros_like(self.step.sums))
+                    waited, since, steps = 0.0, time.monotonic(), 0
+                ends = validates and self._stopped_early()
+                if (saves or stops or ends) and self.cluster.is_chief:
                     self.manager.save(checkpoint_number=number)
+                if ends:
+                    patience = train.early_stopping.patience if train.early_stopping else 0
+                    print(f"stopped early at step {number}: {patience} validations without a better Dice.")
+                    break
                 if stops:
+                    board.close()
                     print(f"stopped at step {number}; the same command goes on from there.")
                     raise KeyboardInterrupt
+        board.hyperparameters(self.experiment.model_dump(), float(self.best_dice))
+        board.close()
 
     def export(self, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Exports the weights with the best validation Dice; returns the model card."""
+        """Exports the weights with the best validation Dice, in float32; returns the model card."""
+        data, step = self.experiment.data, self.step
+        model = network(self.experiment, len(self.classes), step.offset, step.scale, "float32")
         with np.load(self.best_weights) as arrays:
-            self.model.set_weights([arrays[name] for name in sorted(arrays.files)])
-        data = self.experiment.data
+            model.set_weights([arrays[name] for name in sorted(arrays.files)])
         card = {
             "task": self.experiment.task,
             "name": self.experiment.name,
@@ -143,19 +142,28 @@ class Fit:
             "normalisation": data.normalise,
             "clip_percentiles": data.clip_percentiles,
             "global_bounds": self.global_bounds,
-            "input_scaling": self.input_scaling,
+            "input_scaling": {"offset": step.offset, "scale": step.scale},
             "batch_size": INFER_SLICES,
             "units": {"spacing_mm": "mm", "volume_ml": "ml"},
             "measured": {"validation_dice": float(self.best_dice), "validation_patients": len(self.validation)},
             "provenance": manifest,
         }
-        return export.export_model(self.model, card, folder)
+        return export.export_model(model, card, folder)
 
-    def _schedule(self) -> Any:
-        train = self.experiment.train
-        if train.schedule == "cosine":
-            return keras.optimizers.schedules.CosineDecay(train.learning_rate, train.steps)
-        return train.learning_rate
+    def _restore(self) -> None:
+        path = self.manager.latest_checkpoint
+        if not path:
+            return
+        try:
+            self.checkpoint.restore(path).assert_consumed()
+        except (AssertionError, LookupError, ValueError, tf.errors.OpError) as error:
+            raise InputError(
+                "BAD_CHECKPOINT",
+                f"Expected a checkpoint of this version, received one that is damaged or does not fit in {path};"
+                " delete the run folder, or give the experiment another name.",
+            ) from error
+        if self.cluster.is_chief:
+            print(f"going on from step {int(self.step.number.numpy())} ({path})")
 
     def _batches(self, step: int) -> tf.data.Dataset:
         data, elastic = self.experiment.data, self.experiment.augment.elastic
@@ -165,34 +173,60 @@ class Fit:
             def deform(stack: tf.Tensor, mask: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
                 return augment.elastic_host(stack, mask, seed, elastic.sigma_px, elastic.grid)
 
+        share = pipeline.Share(self.cluster.worker, self.cluster.workers, self.cluster.replicas)
         return pipeline.training_batches(
             self.files, self.slices, self.reading, self.experiment.seed, self.experiment.train.batch_size,
-            data.shuffle_slices, step, deform,
+            data.shuffle_slices, step, deform, share,
         )  # fmt: skip
 
-    def _train_step(self, samples: Samples) -> None:
-        """One step: augmentation, gradient, update, and the sums for the log."""
-        train, elastic = self.experiment.train, self.experiment.augment.elastic
-        seeds = augment.sample_seeds(
-            self.experiment.seed, augment.ELASTIC_STREAM, self.step, tf.range(train.batch_size)
+    def _distributed(self, step: int) -> Iterator[Any]:
+        """What each step takes: a batch, or one a device of this machine."""
+        if self.cluster.strategy.num_replicas_in_sync == 1:
+            return iter(self._batches(step))
+        strategy = self.cluster.strategy
+        return iter(strategy.distribute_datasets_from_function(lambda _: self._batches(step)))
+
+    def _stops(self, number: int, requested: Callable[[], bool]) -> bool:
+        """Whether to stop after this step; several machines agree on it now and then, since none can go on alone."""
+        if self.cluster.workers == 1:
+            return requested()
+        return number % LOG_EVERY == 0 and self._over_machines(np.array([float(requested())]))[0] > 0
+
+    def _over_machines(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Sum of every machine's numbers, float64 [N]."""
+        if self.cluster.workers == 1:
+            return values
+        # Each device brings the same, so the machine's share is divided among them.
+        share = tf.constant(values / self.cluster.replicas, tf.float64)
+        total = self._total(share)
+        return np.asarray(self.cluster.strategy.experimental_local_results(total)[0])
+
+    @tf.function(reduce_retracing=True)
+    def _total(self, values: tf.Tensor) -> Any:
+        def reduced(own: tf.Tensor) -> tf.Tensor:
+            return tf.distribute.get_replica_context().all_reduce(
+                tf.distribute.ReduceOp.SUM, tf.identity(own)
+            )  # which puts it on a device
+
+        return self.cluster.strategy.run(reduced, args=(values,))
+
+    def _check_finite(self) -> None:
+        """FloatingPointError if a step since the last check had a loss or gradients that were not finite."""
+        step = int(self.step.bad_step.numpy())
+        if not step:
+            return
+        samples = self.step.bad_samples.numpy()
+        bad = samples[samples[:, 2] > 0]
+        named = []
+        for file, own, _ in (bad if len(bad) else samples).astype(int):
+            row = self.training[file][0]
+            study = f" study {row['study']}" if row["study"] else ""
+            named.append(f"slice {own} of patient {row['patient']}{study}")
+        what = "loss" if len(bad) else "gradients"
+        raise FloatingPointError(
+            f"Expected finite numbers, received a {what} that is not finite at step {step} ({', '.join(named)});"
+            " look at those scans, lower train.learning_rate or set train.clip_norm."
         )
-        if elastic is not None and elastic.where == "device":
-            stack, mask = self.elastic(
-                tf.cast(samples.stack, tf.float32), samples.mask, seeds, elastic.sigma_px, elastic.grid
-            )
-            samples = samples._replace(stack=stack, mask=mask)
-        stacks = pipeline.intensities(samples, self.experiment.data.normalise)
-        with tf.GradientTape() as tape:
-            logits = self.logits([stacks, seeds], training=True)
-            # Divided by the global batch, so that the number of devices does not change the step.
-            loss = tf.reduce_sum(LOSSES[train.loss](logits, samples.mask)) / train.batch_size
-        gradients = tape.gradient(loss, self.model.trainable_variables)
-        self.optimizer.apply_gradients(zip(gradients, self.model.trainable_variables, strict=True))
-        self.step.assign_add(1)
-        predicted = tf.argmax(logits, axis=-1) > 0
-        true = samples.mask[..., 0] > 0
-        counts = [tf.math.count_nonzero(a & b) for a, b in ((predicted, true), (predicted, ~true), (~predicted, true))]
-        self.sums.assign_add(tf.stack([tf.cast(part, tf.float64) for part in (1.0, loss, *counts)]))
 
     def _say(self, row: dict[str, Any]) -> None:
         print(
@@ -201,56 +235,65 @@ class Fit:
             flush=True,
         )
 
-    def _scalars(self, number: int, wait_share: float) -> dict[str, Any]:
-        """Writes the averages since the last call to TensorBoard and returns them."""
-        steps, loss, positives, wrong, missed = self.sums.numpy()
+    def _averages(self, number: int) -> dict[str, Any]:
+        """The averages since they were last reset."""
+        steps, loss, positives, wrong, missed = self.step.sums.numpy()
         total = 2 * positives + wrong + missed
         row = {
             "step": number,
             "loss": loss / steps,
             "dice": 2 * positives / total if total else 1.0,
-            "learning_rate": float(tf.convert_to_tensor(self.optimizer.learning_rate)),
-            "input_wait_share": wait_share,
+            "learning_rate": float(self.step.rate()),
         }
-        for name, tag in (
-            ("loss", "loss/training"),
-            ("dice", "dice/training"),
-            ("learning_rate", "learning_rate"),
-            ("input_wait_share", "input_wait_share"),
-        ):
-            tf.summary.scalar(tag, row[name], step=number)
-        if not np.isfinite(row["loss"]):
-            raise FloatingPointError(f"The loss is {row['loss']} by step {number}; lower train.learning_rate.")
+        if self.experiment.train.precision == "mixed_float16":
+            row["loss_scale"] = float(self.step.optimiser.loss_scale.numpy())
         return row
 
     def _infer(self, samples: Samples) -> tf.Tensor:
         stacks = pipeline.intensities(samples, self.experiment.data.normalise)
         seeds = tf.zeros([tf.shape(stacks)[0], 2], tf.int64)
-        return tf.cast(tf.argmax(self.model([stacks, seeds], training=False), axis=-1), tf.uint8)
+        return tf.cast(tf.argmax(self.step.model([stacks, seeds], training=False), axis=-1), tf.uint8)
 
-    def _validate(self, number: int) -> float:
+    def _validate(self, number: int, board: Board) -> float:
         """Mean over patients of the foreground's Dice on the harmonised grid; keeps the weights if it is the best."""
-        scores: list[float] = []
         # The same patients every time, spread over the datasets, so that every scanner is seen.
         shown = set(np.linspace(0, len(self.validation) - 1, OVERLAYS).round().astype(int).tolist())
+        scores = np.zeros(len(self.validation))
         for place, (row, file) in enumerate(self.validation):
+            is_own = place % self.cluster.workers == self.cluster.worker
+            is_shown = place in shown and self.cluster.is_chief
+            if not is_own and not is_shown:
+                continue
             (volume,) = pipeline.volume_samples(tf.constant(str(file)), self.reading)
             predicted = np.concatenate([self.infer(part).numpy() for part in _parts(volume)])[: len(volume.stack)]
             true = volume.mask.numpy()[..., 0]
-            scores.append(float(np.mean([metrics.dice(predicted, true, c) for c in range(1, len(self.classes))])))
-            if place in shown:
+            if is_own:
+                scores[place] = np.mean([metrics.dice(predicted, true, c) for c in range(1, len(self.classes))])
+            if is_shown:
                 largest = int(np.argmax(np.count_nonzero(true, axis=(1, 2))))
                 grey = volume.stack[largest, self.reading.neighbours].numpy()
                 picture = figures.overlay_rgb(grey, predicted[largest] > 0, true[largest] > 0)
-                tf.summary.image(f"validation/{row['patient']} {row['scanner']}", picture[None], step=number)
-        dice = float(np.mean(scores))
-        tf.summary.scalar("dice/validation", dice, step=number)
+                board.image(f"validation/{row['patient']} {row['scanner']}", picture, number)
+        dice = float(np.mean(self._over_machines(scores)))
+        if self.experiment.train.histograms:
+            names = [
+                variable.path if hasattr(variable, "path") else variable.name for variable in self.step.model.weights
+            ]
+            board.histograms(dict(zip(names, self.step.model.get_weights(), strict=True)), number)
+        stopping = self.experiment.train.early_stopping
+        rises = dice > float(self.best_dice) + (stopping.min_delta if stopping else 0.0)
         if dice > float(self.best_dice):
-            arrays = {f"{index:04d}": value for index, value in enumerate(self.model.get_weights())}
-            with command.atomic(self.best_weights) as temporary:
-                np.savez(temporary, **arrays)
+            if self.cluster.is_chief:
+                arrays = {f"{index:04d}": value for index, value in enumerate(self.step.model.get_weights())}
+                with command.atomic(self.best_weights) as temporary:
+                    np.savez(temporary, **arrays)
             self.best_dice.assign(dice)  # after the weights: a score without its weights could not be exported
+        self.validations_since_best.assign(0 if rises else self.validations_since_best + 1)
         return dice
+
+    def _stopped_early(self) -> bool:
+        stopping = self.experiment.train.early_stopping
+        return stopping is not None and int(self.validations_since_best) >= stopping.patience
 
     def _read_metrics(self) -> list[dict[str, Any]]:
         path = self.run_folder / "metrics.csv"
@@ -267,14 +310,6 @@ class Fit:
             table = csv.DictWriter(file, METRICS)
             table.writeheader()
             table.writerows(rows)
-
-
-def _elastic(
-    stack: tf.Tensor, mask: tf.Tensor, seeds: tf.Tensor, sigma_px: float, grid: int
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """`augment.elastic` of stacks as they travel, channels first; XLA makes the two turns part of what it reads."""
-    moved, mask = augment.elastic(tf.transpose(stack, [0, 2, 3, 1]), mask, seeds, sigma_px, grid)
-    return tf.transpose(moved, [0, 3, 1, 2]), mask
 
 
 def _parts(volume: Samples) -> Iterator[Samples]:

@@ -34,7 +34,8 @@ class Samples(NamedTuple):
     """Slices with their neighbours as they travel to the device, which finishes them with `intensities`.
 
     stack: uint16 [B, 2n+1, size, size] (float32 once deformed); mask: uint8 [B, size, size, 1];
-    scale: float32 [B, 2n+1, 4], of each channel: slope, intercept, and the bounds for `preprocess.normalise`.
+    scale: float32 [B, 2n+1, 4], of each channel: slope, intercept, and the bounds for `preprocess.normalise`;
+    source: int32 [B, 2], which of the files a sample is of, and which of its slices.
 
     Channels come first until the device turns them, since a stack is then a stretch of its volume and is never copied.
     """
@@ -42,6 +43,7 @@ class Samples(NamedTuple):
     stack: tf.Tensor
     mask: tf.Tensor
     scale: tf.Tensor
+    source: tf.Tensor
 
 
 class _Volume(NamedTuple):
@@ -53,6 +55,24 @@ class _Volume(NamedTuple):
     image: tf.Tensor
     mask: tf.Tensor
     scale: tf.Tensor
+
+
+class Share(NamedTuple):
+    """The part of every global batch that one of several machines draws: its `replicas` devices get it one by one."""
+
+    worker: int = 0
+    workers: int = 1
+    replicas: int = 1
+
+    def of_batch(self, batch_size: int) -> tuple[range, int]:
+        """The places in the batch that are this worker's, and how many a device gets; ValueError if it is uneven."""
+        if batch_size % (self.workers * self.replicas):
+            raise ValueError(
+                f"Expected a batch that {self.workers * self.replicas} devices can share, received"
+                f" batch_size={batch_size}."
+            )
+        of_worker = batch_size // self.workers
+        return range(self.worker * of_worker, (self.worker + 1) * of_worker), of_worker // self.replicas
 
 
 Deform = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
@@ -67,6 +87,7 @@ def training_batches(
     shuffle_slices: int,
     step: int,
     deform: Deform | None = None,
+    share: Share = Share(),
 ) -> tf.data.Dataset:
     """Endless batches of `Samples`, from the given step on, the same whenever and wherever the run is resumed.
 
@@ -82,11 +103,16 @@ def training_batches(
         step: batches already used.
         deform: deforms one sample on the host, of (stack float32 [size, size, 2n+1], mask, seeds int64 [2]); None
             leaves it to the device.
+        share: which of each batch's samples are wanted here, and how many at a time.
+
+    Raises:
+        ValueError: for a batch that cannot be shared evenly.
     """
+    own, at_a_time = share.of_batch(batch_size)
     first_epoch, used = divmod(step * batch_size, slices)
     names = tf.constant([str(file) for file in files])
     together, channels = volumes_together(len(files), slices, shuffle_slices), 2 * reading.neighbours + 1
-    alone = batch_size == 1 and deform is None  # a batch of one is the sample itself: nothing is copied
+    alone = at_a_time == 1 and deform is None  # a batch of one is the sample itself: nothing is copied
 
     def shuffled(values: tf.Tensor, epoch: tf.Tensor, part: int | tf.Tensor) -> tf.Tensor:
         seeds = augment.sample_seeds(seed, augment.SHUFFLE_STREAM, part, epoch[None])[0]
@@ -94,20 +120,25 @@ def training_batches(
 
     def stacks(epoch: tf.Tensor, position: tf.Tensor, volume: _Volume) -> tf.data.Dataset:
         slices = shuffled(tf.range(tf.shape(volume.mask)[0]), epoch, position)
-        return tf.data.Dataset.from_tensor_slices(slices).map(functools.partial(stack, volume))
+        file = order_of(epoch)[tf.cast(position, tf.int32) - 1]
+        return tf.data.Dataset.from_tensor_slices(slices).map(functools.partial(stack, volume, file))
 
-    def stack(volume: _Volume, own: tf.Tensor) -> Samples:
+    def stack(volume: _Volume, file: tf.Tensor, own: tf.Tensor) -> Samples:
         sample = Samples(
             tf.slice(volume.image, [own, 0, 0], [channels, reading.size, reading.size]),
             volume.mask[own],
             tf.slice(volume.scale, [own, 0], [channels, 4]),
+            tf.stack([file, own]),
         )
         return Samples(*(part[tf.newaxis] for part in sample)) if alone else sample
+
+    def order_of(epoch: tf.Tensor) -> tf.Tensor:
+        return shuffled(tf.range(len(files)), epoch, 0)
 
     def samples_of(epoch: tf.Tensor) -> tf.data.Dataset:
         return (
             # Unbuffered, since a shard is one record, which is read at once.
-            tf.data.TFRecordDataset(shuffled(names, epoch, 0), buffer_size=0)
+            tf.data.TFRecordDataset(tf.gather(names, order_of(epoch)), buffer_size=0)
             .map(lambda record: _volume(record, reading), num_parallel_calls=READING_THREADS, deterministic=True)
             .enumerate(1)
             # The next patients are read meanwhile: volumes of one length end at the same time.
@@ -130,12 +161,16 @@ def training_batches(
         # After the shuffle: the slices an interrupted run has used are the first of its epoch's order.
         .skip(used)
     )
-    if deform is not None:
+    if share.workers > 1 or deform is not None:
         numbered = samples.enumerate(step * batch_size)
-        samples = numbered.map(functools.partial(deformed, deform), num_parallel_calls=tf.data.AUTOTUNE)
+        if share.workers > 1:
+            # Every machine draws the whole stream and keeps its own places of a batch: one order, whoever computes it.
+            numbered = numbered.filter(lambda index, _: (index % batch_size) // len(own) == share.worker)
+        finish = (lambda _, sample: sample) if deform is None else functools.partial(deformed, deform)
+        samples = numbered.map(finish, num_parallel_calls=None if deform is None else tf.data.AUTOTUNE)
     if not alone:
         # Epochs run into each other inside a batch, so every batch is full and a step is a step.
-        samples = samples.batch(batch_size, drop_remainder=True)
+        samples = samples.batch(at_a_time, drop_remainder=True)
     return samples.prefetch(max(2, WAITING_SLICES // batch_size))
 
 
@@ -150,7 +185,8 @@ def volume_samples(name: tf.Tensor, reading: Reading) -> tf.data.Dataset:
     def samples(record: tf.Tensor) -> Samples:
         volume = _volume(record, reading)
         around = tf.range(tf.shape(volume.mask)[0])[:, None] + tf.range(2 * reading.neighbours + 1)
-        return Samples(tf.gather(volume.image, around), volume.mask, tf.gather(volume.scale, around))
+        own = tf.stack([tf.zeros_like(around[:, 0]), tf.range(tf.shape(volume.mask)[0])], axis=1)
+        return Samples(tf.gather(volume.image, around), volume.mask, tf.gather(volume.scale, around), own)
 
     return tf.data.TFRecordDataset(name).map(samples)
 

@@ -53,6 +53,10 @@ class ShardSet:
         """Shards of these patients, in the manifest's order."""
         return [self.folder / row["file"] for row in self.rows if row["patient"] in patients]
 
+    def of(self, patients: Sequence[str]) -> ShardSet:
+        """The set without anybody else's shards: what training gets, so that it cannot name a test patient's."""
+        return replace(self, rows=[row for row in self.rows if row["patient"] in patients])
+
 
 @dataclass(frozen=True)
 class Task:

@@ -289,8 +289,10 @@ def _resample(values: tf.Tensor, rows: _Line, columns: _Line, fill: tf.Tensor) -
     """
     count = tf.shape(values)[0]
     missing = -count % _BLOCK_SLICES
-    if missing > 0:
-        values = tf.concat([values, tf.repeat(values[-1:], missing, axis=0)], 0)
+    # Not an `if`: where Keras 3 exports a function that calls this, nothing makes graph operations of Python's.
+    values = tf.cond(
+        missing > 0, lambda: tf.concat([values, tf.repeat(values[-1:], missing, axis=0)], 0), lambda: values
+    )
 
     def of_block(first: tf.Tensor) -> tf.Tensor:
         return _resample_block(values[first : first + _BLOCK_SLICES], rows, columns, fill)

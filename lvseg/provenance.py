@@ -13,10 +13,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import tensorflow as tf
+
 from lvseg import command
 from lvseg.config import Experiment
+from lvseg.devices import Cluster
 from lvseg.errors import InputError
 from lvseg.keys import digest, read_yaml
+from lvseg.models.vgg import EncoderWeights
 from lvseg.prepare import ShardSet
 from lvseg.split import Split
 
@@ -24,18 +28,20 @@ PACKAGES = ("tensorflow", "keras", "tensorflow-addons", "numpy", "nibabel", "pyd
 
 
 def manifest(
-    experiment: Experiment, sets: Sequence[ShardSet], split: Split, encoder_weights_sha256: str | None
+    experiment: Experiment,
+    sets: Sequence[ShardSet],
+    split: Split,
+    encoder_weights: EncoderWeights | None,
+    cluster: Cluster,
 ) -> dict[str, Any]:
     """Everything that a run's result depends on, JSON-able; equal hashes mean equal inputs."""
-    import tensorflow as tf
-
     shards = {shards.card.name: [row["shard_sha256"] for row in shards.rows] for shards in sets}
     return {
         "config_sha256": digest(experiment.model_dump()),
         "shards_sha256": digest(shards),
         "split_sha256": digest(asdict(split)),
         "code_sha256": code_sha256(),
-        "encoder_weights_sha256": encoder_weights_sha256,
+        "encoder_weights": encoder_weights._asdict() if encoder_weights else None,
         "split": asdict(split),
         "datasets": [
             {"name": each.card.name, "licence": each.card.licence, "citation": each.card.citation} for each in sets
@@ -46,7 +52,9 @@ def manifest(
         "hardware": {
             "machine": platform.machine(),
             "cores": os.cpu_count(),
-            "devices": [device.name for device in tf.config.list_physical_devices()],
+            "devices": [_device(device) for device in tf.config.list_physical_devices()],
+            "machines": cluster.workers,
+            "devices_used_of_each": cluster.replicas,
         },
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -69,6 +77,12 @@ def check_unchanged(run: Path, new: dict[str, Any]) -> dict[str, Any]:
     return {**new, "started": old.get("started")}
 
 
+def finished(manifest: dict[str, Any], weights_sha256: str) -> dict[str, Any]:
+    """The manifest of a run whose model is exported."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**manifest, "weights_sha256": weights_sha256, "finished": True, "finished_at": now}
+
+
 def code_sha256() -> str:
     """sha256 over the library's source files, in the order of their names."""
     folder = Path(__file__).parent
@@ -82,6 +96,11 @@ def write(run: Path, manifest: dict[str, Any]) -> None:
     """Writes a run's manifest.json."""
     with command.atomic(run / "manifest.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _device(device: tf.config.PhysicalDevice) -> str:
+    details = tf.config.experimental.get_device_details(device)
+    return f"{device.device_type} {details.get('device_name', platform.machine())}"
 
 
 def _version(package: str) -> str | None:

@@ -33,9 +33,11 @@ def train(experiment: Experiment) -> None:
         print(f"{run} is finished; give the experiment another name to train it anew.")
         return
 
-    from lvseg import prepare, provenance  # TensorFlow's seconds come after the cheap answers
+    from lvseg import devices, prepare, provenance  # TensorFlow's seconds come after the cheap answers
     from lvseg.evaluate import evaluate_run
     from lvseg.fit import Fit
+
+    cluster = devices.cluster(experiment.train.devices, experiment.train.batch_size)
 
     for path in experiment.data.datasets:
         card, _ = load_card(Path(path))
@@ -45,18 +47,22 @@ def train(experiment: Experiment) -> None:
             )
     sets = prepare.prepare(experiment.data)
     split = prepare.split(experiment.data, sets)
-    fit = Fit(experiment, sets, split, run)
-    manifest = provenance.manifest(experiment, sets, split, fit.encoder_weights_sha256)
+    fit = Fit(experiment, [shards.of(split.train + split.validation) for shards in sets], split, run, cluster)
+    manifest = provenance.manifest(experiment, sets, split, fit.step.encoder_weights, cluster)
     if _is_started(run):
         manifest = provenance.check_unchanged(run, manifest)
-    with command.atomic(run / "config.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(experiment.model_dump(), sort_keys=False), encoding="utf-8")
-    provenance.write(run, manifest)
+    if cluster.is_chief:
+        with command.atomic(run / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(experiment.model_dump(), sort_keys=False), encoding="utf-8")
+        provenance.write(run, manifest)
     fit.run()
+    if not cluster.is_chief:
+        return
     exported = fit.export(run / "model", manifest)
 
     evaluate_run(run, "validation")
-    provenance.write(run, {**manifest, "weights_sha256": exported["weights_sha256"], "finished": True})
+    finished = provenance.finished(manifest, exported["weights_sha256"])
+    provenance.write(run, finished)
     print(f"trained: {run} (model in {run / 'model'}, look with: tensorboard --logdir {run.parent})")
 
 

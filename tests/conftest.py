@@ -43,3 +43,14 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("LVSEG_REAL_DATA names no folder of real scans")
     return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def vgg11_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder's weights, drawn at random, in the file layout of the pretrained ones."""
+    from lvseg.models import vgg
+    from lvseg.models.unet import unet
+
+    path = tmp_path_factory.mktemp("weights") / "vgg11.safetensors"
+    vgg.save_encoder(unet(32, 3, 2, 2, encoder="vgg11", seed=5), path, "drawn at random", {})
+    return path

@@ -1,11 +1,9 @@
-from collections.abc import Iterator
-
 import elasticdeform
 import numpy as np
 import pytest
+import scipy.ndimage
 import tensorflow as tf
-from tensorflow.core.framework.node_def_pb2 import NodeDef
-from tensorflow.python.framework import kernels
+from gpu_kernels import nodes, runs_on_gpu, without_gpu_kernel
 
 from lvseg import augment
 
@@ -261,7 +259,22 @@ def deform(images: tf.Tensor, masks: tf.Tensor, indices: tf.Tensor, step: tf.Ten
     return augment.elastic(images, masks, seeds, SIGMA_PX, GRID)
 
 
-def test_image_and_mask_move_together(both_warps):
+ALL = {
+    "elastic": {"sigma_px": 4.0, "grid": 6, "where": "device"},
+    "flip": {"rows": 0.5, "columns": 0.5},
+    "rotate": {"max_degrees": 180.0, "probability": 1.0},
+    "scale": {"max_factor": 1.5, "probability": 1.0},
+}
+
+
+def move(images: tf.Tensor, masks: tf.Tensor, indices: tf.Tensor, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Everything spatial at once."""
+    seeds = augment.sample_seeds(seed=9, stream=augment.ELASTIC_STREAM, step=step, indices=indices)
+    return augment.spatial(images, masks, seeds, ALL)
+
+
+@pytest.mark.parametrize("deform", [deform, move])
+def test_image_and_mask_move_together(deform, both_warps):
     masks = blob_masks(3, 128)
     images = masks.astype(np.float32)
     deformed, deformed_masks = deform(tf.constant(images), tf.constant(masks), tf.range(3), tf.constant(4))
@@ -273,7 +286,8 @@ def test_image_and_mask_move_together(both_warps):
     assert (deformed_masks.numpy() != masks).mean() > 0.01
 
 
-def test_elastic_does_not_depend_on_the_batch(both_warps):
+@pytest.mark.parametrize("deform", [deform, move])
+def test_a_sample_moves_the_same_whatever_the_batch(deform, both_warps):
     images, masks = tf.constant(smooth_images(3, 64)), tf.constant(blob_masks(3, 64))
     together = deform(images, masks, tf.constant([4, 8, 15]), tf.constant(1))
     for position, index in enumerate([4, 8, 15]):
@@ -295,8 +309,8 @@ def test_elastic_needs_square_slices_of_a_known_size():
             )
 
 
-@pytest.mark.parametrize("size", [256, 128])
-def test_eager_graph_and_xla_agree(size, both_warps):
+@pytest.mark.parametrize(("deform", "size"), [(deform, 256), (deform, 128), (move, 64)])
+def test_eager_graph_and_xla_agree(deform, size, both_warps):
     images, masks = tf.constant(smooth_images(2, size)), tf.constant(blob_masks(2, size))
     indices, step = tf.constant([6, 7]), tf.constant(12, tf.int64)
     eager = deform(images, masks, indices, step)
@@ -310,7 +324,8 @@ def test_eager_graph_and_xla_agree(size, both_warps):
         assert (eager[1].numpy() != other[1].numpy()).mean() < 1e-4  # a tie may fall either way
 
 
-def test_shapes_survive_tracing_with_any_batch(both_warps):
+@pytest.mark.parametrize("deform", [deform, move])
+def test_shapes_survive_tracing_with_any_batch(deform, both_warps):
     image_batches, mask_batches = tf.TensorSpec([None, 256, 256, 3]), tf.TensorSpec([None, 256, 256, 1], tf.uint8)
     traced = tf.function(deform).get_concrete_function(
         image_batches, mask_batches, tf.TensorSpec([None], tf.int64), tf.TensorSpec([], tf.int64)
@@ -325,37 +340,17 @@ def test_shapes_survive_tracing_with_any_batch(both_warps):
     np.testing.assert_allclose(deformed, deform(tf.constant(images), tf.constant(masks), indices, step)[0], atol=1e-5)
 
 
-def nodes(function: tf.types.experimental.ConcreteFunction) -> Iterator[NodeDef]:
-    """Every operation of a traced function and of all that it calls, loop bodies among them."""
-    graph = function.graph.as_graph_def()
-    yield from graph.node
-    for called in graph.library.function:
-        yield from called.node_def
-
-
-def runs_on_gpu(node: NodeDef) -> bool:
-    """Whether a kernel for GPUs (or for any device) is registered for this operation with the dtypes it has here."""
-    if node.op == "Const" and node.attr["dtype"].type == tf.string.as_datatype_enum:
-        return True  # the messages of Addons' assertions: Assert reads them on the host, whatever the device
-    for kernel in kernels.get_registered_kernels_for_op(node.op).kernel:
-        if kernel.device_type in ("GPU", "DEFAULT") and all(
-            node.attr[constraint.name].type in constraint.allowed_values.list.type for constraint in kernel.constraint
-        ):
-            return True
-    return False
-
-
 @pytest.mark.parametrize("batch", [2, None])
-def test_every_op_has_a_kernel_for_gpus(batch, both_warps):
-    traced = tf.function(deform).get_concrete_function(
+@pytest.mark.parametrize("function", [deform, move])
+def test_every_op_has_a_kernel_for_gpus(function, batch, both_warps):
+    traced = tf.function(function).get_concrete_function(
         tf.TensorSpec([batch, 256, 256, 3]),
         tf.TensorSpec([batch, 256, 256, 1], tf.uint8),
         tf.TensorSpec([batch], tf.int64),
         tf.TensorSpec([], tf.int64),
     )
-    found = list(nodes(traced))
-    assert {"GatherV2", "Einsum", "StatelessRandomUniformFullIntV2"} <= {node.op for node in found}
-    assert sorted({(node.op, node.name) for node in found if not runs_on_gpu(node)}) == []
+    assert {"GatherV2", "Einsum", "StatelessRandomUniformFullIntV2"} <= {node.op for node in nodes(traced)}
+    assert without_gpu_kernel(traced) == []
 
 
 def test_the_kernel_check_sees_ops_that_gpus_lack():
@@ -381,3 +376,195 @@ def test_host_variant_deforms_alike():
     assert np.abs(deformed - on_device[0]).max() < 1e-3
     assert (deformed_masks.numpy() != on_device[1].numpy()).mean() < 1e-3
     assert (deformed_masks.numpy() != masks).mean() > 0.01
+
+
+def seeds_of(count: int) -> tf.Tensor:
+    return augment.sample_seeds(4, augment.ELASTIC_STREAM, 17, tf.range(count))
+
+
+def spatially(images: np.ndarray, masks: np.ndarray, settings: dict) -> tuple[np.ndarray, np.ndarray]:
+    """`augment.spatial` in a graph: thousands of samples one by one take long eagerly."""
+    traced = tf.function(lambda images, masks, seeds: augment.spatial(images, masks, seeds, settings))
+    moved, moved_masks = traced(tf.constant(images), tf.constant(masks), seeds_of(len(images)))
+    return moved.numpy(), moved_masks.numpy()
+
+
+def only(*names: str) -> dict[str, dict | None]:
+    """The settings as an experiment has them, all off but these."""
+    return {name: keys if name in names else None for name, keys in ALL.items()}
+
+
+def moved_positions(size: int, count: int, settings: dict) -> np.ndarray:
+    """float64 [count, size, size, 2]: where in the slice each pixel came from, as ramps of rows and columns show."""
+    ramps = np.broadcast_to(pixel_positions(size), (count, size, size, 2)).astype(np.float32)
+    masks = np.zeros([count, size, size, 1], np.uint8)
+    return spatially(ramps, masks, settings)[0].astype(np.float64)
+
+
+def affine_parts(positions: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The matrix [2, 2] and the centre's image [2] of a linear map, from its values next to the slice's centre."""
+    low, high = size // 2 - 1, size // 2
+    corner = positions[low, low]
+    return np.stack([positions[high, low] - corner, positions[low, high] - corner], axis=1), (
+        positions[low : high + 1, low : high + 1].mean(axis=(0, 1))
+    )
+
+
+def test_streams_are_each_others_strangers():
+    streams = [value for name, value in vars(augment).items() if name.endswith("_STREAM")]
+    assert len(set(streams)) == len(streams) > 10
+    assert max(streams) == augment.DROPOUT_STREAM  # whose layers count on from there
+
+
+@pytest.mark.parametrize("settings", [{}, only(), {"elastic": ALL["elastic"] | {"where": "host"}, "flip": None}])
+def test_off_is_untouched(settings):
+    images, masks = tf.constant(smooth_images(2, 32)), tf.constant(blob_masks(2, 32))
+    moved, moved_masks = augment.spatial(images, masks, seeds_of(2), settings)
+    assert moved is images and moved_masks is masks
+
+
+def test_elastic_alone_moves_by_its_field_to_the_bit():
+    images, masks = tf.constant(smooth_images(2, 64)), tf.constant(blob_masks(2, 64))
+    field = augment.elastic_field(augment.draw_displacement(seeds_of(2), 4.0, 6), 64)
+    moved, moved_masks = augment.spatial(images, masks, seeds_of(2), only("elastic"))
+    np.testing.assert_array_equal(moved, augment.warp(images, field))
+    np.testing.assert_array_equal(moved_masks, augment.warp(masks, field, "nearest"))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_flips_are_exact(rows, columns):
+    random = np.random.default_rng(0)
+    images = random.normal(0, 1e4, (3, 33, 33, 2)).astype(np.float32)
+    masks = random.integers(0, 4, (3, 33, 33, 1)).astype(np.uint8)
+    moved, moved_masks = spatially(images, masks, {"flip": {"rows": rows, "columns": columns}})
+    axes = [axis for axis, probability in ((1, rows), (2, columns)) if probability]
+    np.testing.assert_array_equal(moved, np.flip(images, axes))
+    np.testing.assert_array_equal(moved_masks, np.flip(masks, axes))
+
+
+def test_flips_come_as_often_as_asked_and_axis_by_axis():
+    count = 2000
+    corner = np.zeros((count, 2, 2, 1), np.float32)
+    corner[:, 0, 0] = 1.0
+    moved, _ = spatially(corner, corner.astype(np.uint8), {"flip": {"rows": 0.3, "columns": 0.6}})
+    shares = moved[..., 0].mean(axis=0)  # where the marked corner went
+    expected = np.outer([0.7, 0.3], [0.4, 0.6])
+    assert np.abs(shares - expected).max() < 4 * np.sqrt(0.25 / count)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, -1])
+def test_quarter_turns_are_those_of_numpy(turns):
+    images = smooth_images(1, 64)
+    field = augment.similarity_field(tf.constant([90.0 * turns], tf.float64), tf.ones([1], tf.float64), 64)
+    np.testing.assert_allclose(
+        augment.warp(tf.constant(images), field), np.rot90(images, turns, axes=(1, 2)), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("degrees", "factor"), [(0.0, 1.3), (20.0, 1.0), (-75.0, 0.8), (140.0, 1.6)])
+def test_turning_and_magnifying_agree_with_scipy(degrees, factor, both_warps):
+    size = 64
+    images = smooth_images(1, size, channels=1)
+    angle = np.deg2rad(degrees)
+    matrix = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) / factor
+    centre = np.full(2, (size - 1) / 2)
+    expected = scipy.ndimage.affine_transform(
+        images[0, ..., 0].astype(np.float64), matrix, centre - matrix @ centre, order=1, mode="nearest"
+    )
+    field = augment.similarity_field(tf.constant([degrees], tf.float64), tf.constant([factor], tf.float64), size)
+    np.testing.assert_allclose(augment.warp(tf.constant(images), field)[0, ..., 0], expected, atol=1e-4)
+
+
+def test_no_turn_and_no_magnification_leave_the_elastic_field_to_the_bit():
+    field = augment.elastic_field(tf.constant(displacements(2)), 64)
+    still = augment.similarity_field(tf.zeros([2], tf.float64), tf.ones([2], tf.float64), 64, field)
+    np.testing.assert_array_equal(still, field)
+
+
+def test_rotation_is_rigid_about_the_centre_and_uniform_up_to_its_angle():
+    size, count = 16, 300
+    settings = {"rotate": {"max_degrees": 40.0, "probability": 1.0}}
+    degrees = []
+    for positions in moved_positions(size, count, settings):
+        matrix, centre = affine_parts(positions, size)
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(2), atol=1e-4)
+        np.testing.assert_allclose(centre, (size - 1) / 2, atol=1e-4)
+        assert np.linalg.det(matrix) > 0
+        degrees.append(np.rad2deg(np.arctan2(matrix[0, 1], matrix[0, 0])))
+    shares = np.sort(degrees) / 80 + 0.5
+    assert shares[0] > 0 and shares[-1] < 1
+    assert np.abs(shares - np.arange(count) / count).max() < 1.63 / np.sqrt(count)  # Kolmogorov and Smirnov, 1 %
+
+
+def test_scaling_is_about_the_centre_and_log_uniform_either_way():
+    size, count = 16, 300
+    settings = {"scale": {"max_factor": 1.5, "probability": 1.0}}
+    logs = []
+    for positions in moved_positions(size, count, settings):
+        matrix, centre = affine_parts(positions, size)
+        np.testing.assert_allclose(matrix, np.eye(2) * matrix[0, 0], atol=1e-4)
+        np.testing.assert_allclose(centre, (size - 1) / 2, atol=1e-4)
+        logs.append(-np.log(matrix[0, 0]))
+    shares = np.sort(logs) / (2 * np.log(1.5)) + 0.5
+    assert shares[0] > 0 and shares[-1] < 1
+    assert np.abs(shares - np.arange(count) / count).max() < 1.63 / np.sqrt(count)
+
+
+def test_a_discs_area_goes_with_the_square_of_the_factor():
+    size, count = 128, 6
+    rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
+    disc = np.broadcast_to((np.hypot(rows, columns) < 35)[..., None], (count, size, size, 1)).astype(np.uint8)
+    _, moved = spatially(disc.astype(np.float32), disc, only("scale"))
+    factors = [1 / affine_parts(each, size)[0][0, 0] for each in moved_positions(size, count, only("scale"))]
+    assert max(factors) / min(factors) > 1.3
+    np.testing.assert_allclose(moved.sum(axis=(1, 2, 3)), np.pi * 35**2 * np.square(factors), rtol=0.01)
+
+
+@pytest.mark.parametrize("name", ["rotate", "scale"])
+def test_probability_is_the_share_that_moves_and_the_others_stay_to_the_bit(name):
+    count = 500
+    images = np.random.default_rng(0).integers(0, 4096, (count, 8, 8, 1)).astype(np.float32)
+    moved, _ = spatially(images, np.zeros([count, 8, 8, 1], np.uint8), {name: ALL[name] | {"probability": 0.3}})
+    share = (moved != images).any(axis=(1, 2, 3)).mean()
+    assert abs(share - 0.3) < 4 * np.sqrt(0.21 / count)
+
+
+def test_strengths_are_uniform_among_those_that_are_chosen():
+    count = 3000
+    traced = tf.function(lambda seeds: augment.draw_strength(seeds, augment.ROTATE_STREAM, 0.3, -2.0, 6.0))
+    drawn = traced(seeds_of(count)).numpy()
+    chosen = np.sort(drawn[drawn != 0])
+    assert abs(len(chosen) / count - 0.3) < 4 * np.sqrt(0.21 / count)
+    shares = (chosen + 2) / 8
+    assert np.abs(shares - np.arange(len(shares)) / len(shares)).max() < 1.63 / np.sqrt(len(shares))
+
+
+def test_all_together_are_one_resampling_of_the_composed_positions(both_warps):
+    """Each part is measured alone, composed by hand, and scipy resamples once; so no part changes another's draw."""
+    size, count = 96, 6
+    centre, pixels = (size - 1) / 2, pixel_positions(size)
+    alone = {name: moved_positions(size, count, only(name)) for name in ALL}
+    images, masks = smooth_images(count, size), blob_masks(count, size)
+    moved, moved_masks = spatially(images, masks, ALL)
+    flips = set()
+    for sample in range(count):
+        mirror, turn, shrink = (affine_parts(alone[name][sample], size)[0] for name in ("flip", "rotate", "scale"))
+        flips.add(tuple(np.diag(mirror)))
+        came_from = centre + (alone["elastic"][sample] - centre) @ (mirror @ turn @ shrink).T
+        axes = np.moveaxis(came_from, -1, 0)
+        # Where the deformation alone stays well inside, its ramps told the truth.
+        told = ((alone["elastic"][sample] > 0.5) & (alone["elastic"][sample] < size - 1.5)).all(axis=-1)
+        assert told.mean() > 0.7
+        for channel in range(3):
+            expected = scipy.ndimage.map_coordinates(images[sample, ..., channel], axes, order=1, mode="nearest")
+            assert np.abs(moved[sample, ..., channel] - expected)[told].max() < 1e-3
+        expected = scipy.ndimage.map_coordinates(masks[sample, ..., 0], axes, order=0, mode="nearest")
+        tie = (np.abs(came_from - np.floor(came_from) - 0.5) < 1e-2).any(axis=-1)
+        np.testing.assert_array_equal(moved_masks[sample, ..., 0][told & ~tie], expected[told & ~tie])
+        assert np.abs(came_from - pixels).max() > 5
+    assert len(flips) > 1
+
+
+def test_spatial_needs_square_slices():
+    with pytest.raises(ValueError, match="Expected square slices"):
+        augment.spatial(tf.zeros([1, 8, 9, 1]), tf.zeros([1, 8, 9, 1], tf.uint8), seeds_of(1), only("flip"))

@@ -213,3 +213,27 @@ def test_how_many_volumes_are_shuffled_together():
     assert pipeline.volumes_together(100, 2800, 512) == 19  # 512 slices are those of 18.3 volumes of 28
     assert pipeline.volumes_together(100, 32000, 512) == 8  # never fewer patients, however many slices each has
     assert pipeline.volumes_together(5, 140, 512) == 5
+
+
+@pytest.mark.parametrize("workers, replicas", [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("step", [0, 3])
+def test_several_machines_and_devices_share_the_batches_of_one(shards, workers, replicas, step):
+    """Each machine's part, device by device, put together again is what one machine draws."""
+    whole = [values(samples) for samples in batches(shards, step, batch_size=4).take(6)]
+    parts = []
+    for worker in range(workers):
+        share = pipeline.Share(worker, workers, replicas)
+        files, slices = shards
+        stream = pipeline.training_batches(files, slices, READING, 0, 4, 8, step, share=share)
+        drawn = [values(samples) for samples in stream.take(6 * replicas)]
+        parts.append([sum(drawn[replicas * n : replicas * (n + 1)], []) for n in range(6)])
+    assert [sum(shares, []) for shares in zip(*parts, strict=True)] == whole
+
+
+def test_a_sample_names_its_file_and_slice(shards):
+    for step in (0, 11):
+        for samples in batches(shards, step).take(8):
+            for value, (file, own) in zip(values(samples), samples.source.numpy(), strict=True):
+                assert value == 100 * file + own
+    (volume,) = pipeline.volume_samples(tf.constant(str(shards[0][2])), READING)
+    assert volume.source.numpy()[:, 1].tolist() == list(range(5))

@@ -1,8 +1,11 @@
 """Training: what it leaves behind, that it learns, that it goes on exactly where it was killed, and evaluation."""
 
+import contextlib
 import csv
+import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,16 +19,22 @@ import tensorflow as tf
 import yaml
 from small_study import EXPERIMENT, ROOT, command, scan
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2 as plugin
 
 from lvseg import augment, biomarkers, metrics, pipeline, prepare
+from lvseg.board import Board
 from lvseg.config import load_experiment
+from lvseg.devices import Cluster
+from lvseg.errors import InputError
 from lvseg.evaluate import evaluate_run
 from lvseg.fit import Fit
 from lvseg.formats import read_volume
+from lvseg.models.unet import encoder_variables
 from lvseg.predict import Segmenter
 from lvseg.provenance import code_sha256
 
 LIMIT_S = 240.0
+ALONE = Cluster(tf.distribute.get_strategy(), 0, 1, 1)
 
 
 def rows(path):
@@ -55,10 +64,14 @@ def test_training_learns(trained):
 def test_tensorboard_shows_curves_and_overlays_of_validation_slices(trained):
     events = EventAccumulator(str(trained / "logs"), size_guidance={"tensors": 0}).Reload()
     tags = events.Tags()["tensors"]
-    assert {"loss/training", "dice/training", "dice/validation", "learning_rate", "input_wait_share"} <= set(tags)
+    assert {"loss/training", "dice/training", "dice/validation", "learning_rate"} <= set(tags)
     assert [event.step for event in events.Tensors("dice/validation")] == [100, 200, 300]
-    for event in events.Tensors("input_wait_share"):
+    assert [event.step for event in events.Tensors("loss/training")] == list(range(25, 301, 25))
+    for event in events.Tensors("time/input_wait_share"):
         assert 0 <= tf.make_ndarray(event.tensor_proto) <= 1
+    for event in events.Tensors("time/step_seconds"):
+        assert 0 < tf.make_ndarray(event.tensor_proto) < LIMIT_S
+    assert not [tag for tag in tags if tag.startswith("weights/")]  # histograms are drawn on request only
     overlays = [tag for tag in tags if tag.startswith("validation/")]
     split = json.loads((trained / "manifest.json").read_text())["split"]
     assert overlays and all(tag.split("/")[1].split()[0] in split["validation"] for tag in overlays)
@@ -102,8 +115,8 @@ def start_training(folder, *overrides):
     )
 
 
-def stop_at_checkpoint(folder, step, how):
-    """Starts training, sends a signal once the checkpoint of a step is there, waits for its end."""
+def stop_at_checkpoint(folder, step, how, wait_s=0.0):
+    """Starts training, sends a signal some time after the checkpoint of a step is there, waits for its end."""
     process = start_training(folder)
     try:
         state = folder / "runs/volume/small-fold0/checkpoints/checkpoint"
@@ -111,6 +124,8 @@ def stop_at_checkpoint(folder, step, how):
         while not (state.exists() and f'"ckpt-{step}"' in state.read_text()):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=wait_s)
         process.send_signal(how)
         return process.wait(timeout=LIMIT_S)
     finally:
@@ -120,12 +135,17 @@ def stop_at_checkpoint(folder, step, how):
 def test_killed_and_interrupted_training_ends_with_the_weights_of_an_unbroken_one(trained, study, tmp_path):
     folder = tmp_path / "study"
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
-    assert stop_at_checkpoint(folder, 50, signal.SIGKILL) == -signal.SIGKILL
+    # Five moments in the 50 steps (one to three seconds) after five checkpoints; any may fall into a validation, into
+    # the writing of a checkpoint, or before the run's first step.
+    moments = np.random.default_rng().uniform(0, 1.5, 5)
+    print(f"killed {moments} s after the checkpoints")
+    for step, moment in zip((50, 100, 100, 150, 200), moments, strict=True):
+        assert stop_at_checkpoint(folder, step, signal.SIGKILL, moment) == -signal.SIGKILL
     (folder / "raw/a/a-009").rename(folder / "a-009")
     other_data = command(folder, "lvseg.train", "--cfg", "experiment.yaml")
     assert other_data.returncode == 2 and "scans that the run was started with" in other_data.stderr
     (folder / "a-009").rename(folder / "raw/a/a-009")
-    assert stop_at_checkpoint(folder, 200, signal.SIGTERM) == 1
+    assert stop_at_checkpoint(folder, 250, signal.SIGTERM) == 1
     done = command(folder, "lvseg.train", "--cfg", "experiment.yaml")
     assert done.returncode == 0 and "going on from step" in done.stdout
     resumed = folder / "runs/volume/small-fold0"
@@ -210,7 +230,7 @@ def test_training_opens_no_shard_of_a_test_patient(in_study, tmp_path, monkeypat
     sets = prepare.prepare(experiment.data, jobs=1)
     split = prepare.split(experiment.data, sets)
     assert split.test == ("a-001", "b-001")
-    fit = Fit(experiment, sets, split, tmp_path)
+    fit = Fit(experiment, sets, split, tmp_path, ALONE)
     opened = [path.name for path in [*fit.files, *(path for _, path in fit.validation)]]
     assert len(opened) == len(set(opened)) == 18
     assert not [name for name in opened if "-001" in name]
@@ -221,13 +241,13 @@ def test_training_opens_no_shard_of_a_test_patient(in_study, tmp_path, monkeypat
 @pytest.fixture
 def fit(in_study, tmp_path):
     """A training loop that has not begun, on the small study, with a run folder of its own."""
-    overrides = ["train.deterministic=false", "train.steps=4", "train.validate_every=4", "train.checkpoint_every=2"]
-    experiment = load_experiment(in_study / "experiment.yaml", overrides)
-    sets = prepare.prepare(experiment.data, jobs=1)
-    split = prepare.split(experiment.data, sets)
 
-    def make():
-        return Fit(experiment, sets, split, tmp_path / "run")
+    def make(*overrides):
+        short = ["train.deterministic=false", "train.steps=4", "train.validate_every=4", "train.checkpoint_every=2"]
+        experiment = load_experiment(in_study / "experiment.yaml", [*short, *overrides])
+        sets = prepare.prepare(experiment.data, jobs=1)
+        split = prepare.split(experiment.data, sets)
+        return Fit(experiment, sets, split, tmp_path / "run", ALONE)
 
     return make
 
@@ -235,79 +255,164 @@ def fit(in_study, tmp_path):
 def test_a_step_deforms_drops_out_and_draws_anew_by_step_and_sample(fit):
     one = fit()
     batches = list(one._batches(0).take(2))
-    drawn, calls, kept = [], [], one.logits
+    drawn, calls, kept = [], [], one.step._logits
 
-    def elastic(stack, mask, seeds, sigma_px, grid):
-        drawn.append((seeds.numpy(), sigma_px, grid))
+    def move(stack, mask, seeds):
+        drawn.append(seeds.numpy())
         return stack + 1000.0, tf.ones_like(mask)
 
     def logits(inputs, training):
         calls.append((inputs[0].numpy(), inputs[1].numpy(), training))
         return kept(inputs, training=training)
 
-    one.elastic, one.logits = elastic, logits
-    before = [variable.numpy() for variable in one.model.trainable_variables]
+    one.step.move, one.step._logits = move, logits
+    before = [variable.numpy() for variable in one.step.model.trainable_variables]
     for samples in batches:
-        one._train_step(samples)
-    for step, (seeds, sigma_px, grid) in enumerate(drawn):
+        one.step.on_device(samples)
+    for step, seeds in enumerate(drawn):
         np.testing.assert_array_equal(seeds, augment.sample_seeds(3, augment.ELASTIC_STREAM, step, tf.range(4)))
-        assert (sigma_px, grid) == (1.0, 4)
         stacks, dropout_seeds, training = calls[step]
         assert training and (dropout_seeds == seeds).all()
         moved = batches[step]._replace(stack=tf.cast(batches[step].stack, tf.float32) + 1000.0)
         np.testing.assert_allclose(stacks, pipeline.intensities(moved, "none"), rtol=1e-5)
-    assert len(drawn) == 2 and int(one.step) == 2
-    count, _, positives, wrong, missed = one.sums.numpy()
+    assert len(drawn) == 2 and int(one.step.number) == 2
+    count, _, positives, wrong, missed = one.step.sums.numpy()
     assert count == 2 and positives + missed == 2 * 4 * 32 * 32  # the deformed mask is the truth: all foreground here
     assert positives + wrong + missed <= 2 * 4 * 32 * 32
-    after = [variable.numpy() for variable in one.model.trainable_variables]
+    after = [variable.numpy() for variable in one.step.model.trainable_variables]
     assert any((a != b).any() for a, b in zip(before, after, strict=True))
 
 
 def test_the_best_weights_are_kept_and_exported_not_the_last(fit, tmp_path):
-    one = fit()
-    best = [weights.copy() for weights in one.model.get_weights()]
+    one, board = fit(), Board(None)
+    best = [weights.copy() for weights in one.step.model.get_weights()]
     one.infer = lambda part: part.mask[..., 0]
-    assert one._validate(2) == 1.0
-    one.model.set_weights([weights + 0.5 for weights in best])
+    assert one._validate(2, board) == 1.0
+    one.step.model.set_weights([weights + 0.5 for weights in best])
     one.infer = lambda part: tf.zeros_like(part.mask[..., 0])
-    assert one._validate(4) < 0.5
+    assert one._validate(4, board) < 0.5
     card = one.export(tmp_path / "model", {})
     assert card["measured"]["validation_dice"] == 1.0
     stacks = tf.random.stateless_uniform([8, 32, 32, 3], [1, 2]) * 200
     infer = Segmenter(tmp_path / "model")._infer(stacks=stacks)["probabilities"]
-    one.model.set_weights(best)
-    np.testing.assert_allclose(infer, one.model([stacks, tf.zeros([8, 2], tf.int64)]), atol=1e-5)
+    one.step.model.set_weights(best)
+    np.testing.assert_allclose(infer, one.step.model([stacks, tf.zeros([8, 2], tf.int64)]), atol=1e-5)
 
 
 def test_a_validation_that_was_interrupted_is_made_up_for(fit, monkeypatch):
     stopped = fit()
-    monkeypatch.setattr(stopped, "_validate", lambda number: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(stopped, "_validate", lambda number, board: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
     resumed = fit()
-    assert int(resumed.step) == 2  # the checkpoint before the validation, not one that claims it done
+    assert int(resumed.step.number) == 2  # the checkpoint before the validation, not one that claims it done
     resumed.run()
     assert [int(row["step"]) for row in rows(resumed.run_folder / "metrics.csv")] == [4]
     assert resumed.best_weights.is_file()
-    assert int(fit().step) == 4
+    assert int(fit().step.number) == 4
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(study, tmp_path):
+@pytest.mark.parametrize("dice, steps", [((0.5, 0.6, 0.6, 0.7), 8), ((0.5, 0.6, 0.6, 0.5), 8), ((0.6, 0.5, 0.6), 6)])
+def test_training_stops_early_after_so_many_validations_without_a_better_one(fit, monkeypatch, dice, steps):
+    overrides = ["train.steps=8", "train.validate_every=2", "train.checkpoint_every=8"]
+    make = functools.partial(fit, *overrides, "train.early_stopping={patience: 2}")
+    scores = iter(dice)
+    for attempt in range(3):  # whatever is done again once it has stopped, no step is trained
+        one = make()
+        monkeypatch.setattr(one, "_over_machines", lambda _: np.array([next(scores)]))
+        one.run()
+        assert int(one.step.number) == steps, attempt
+    assert [float(row["validation_dice"]) for row in rows(one.run_folder / "metrics.csv")] == list(dice)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_slices(fit):
+    one = fit("train.steps=9", "train.checkpoint_every=3", "train.validate_every=9")
+    batches = list(one._batches(0).take(9))
+    weights = [variable.numpy() for variable in one.step.model.trainable_variables]
+    poisoned = batches[4]._replace(scale=tf.concat([batches[4].scale[:1] * np.nan, batches[4].scale[1:]], axis=0))
+    one._distributed = lambda first: iter([*batches[:4], poisoned, *batches[5:]][first:])
+    with pytest.raises(FloatingPointError) as error:
+        one.run()
+    file, own = poisoned.source[0].numpy()
+    patient = one.training[file][0]["patient"]
+    assert f"at step 5 (slice {own} of patient {patient} study 1)" in str(error.value)
+    assert all(np.isfinite(variable.numpy()).all() for variable in one.step.model.trainable_variables)
+    again = fit("train.steps=9", "train.checkpoint_every=3", "train.validate_every=9")
+    assert int(again.step.number) == 3  # the last good checkpoint; none was written after the bad step
+    again.run()
+    assert int(again.step.number) == 9
+    assert any((a != b.numpy()).any() for a, b in zip(weights, again.step.model.trainable_variables, strict=True))
+
+
+def test_a_learning_rate_that_is_too_high_ends_in_one_sentence(study, tmp_path):
     folder = tmp_path / "study"
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
-    done = command(
-        folder,
-        "lvseg.train",
-        "--cfg",
-        "experiment.yaml",
-        "--set",
-        "train.learning_rate=1.0e+30",
-        "--set",
-        "train.steps=50",
-    )
-    assert done.returncode == 1 and "step 25" in done.stderr and "Traceback" not in done.stderr
+    settings = ("--set", "train.learning_rate=1.0e+30", "--set", "train.steps=50")
+    done = command(folder, "lvseg.train", "--cfg", "experiment.yaml", *settings)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"not finite at step \d+ \(slice \d+ of patient [ab]-00\d", done.stderr)
     assert not (folder / "runs/volume/small-fold0/model").exists()
+
+
+def test_a_damaged_checkpoint_is_one_sentence(fit):
+    one = fit()
+    one.run()
+    newest = Path(one.manager.latest_checkpoint)
+    data = newest.with_name(newest.name + ".data-00000-of-00001")
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(InputError, match=re.escape(str(newest))):
+        fit()
+
+
+def test_the_encoder_stays_as_it_was_for_its_first_steps(fit):
+    one = fit("model.encoder=vgg11", "model.encoder_weights=none", "model.freeze_encoder_steps=2", "model.width=2")
+    encoder = encoder_variables(one.step.model)
+    frozen = {id(variable) for variable in encoder}
+    others = [variable for variable in one.step.model.trainable_variables if id(variable) not in frozen]
+    before = [[variable.numpy() for variable in part] for part in (encoder, others)]
+    for number, samples in enumerate(one._batches(0).take(3), start=1):
+        one.step(samples)
+        moved = [
+            [bool((a != b.numpy()).any()) for a, b in zip(was, part, strict=True)]
+            for was, part in zip(before, (encoder, others), strict=True)
+        ]
+        assert any(moved[1]) and (any(moved[0]) if number == 3 else not any(moved[0]))
+
+
+def test_histograms_and_a_profile_come_on_request(fit):
+    one = fit("train.histograms=true", "train.profile_steps=[2, 3]")
+    one.run()
+    events = EventAccumulator(str(one.run_folder / "logs"), size_guidance={"tensors": 0}).Reload()
+    tags = [tag for tag in events.Tags()["tensors"] if tag.startswith("weights/")]
+    assert len(tags) == len(one.step.model.weights) and any("enc1_conv1" in tag for tag in tags)
+    assert list((one.run_folder / "logs").rglob("*.xplane.pb"))
+
+
+def test_hyperparameters_are_shown_with_the_dice_they_led_to(trained):
+    events = EventAccumulator(str(trained / "logs"), size_guidance={"tensors": 0}).Reload()
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    session = plugin.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert session["train.learning_rate"].number_value == 3e-3 and session["model.residual"].bool_value is False
+    best = max(float(row["validation_dice"]) for row in rows(trained / "metrics.csv"))
+    shown = tf.make_ndarray(events.Tensors("hparams/best_validation_dice")[0].tensor_proto)
+    assert shown == pytest.approx(best, abs=1e-6)
+
+
+def test_what_a_test_patient_s_shard_holds_cannot_matter(trained, study, tmp_path):
+    """Training a study whose test shards are unreadable ends with the very weights of one where they are whole."""
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
+    shards = sorted((folder / "shards").rglob("*-001*.tfrecord"))
+    assert len(shards) == 2
+    for shard in shards:
+        shard.write_bytes(os.urandom(1000))
+    settings = ["--set", "train.steps=100"]
+    done = [command(place, "lvseg.train", "--cfg", "experiment.yaml", "--set", "name=short", *settings)
+            for place in (study, folder)]  # fmt: skip
+    assert [one.returncode for one in done] == [0, 0], done[1].stderr
+    kept = [np.load(place / "runs/volume/short-fold0/checkpoints/best.npz") for place in (study, folder)]
+    for name in kept[0].files:
+        np.testing.assert_array_equal(kept[0][name], kept[1][name])
 
 
 @pytest.mark.parametrize(

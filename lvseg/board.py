@@ -1,0 +1,97 @@
+"""What TensorBoard shows of a run: scalars, overlays, histograms, hyperparameters and a profile of chosen steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+# Of each row of scalars: its column in metrics.csv, and its tag.
+TAGS = {
+    "loss": "loss/training",
+    "dice": "dice/training",
+    "validation_dice": "dice/validation",
+    "learning_rate": "learning_rate",
+    "loss_scale": "loss_scale",
+    "input_wait_share": "time/input_wait_share",
+    "step_seconds": "time/step_seconds",
+}
+
+
+class Board:
+    """Writes a run's event files.
+
+    Args:
+        folder: of the logs; None writes nothing, as machines do whose chief is another.
+        profile_steps: first and last step to profile, or None.
+    """
+
+    def __init__(self, folder: Path | None, profile_steps: Sequence[int] | None = None) -> None:
+        self._folder = folder
+        self._writer = tf.summary.create_file_writer(str(folder)) if folder else tf.summary.create_noop_writer()
+        self._first, self._last = profile_steps or (0, 0)
+        self._profiling = False
+
+    def scalars(self, row: Mapping[str, Any]) -> None:
+        """Writes a row's numbers, those it has, at its `step`."""
+        with self._writer.as_default():
+            for name, tag in TAGS.items():
+                if row.get(name) is not None:
+                    tf.summary.scalar(tag, row[name], step=row["step"])
+
+    def image(self, tag: str, picture: Any, step: int) -> None:
+        """Writes a picture, uint8 [H, W, 3]."""
+        with self._writer.as_default():
+            tf.summary.image(tag, picture[None], step=step)
+
+    def histograms(self, variables: Mapping[str, Any], step: int) -> None:
+        """Writes the distribution of every variable's values."""
+        with self._writer.as_default():
+            for name, values in variables.items():
+                tf.summary.histogram(f"weights/{name}", values, step=step)
+
+    def hyperparameters(self, config: Mapping[str, Any], dice: float) -> None:
+        """Writes the resolved config's values, dotted names, and the validation Dice they led to."""
+        from tensorboard.plugins.hparams import api
+
+        with self._writer.as_default():
+            api.hparams(dict(_flat(config)))
+            tf.summary.scalar("hparams/best_validation_dice", dice, step=0)
+        self._writer.flush()
+
+    def before_step(self, number: int) -> None:
+        """Begins the profile before its first step (or the first that is run of them)."""
+        if self._folder and self._first <= number <= self._last and not self._profiling:
+            tf.profiler.experimental.start(str(self._folder))
+            self._profiling = True
+
+    def after_step(self, number: int, synchronise: Any) -> None:
+        """Ends the profile after its last step, once the device has done what it was given (`synchronise()`)."""
+        if self._profiling and number >= self._last:
+            synchronise()
+            self._stop_profile()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._profiling:
+            self._stop_profile()
+        self._writer.flush()
+
+    def _stop_profile(self) -> None:
+        tf.profiler.experimental.stop()
+        self._profiling = False
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted names and plain values; lists and None as text."""
+    values: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            values += _flat(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, bool | int | float | str | np.number)
+            values.append((prefix + key, value if plain else str(value)))
+    return values

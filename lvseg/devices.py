@@ -1,0 +1,99 @@
+"""On what training runs: one processor or GPU, all GPUs of a machine, or several machines.
+
+Several machines say who they are by TF_CONFIG (as TensorFlow documents it), or by SLURM's variables in a job step of
+several tasks; every one runs the same command, and they have to see the same folders.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Literal, NamedTuple
+
+import tensorflow as tf
+
+from lvseg.errors import InputError
+
+Devices = Literal["auto", "cpu", "gpu", "all"]
+SLURM_PORT = 8888
+
+
+class Cluster(NamedTuple):
+    """Which of how many machines this process is, and the devices that share its part of a batch."""
+
+    strategy: tf.distribute.Strategy
+    worker: int
+    workers: int
+    replicas: int  # of this machine
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process writes the run folder; the others only compute."""
+        return self.worker == 0
+
+
+def cluster(devices: Devices, batch_size: int) -> Cluster:
+    """Chooses devices; has to come before TensorFlow computes anything.
+
+    Args:
+        devices: "auto" is the first GPU, or the processor where there is none; "cpu" and "gpu" insist; "all" is every
+            GPU, or every logical processor where there is none. Several machines use all of theirs unless "cpu".
+        batch_size: the global one, which the devices share evenly.
+
+    Raises:
+        InputError: BAD_CONFIG for a GPU where there is none, a batch that cannot be shared, or a broken TF_CONFIG.
+    """
+    if devices == "cpu":
+        tf.config.set_visible_devices([], "GPU")
+    gpus = tf.config.get_visible_devices("GPU")
+    if devices == "gpu" and not gpus:
+        raise InputError("BAD_CONFIG", "Expected a GPU for train.devices=gpu, received none; set it to auto or cpu.")
+    resolver = _resolver()
+    if resolver is not None:
+        strategy: tf.distribute.Strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
+        workers = len(resolver.cluster_spec().as_dict().get("worker", [])) + (
+            1 if "chief" in resolver.cluster_spec().as_dict() else 0
+        )
+        worker = 0 if resolver.task_type == "chief" else int(resolver.task_id or 0)
+        if resolver.task_type == "worker" and "chief" in resolver.cluster_spec().as_dict():
+            worker += 1
+        found = Cluster(strategy, worker, workers, strategy.num_replicas_in_sync // workers)
+    elif devices == "all" and (gpus or len(tf.config.list_logical_devices("CPU")) > 1):
+        names = [device.name for device in tf.config.list_logical_devices("GPU" if gpus else "CPU")]
+        strategy = tf.distribute.MirroredStrategy(names)
+        found = Cluster(strategy, 0, 1, len(names))
+    else:
+        if gpus:
+            tf.config.set_visible_devices(gpus[:1], "GPU")
+        found = Cluster(tf.distribute.get_strategy(), 0, 1, 1)
+    shares = found.workers * found.replicas
+    if batch_size % shares:
+        raise InputError(
+            "BAD_CONFIG",
+            f"Expected train.batch_size to be a multiple of the {shares} devices that share it, received {batch_size}.",
+        )
+    return found
+
+
+def _resolver() -> tf.distribute.cluster_resolver.ClusterResolver | None:
+    """Who this process is among several; None where it is alone."""
+    if "TF_CONFIG" in os.environ:
+        try:
+            config = json.loads(os.environ["TF_CONFIG"])
+            config["cluster"]["worker"][int(config["task"]["index"])]
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(
+                "BAD_CONFIG",
+                'Expected TF_CONFIG to be JSON with cluster.worker, a list of "host:port", and task.index in it,'
+                f" received {os.environ['TF_CONFIG']!r}.",
+            ) from error
+        return tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        # Each task takes the GPUs that SLURM shows it (--gpus-per-task). Numbers of GPUs only have to be consistent here;
+        # without them TensorFlow would ask nvidia-smi, which not every machine has.
+        tasks = max(int(number) for number in re.findall(r"\d+", os.environ["SLURM_STEP_TASKS_PER_NODE"]))
+        return tf.distribute.cluster_resolver.SlurmClusterResolver(
+            port_base=SLURM_PORT, gpus_per_node=tasks, gpus_per_task=1, auto_set_gpu=False
+        )
+    return None

@@ -1,0 +1,190 @@
+"""Training on several devices and several machines equals training on one; what cannot be shared is refused."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import tensorflow as tf
+from small_study import ROOT, command
+
+from lvseg import devices, pipeline
+from lvseg.errors import InputError
+
+LIMIT_S = 300.0
+# At a higher rate Adam turns the last digit of a gradient that is nearly zero into a step of its own within 20 steps.
+SETTINGS = (
+    "train.steps=20", "train.validate_every=5", "train.checkpoint_every=10", "train.learning_rate=1.0e-4",
+    "train.loss=cross_entropy_dice", "model.dropout=0.5", "augment.flip={}", "augment.noise={}",
+)  # fmt: skip
+# Two devices of one machine, as far as a processor allows.
+TWO_PROCESSORS = """
+import sys
+import tensorflow as tf
+from lvseg.train import main
+(processor,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(processor, [tf.config.LogicalDeviceConfiguration()] * 2)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def arguments(name, settings=SETTINGS):
+    return ["--cfg", "experiment.yaml", *(word for s in (*settings, f"name={name}") for word in ("--set", s))]
+
+
+def losses(folder, name):
+    with (folder / f"runs/volume/{name}-fold0/metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [(float(row["loss"]), float(row["validation_dice"])) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def alone(study):
+    """Loss and validation Dice of every fifth step on one device."""
+    done = command(study, "lvseg.train", *arguments("alone"))
+    assert done.returncode == 0, done.stderr
+    return losses(study, "alone")
+
+
+def assert_same(received, expected):
+    assert len(received) == len(expected) == 4
+    for (loss, dice), (own_loss, own_dice) in zip(received, expected, strict=True):
+        assert loss == pytest.approx(own_loss, rel=1e-5)
+        assert dice == pytest.approx(own_dice, abs=1e-3)  # a pixel at the border of two classes may fall either way
+
+
+def two_workers(folder, name, settings=SETTINGS):
+    """Starts the command in two processes that know of each other by TF_CONFIG."""
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            ports.append(free.getsockname()[1])
+    cluster = {"worker": [f"localhost:{port}" for port in ports]}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "lvseg.train", *arguments(name, settings)],
+            cwd=folder,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+
+
+def ends(workers):
+    """Return codes and stderr of both workers."""
+    try:
+        answers = [worker.communicate(timeout=LIMIT_S) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    return [worker.returncode for worker in workers], "\n".join(error for _, error in answers)
+
+
+def test_two_workers_give_the_losses_of_one(study, alone):
+    codes, errors = ends(two_workers(study, "workers"))
+    assert codes == [0, 0], errors
+    assert_same(losses(study, "workers"), alone)
+    run = study / "runs/volume/workers-fold0"
+    hardware = json.loads((run / "manifest.json").read_text())["hardware"]
+    assert hardware["machines"] == 2
+    assert (run / "model/model.json").is_file() and (run / "report/summary.json").is_file()
+
+
+def test_two_devices_of_a_machine_give_the_losses_of_one(study, alone):
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_PROCESSORS, *arguments("mirrored", (*SETTINGS, "train.devices=all"))],
+        cwd=study, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=LIMIT_S,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert_same(losses(study, "mirrored"), alone)
+    hardware = json.loads((study / "runs/volume/mirrored-fold0/manifest.json").read_text())["hardware"]
+    assert hardware["devices_used_of_each"] == 2
+
+
+def test_one_worker_s_sigterm_stops_both_at_one_checkpoint_from_which_a_single_machine_goes_on(study, tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
+    settings = ("train.steps=5000", "train.validate_every=5000", "train.checkpoint_every=25")
+    workers = two_workers(folder, "stopped", settings)
+    checkpoints = folder / "runs/volume/stopped-fold0/checkpoints"
+    deadline = time.monotonic() + LIMIT_S
+    while not list(checkpoints.glob("ckpt-25.index")):
+        assert all(worker.poll() is None for worker in workers) and time.monotonic() < deadline
+        time.sleep(0.01)
+    workers[1].send_signal(signal.SIGTERM)
+    codes, errors = ends(workers)
+    assert codes == [1, 1], errors
+    newest = tf.train.latest_checkpoint(str(checkpoints))
+    number = int(newest.rsplit("-", 1)[1])
+    assert number % 25 == 0
+    # Another number of steps would be another config; the run is asked to end by its next validation instead.
+    done = subprocess.Popen(
+        [sys.executable, "-m", "lvseg.train", *arguments("stopped", settings)],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert f"going on from step {number}" in done.stdout.readline()
+    finally:
+        done.kill()
+        done.communicate()
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(study):
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_PROCESSORS, *arguments("uneven", ("train.devices=all", "train.batch_size=3"))],
+        cwd=study, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=LIMIT_S,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "train.batch_size" in done.stderr.splitlines()[-1] and "2 devices" in done.stderr
+
+
+@pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_one_sentence():
+    with pytest.raises(InputError, match=r"train\.devices"):
+        devices.cluster("gpu", 1)
+
+
+@pytest.mark.parametrize("config", ["not json", "[]", '{"cluster": {"worker": ["a:1"]}, "task": {"index": 3}}'])
+def test_a_broken_tf_config_is_one_sentence(monkeypatch, config):
+    monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(InputError, match="TF_CONFIG"):
+        devices.cluster("auto", 1)
+
+
+def test_slurm_s_variables_say_who_is_who(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2,1")
+    monkeypatch.setenv("SLURM_PROCID", "2")
+    monkeypatch.setenv("SLURM_STEP_GPUS", "")
+    resolver = devices._resolver()
+    port = devices.SLURM_PORT
+    assert resolver.cluster_spec().as_dict() == {"worker": [f"node1:{port}", f"node1:{port + 1}", f"node2:{port}"]}
+    assert (resolver.task_type, resolver.task_id) == ("worker", 2)
+
+
+@pytest.mark.parametrize("workers, replicas", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+def test_the_shares_of_a_batch_are_all_of_it(workers, replicas):
+    places = []
+    for worker in range(workers):
+        own, at_a_time = pipeline.Share(worker, workers, replicas).of_batch(8)
+        assert len(own) == 8 // workers and at_a_time * replicas == len(own)
+        places += own
+    assert places == list(range(8))
+    with pytest.raises(ValueError, match="batch_size=9"):
+        pipeline.Share(0, 2, 1).of_batch(9)

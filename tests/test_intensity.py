@@ -1,0 +1,246 @@
+import numpy as np
+import pytest
+import scipy.fft
+import scipy.ndimage
+import scipy.stats
+import tensorflow as tf
+from gpu_kernels import nodes, without_gpu_kernel
+
+from lvseg import augment, intensity
+
+LOW, HIGH = 100.0, 900.0
+ALL = {
+    "resolution": {"max_factor": 2.5, "probability": 1.0},
+    "bias_field": {"sigma": 0.3, "grid": 4, "probability": 1.0},
+    "gamma": {"max_gamma": 1.5, "probability": 1.0},
+    "noise": {"max_sigma_percent": 5.0, "probability": 1.0},
+}
+
+
+def only(*names: str) -> dict[str, dict | None]:
+    """The settings as an experiment has them, all off but these."""
+    return {name: keys if name in names else None for name, keys in ALL.items()}
+
+
+def seeds_of(count: int) -> tf.Tensor:
+    return augment.sample_seeds(4, augment.ELASTIC_STREAM, 17, tf.range(count))
+
+
+def changed(stacks: np.ndarray, settings: dict) -> np.ndarray:
+    """`intensity.intensity` in a graph: hundreds of samples one by one take long eagerly."""
+    traced = tf.function(lambda stacks, seeds: intensity.intensity(stacks, seeds, settings, LOW, HIGH))
+    return traced(tf.constant(stacks), seeds_of(len(stacks))).numpy()
+
+
+def slices(batch: int, size: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    """float32 [batch, size, size, channels]: blurred noise from a little below LOW to a little above HIGH."""
+    noise = np.random.default_rng(seed).normal(size=(batch, size, size, channels))
+    smooth = scipy.ndimage.gaussian_filter(noise, 2.0, axes=(1, 2))
+    return (LOW + (HIGH - LOW) * (1.2 * (smooth - smooth.min()) / np.ptp(smooth) - 0.1)).astype(np.float32)
+
+
+def assert_uniform(drawn: np.ndarray, lowest: float, highest: float) -> None:
+    """Kolmogorov and Smirnov's test, and nothing outside."""
+    assert lowest <= np.min(drawn) and np.max(drawn) <= highest
+    assert scipy.stats.kstest((drawn - lowest) / (highest - lowest), "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("settings", [{}, only()])
+def test_off_is_untouched(settings):
+    stacks = tf.constant(slices(2, 16))
+    assert intensity.intensity(stacks, seeds_of(2), settings, LOW, HIGH) is stacks
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_probability_is_the_share_that_changes_and_the_others_stay_to_the_bit(name):
+    count = 400
+    stacks = slices(count, 8, channels=1)
+    after = changed(stacks, {name: ALL[name] | {"probability": 0.3}})
+    assert after.dtype == np.float32
+    share = (after != stacks).any(axis=(1, 2, 3)).mean()
+    assert abs(share - 0.3) < 4 * np.sqrt(0.21 / count)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_sample_changes_the_same_whatever_the_batch(name):
+    stacks, seeds = tf.constant(slices(4, 24)), seeds_of(4)
+    together = intensity.intensity(stacks, seeds, only(name), LOW, HIGH)
+    backwards = intensity.intensity(stacks[::-1], seeds[::-1], only(name), LOW, HIGH)
+    np.testing.assert_allclose(backwards[::-1], together, rtol=1e-6)
+    for place in range(4):
+        one = slice(place, place + 1)
+        alone = intensity.intensity(stacks[one], seeds[one], only(name), LOW, HIGH)
+        np.testing.assert_allclose(alone, together[one], rtol=1e-6)
+    same = tf.constant(np.broadcast_to(slices(1, 24), (4, 24, 24, 3)))
+    assert len({each.tobytes() for each in intensity.intensity(same, seeds, only(name), LOW, HIGH).numpy()}) == 4
+
+
+@pytest.mark.parametrize("name", ["bias_field", "gamma", "noise"])
+def test_none_changes_the_draw_of_another(name):
+    """With those before it on, it does what it does alone to what they have made."""
+    stacks = slices(3, 32)
+    before = {"bias_field": ["resolution"], "gamma": ["resolution", "bias_field"]}.get(name, list(ALL)[:3])
+    so_far = changed(stacks, only(*before))
+    with_it = changed(stacks, only(*before, name))
+    alone = changed(so_far, only(name))
+    np.testing.assert_allclose(with_it, alone, rtol=1e-5, atol=1e-3)
+    assert np.abs(with_it - so_far).max() > 1.0
+
+
+def test_no_two_draws_of_a_sample_share_a_stream(monkeypatch):
+    used = [augment.ELASTIC_STREAM, augment.SHUFFLE_STREAM]
+    of_stream = augment.of_stream
+
+    def recording(seeds: tf.Tensor, stream: int) -> tf.Tensor:
+        used.append(stream)
+        return of_stream(seeds, stream)
+
+    monkeypatch.setattr(augment, "of_stream", recording)
+    intensity.intensity(tf.zeros([1, 8, 8, 1]), seeds_of(1), ALL, LOW, HIGH)
+    spatial = {"flip": {"rows": 0.5, "columns": 0.5}, "rotate": {"max_degrees": 9.0, "probability": 0.5}}
+    spatial |= {"scale": {"max_factor": 1.2, "probability": 0.5}}
+    augment.spatial(tf.zeros([1, 8, 8, 1]), tf.zeros([1, 8, 8, 1], tf.uint8), seeds_of(1), spatial)
+    assert len(set(used)) == len(used) == 2 + 6 + 3
+    assert max(used) < augment.DROPOUT_STREAM  # whose layers count on from there
+
+
+def test_all_are_the_four_in_the_stated_order():
+    stacks = slices(2, 32)
+    one_by_one = stacks
+    for name in ("resolution", "bias_field", "gamma", "noise"):
+        one_by_one = changed(one_by_one, only(name))
+    np.testing.assert_allclose(changed(stacks, dict(reversed(ALL.items()))), one_by_one, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [64, 45])
+def test_coarser_pixels_have_no_frequency_above_their_nyquist(size):
+    stacks = np.random.default_rng(1).normal(500, 100, (3, size, size, 2)).astype(np.float32)
+    factors = np.array([1.0, 1.6, 2.5])
+    after = intensity.coarsen(tf.constant(stacks), tf.constant(factors)).numpy().astype(np.float64)
+    spectra = [scipy.fft.dctn(each, axes=(1, 2), norm="ortho") for each in (stacks.astype(np.float64), after)]
+    for factor, before, left in zip(factors, *spectra, strict=True):
+        share = factor * np.arange(size) / size  # 1: half a period a large pixel
+        above, kept = share >= 1, share <= 1 - intensity.EDGE
+        assert above.any() == (factor > 1)
+        assert np.abs(left[above]).max(initial=0) < 1e-3 and np.abs(left[:, above]).max(initial=0) < 1e-3
+        np.testing.assert_allclose(left[np.ix_(kept, kept)], before[np.ix_(kept, kept)], atol=1e-3)
+        assert (np.abs(left) <= np.abs(before) + 1e-3).all()
+        assert (left * before >= -1e-3 * np.abs(before)).all()
+    np.testing.assert_allclose(after.mean(axis=(1, 2)), stacks.mean(axis=(1, 2), dtype=np.float64), rtol=1e-7)
+
+
+def test_coarser_pixels_lose_a_fine_wave_and_keep_a_coarse_one():
+    """Pixels of twice the size show waves of up to 32 half periods in 64 pixels, the last quarter of those damped."""
+    size, column = 64, np.arange(64) + 0.5
+    for half_periods, left in [(20, 1.0), (40, 0.0)]:
+        wave = np.broadcast_to(np.cos(np.pi * half_periods * column / size), (1, size, size))[..., None]
+        after = intensity.coarsen(tf.constant(wave.astype(np.float32)), tf.constant([2.0], tf.float64))
+        np.testing.assert_allclose(after, left * wave, atol=1e-5)
+        after = intensity.coarsen(tf.constant(wave.swapaxes(1, 2).astype(np.float32)), tf.constant([2.0], tf.float64))
+        np.testing.assert_allclose(after, left * wave.swapaxes(1, 2), atol=1e-5)
+
+
+def test_coarser_pixels_neither_wrap_around_nor_darken_the_edges():
+    flat = np.full((1, 48, 48, 1), 700.0, np.float32)
+    factor = tf.constant([3.0], tf.float64)
+    np.testing.assert_allclose(intensity.coarsen(tf.constant(flat), factor), flat, rtol=1e-6)
+    flat[:, :, 40:] = 0.0
+    assert np.abs(intensity.coarsen(tf.constant(flat), factor)[:, :, :8] - 700.0).max() < 10  # ringing, 1 %
+
+
+def test_resolutions_are_log_uniform():
+    size, count = 64, 200
+    stacks = np.zeros((count, size, size, 1), np.float32)
+    stacks[:, 0] = 1.0  # all row frequencies; how much of each is left is the window
+    left = [scipy.fft.dct(each[:, size // 2, 0]) for each in (*changed(stacks, only("resolution")), stacks[0])]
+    window = np.array(left[:-1]) / left[-1]
+    factors = size * (1 - intensity.EDGE / 2) / (window.sum(axis=1) - 0.5)  # the trapezoidal rule of its integral
+    assert_uniform(np.log(factors), -0.01, np.log(2.5) + 0.01)
+
+
+def test_bias_field_is_positive_smooth_and_alike_in_all_channels():
+    size = 3 * 21 + 1  # a control point every 21 pixels
+    stacks = slices(60, size)
+    stacks[np.abs(stacks - LOW) < 20] = LOW + 20  # where a factor can be told
+    factors = (changed(stacks, only("bias_field")) - LOW) / (stacks - LOW)
+    assert factors.min() > 0
+    np.testing.assert_allclose(factors[..., 1:], factors[..., :1] + np.zeros(2), rtol=1e-4)
+    logs = np.log(factors[..., 0].astype(np.float64))
+    control = logs[:, ::21, ::21]
+    assert abs(control.std() - 0.3) < 4 * 0.3 / np.sqrt(2 * control.size)
+    assert abs(control.mean()) < 4 * 0.3 / np.sqrt(control.size)
+    # A cubic spline through numbers of this size turns by no more than this from pixel to pixel.
+    assert np.abs(np.diff(logs, axis=1)).max() < 0.3 * 4 * 3 / 21
+    assert np.abs(np.diff(logs, 2, axis=1)).max() < 0.3 * 4 * 12 / 21**2
+    # Dark stays dark: the coils weigh signal, and there is none.
+    dark = np.full((2, size, size, 1), LOW, np.float32)
+    np.testing.assert_array_equal(changed(dark, only("bias_field")), dark)
+
+
+def test_gamma_rises_everywhere_keeps_the_ends_and_is_log_uniform():
+    count = 300
+    shares = np.array([-0.5, -0.1, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5], np.float32)
+    stacks = np.broadcast_to(LOW + (HIGH - LOW) * shares, (count, 9, 9)).astype(np.float32)[..., None]
+    after = (changed(stacks, only("gamma"))[:, 0, :, 0].astype(np.float64) - LOW) / (HIGH - LOW)
+    assert (np.diff(after, axis=1) > 0).all()
+    np.testing.assert_allclose(after[:, [2, 7]], np.broadcast_to([0.0, 1.0], (count, 2)), atol=1e-6)
+    gamma = np.log(after[:, 5]) / np.log(0.5)
+    np.testing.assert_allclose(after[:, [3, 4, 6]], shares[[3, 4, 6]] ** gamma[:, None], rtol=1e-4)
+    assert_uniform(np.log(gamma), -np.log(1.5) - 1e-4, np.log(1.5) + 1e-4)
+
+
+def test_noise_is_normal_independent_and_up_to_its_sigma():
+    count = 200
+    stacks = slices(count, 16)
+    noise = (changed(stacks, only("noise")) - stacks).astype(np.float64) / (HIGH - LOW)
+    sigma = noise.std(axis=(1, 2, 3))
+    pixels = noise[0].size
+    assert sigma.max() < 0.05 * (1 + 4 / np.sqrt(2 * pixels))
+    assert_uniform(np.minimum(sigma, 0.05), 0.0, 0.05)
+    standard = (noise / sigma[:, None, None, None])[sigma > 1e-3]
+    assert abs(standard.mean()) < 4 / np.sqrt(standard.size)
+    assert scipy.stats.kstest(standard.ravel(), "norm").pvalue > 0.01
+    for axis in (1, 2, 3):  # neighbours have nothing in common, channels among them
+        first, second = (np.take(standard, range(*ends), axis).ravel() for ends in ((0, 2), (1, 3)))
+        assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(first.size)
+    assert np.abs(np.corrcoef(standard.reshape(len(standard), -1)) - np.eye(len(standard))).max() < 6 / np.sqrt(pixels)
+    halves = standard.reshape(len(standard), 2, -1)  # the two numbers that come of one pair
+    assert abs(np.corrcoef(halves[:, 0].ravel(), halves[:, 1].ravel())[0, 1]) < 4 / np.sqrt(halves[:, 0].size)
+
+
+def test_noise_fills_slices_of_an_odd_number_of_pixels():
+    stacks = np.zeros((2, 15, 15, 1), np.float32)
+    noise = changed(stacks, only("noise"))
+    assert noise.shape == stacks.shape
+    assert all(len(np.unique(each)) > 220 for each in noise)
+
+
+def test_eager_graph_and_xla_agree():
+    stacks, seeds = tf.constant(slices(2, 128)), seeds_of(2)
+
+    def change(stacks: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
+        return intensity.intensity(stacks, seeds, ALL, LOW, HIGH)
+
+    eager = change(stacks, seeds)
+    np.testing.assert_array_equal(change(stacks, seeds), eager)
+    for traced in (tf.function(change), tf.function(change, jit_compile=True)):
+        np.testing.assert_allclose(traced(stacks, seeds), eager, rtol=0, atol=2e-6 * (HIGH - LOW))
+
+
+@pytest.mark.parametrize("batch", [2, None])
+def test_every_op_has_a_kernel_for_gpus_and_shapes_survive(batch):
+    @tf.function
+    def change(stacks: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
+        return intensity.intensity(stacks, seeds, ALL, LOW, HIGH)
+
+    traced = change.get_concrete_function(tf.TensorSpec([batch, 64, 64, 3]), tf.TensorSpec([batch, 2], tf.int64))
+    assert {"Einsum", "Pow", "StatelessRandomUniformFullIntV2"} <= {node.op for node in nodes(traced)}
+    assert without_gpu_kernel(traced) == []
+    assert traced.structured_outputs.shape.as_list() == [batch, 64, 64, 3]
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="Expected square slices"):
+        intensity.intensity(tf.zeros([1, 8, 9, 1]), seeds_of(1), only("noise"), LOW, HIGH)
+    with pytest.raises(ValueError, match=r"received low=1\.0 and high=1\.0"):
+        intensity.intensity(tf.zeros([1, 8, 8, 1]), seeds_of(1), only("noise"), 1.0, 1.0)
