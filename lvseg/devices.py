@@ -90,7 +90,7 @@ def _resolver() -> tf.distribute.cluster_resolver.ClusterResolver | None:
             ) from error
         return tf.distribute.cluster_resolver.TFConfigClusterResolver()
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        # Each task takes the GPUs that SLURM shows it (--gpus-per-task). Numbers of GPUs only have to be consistent here;
+        # Each task takes the GPUs that SLURM shows it (--gpus-per-task). Their numbers only have to be consistent here:
         # without them TensorFlow would ask nvidia-smi, which not every machine has.
         tasks = max(int(number) for number in re.findall(r"\d+", os.environ["SLURM_STEP_TASKS_PER_NODE"]))
         return tf.distribute.cluster_resolver.SlurmClusterResolver(

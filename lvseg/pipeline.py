@@ -75,6 +75,7 @@ class Share(NamedTuple):
         return range(self.worker * of_worker, (self.worker + 1) * of_worker), of_worker // self.replicas
 
 
+ALONE = Share()
 Deform = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
@@ -87,7 +88,7 @@ def training_batches(
     shuffle_slices: int,
     step: int,
     deform: Deform | None = None,
-    share: Share = Share(),
+    share: Share = ALONE,
 ) -> tf.data.Dataset:
     """Endless batches of `Samples`, from the given step on, the same whenever and wherever the run is resumed.
 

@@ -33,7 +33,8 @@ def run(study, folder, task, neighbours, combination, weights_file):
         combination: of T, R, V, E; weights_file: .safetensors for T.
     """
     pretrained, residual, stacked, elastic = combination
-    scale = {"scale": 0.25} if task == "fatfraction" else {}  # the study's intensities as a fat fraction in percent
+    # The study's intensities, 6 to 251, as fat fractions in percent.
+    scale = {"kind": "fat_fraction", "scale": 0.25} if task == "fatfraction" else {}
     cards = [
         write_card(study, f"{task}_{own}", name=f"{task}_{own}", task=task, scanner=own, root=f"../raw/{own}", **scale)
         for own in ("a", "b")
@@ -42,8 +43,8 @@ def run(study, folder, task, neighbours, combination, weights_file):
         f"task={task}",
         f"data.datasets={json.dumps([f'cards/{card.name}' for card in cards])}",
         f"data.neighbours={neighbours if stacked else 0}",
-        f"model={{width: 2, dropout: 0.5, residual: {json.dumps(residual)}, encoder: {'vgg11' if pretrained else 'null'},"
-        f" encoder_weights: '{weights_file}'}}",
+        f"model={{width: 2, dropout: 0.5, residual: {json.dumps(residual)},"
+        f" encoder: {'vgg11' if pretrained else 'null'}, encoder_weights: '{weights_file}'}}",
         f"augment.elastic={'{sigma_px: 1.0, grid: 4}' if elastic else 'null'}",
         f"train={{steps: {STEPS}, batch_size: 2, learning_rate: 1.0e-3, validate_every: {STEPS}}}",
     ]

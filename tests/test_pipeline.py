@@ -43,6 +43,10 @@ def values(samples):
     return np.rint(images[:, 0, 0, 1]).astype(int).tolist()
 
 
+def joined(lists):
+    return [*itertools.chain.from_iterable(lists)]
+
+
 def test_an_epoch_has_every_slice_once_and_epochs_differ(shards):
     _, slices = shards
     expected = sorted(100 * number + s for number in range(VOLUMES) for s in range(3 + number))
@@ -226,8 +230,8 @@ def test_several_machines_and_devices_share_the_batches_of_one(shards, workers, 
         files, slices = shards
         stream = pipeline.training_batches(files, slices, READING, 0, 4, 8, step, share=share)
         drawn = [values(samples) for samples in stream.take(6 * replicas)]
-        parts.append([sum(drawn[replicas * n : replicas * (n + 1)], []) for n in range(6)])
-    assert [sum(shares, []) for shares in zip(*parts, strict=True)] == whole
+        parts.append([joined(drawn[replicas * n : replicas * (n + 1)]) for n in range(6)])
+    assert [joined(shares) for shares in zip(*parts, strict=True)] == whole
 
 
 def test_a_sample_names_its_file_and_slice(shards):
