@@ -6,6 +6,7 @@ several tasks; every one runs the same command, and they have to see the same fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -66,6 +67,10 @@ def cluster(devices: Devices, batch_size: int) -> Cluster:
     else:
         if gpus:
             tf.config.set_visible_devices(gpus[:1], "GPU")
+        else:
+            # A step is one chain of big operations, each of which takes all cores; two at a time only take more memory.
+            with contextlib.suppress(RuntimeError):  # where TensorFlow has computed something already
+                tf.config.threading.set_inter_op_parallelism_threads(1)
         found = Cluster(tf.distribute.get_strategy(), 0, 1, 1)
     shares = found.workers * found.replicas
     if batch_size % shares:

@@ -157,7 +157,9 @@ class Adam:
                 beta1=beta_1,
                 beta2=beta_2,
                 epsilon=EPSILON,
-                grad=tf.where(active, gradient, tf.zeros_like(gradient)),
+                grad=tf.math.multiply_no_nan(
+                    gradient, tf.cast(active, gradient.dtype)
+                ),  # 0 for what is not finite, too
                 use_locking=False,
                 use_nesterov=False,
             )

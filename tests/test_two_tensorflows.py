@@ -1,9 +1,9 @@
 """Two TensorFlows: which Python gets which, and that a model exported by either is served by either."""
 
 import configparser
+import contextlib
 import os
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,15 +55,18 @@ def test_python_3_11_gets_addons_and_its_tensorflow_and_python_3_12_the_current_
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """Answers by exporter ("ours", "theirs"): those given here, and those that the other interpreter gave."""
+def told(study, tmp_path_factory):
+    """What came of it here, and in the other interpreter: keys that begin with where a model or run is from."""
     other = os.environ.get("LVSEG_OTHER_PYTHON")
     if not other:
         pytest.skip("LVSEG_OTHER_PYTHON names no interpreter with the other TensorFlow")
     ours, theirs = (tmp_path_factory.mktemp(name) for name in ("ours", "theirs"))
     two_tensorflows.export_networks(ours)
+    with contextlib.chdir(study):
+        two_tensorflows.begin("ours")
     done = subprocess.run(
         [other, two_tensorflows.__file__, ours, theirs],
+        cwd=study,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -71,23 +74,25 @@ def told(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    with np.load(theirs / "answers.npz") as arrays:
+    with np.load(theirs / "told.npz") as arrays:
         there = {key: arrays[key] for key in arrays.files}
     if str(there.pop("version")) == tf.__version__:
         pytest.skip(f"{other} has TensorFlow {tf.__version__} too")
     here = {}
-    for exporter, folder in (("ours", ours), ("theirs", theirs)):
-        here |= {f"{exporter} {key}": array for key, array in two_tensorflows.answers(Path(folder)).items()}
+    with contextlib.chdir(study):
+        for origin, folder in (("ours", ours), ("theirs", theirs)):
+            found = {**two_tensorflows.answers(folder), **two_tensorflows.restored(origin)}
+            here |= {f"{origin} {key}": array for key, array in found.items()}
     return here, there
 
 
-@pytest.mark.parametrize("exporter", ["ours", "theirs"])
+@pytest.mark.parametrize("origin", ["ours", "theirs"])
 @pytest.mark.parametrize("network", two_tensorflows.NETWORKS)
-def test_a_model_exported_by_either_tensorflow_is_served_by_either(told, network, exporter):
-    here, there = (answers[f"{exporter} {network} labels"] for answers in told)
+def test_a_model_exported_by_either_tensorflow_is_served_by_either(told, network, origin):
+    here, there = (answers[f"{origin} {network} labels"] for answers in told)
     assert here.shape == (11, 37, 45) and np.sort(np.bincount(here.ravel(), minlength=3))[-2] > 0.05 * here.size
     np.testing.assert_array_equal(here, there)
-    here, there = (answers[f"{exporter} {network} probabilities"] for answers in told)
+    here, there = (answers[f"{origin} {network} probabilities"] for answers in told)
     assert here.std() > 0.05
     np.testing.assert_allclose(here, there, rtol=0, atol=1e-5)
 
@@ -95,7 +100,20 @@ def test_a_model_exported_by_either_tensorflow_is_served_by_either(told, network
 @pytest.mark.parametrize("network", two_tensorflows.NETWORKS)
 def test_both_tensorflows_draw_the_same_network_from_a_seed(told, network):
     """So the networks that the two export are one, and answer alike."""
-    answers, _ = told
+    here, _ = told
     for kind in ("labels", "probabilities"):
-        ours, theirs = (answers[f"{exporter} {network} {kind}"] for exporter in ("ours", "theirs"))
+        ours, theirs = (here[f"{origin} {network} {kind}"] for origin in ("ours", "theirs"))
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("origin", ["ours", "theirs"])
+def test_a_run_begun_with_either_tensorflow_goes_on_with_either(told, in_study, origin):
+    """Every layer gets the weights that it had, though the two Keras list a model's weights and name them unlike."""
+    here, there = told
+    names = [key for key in here if key.startswith(origin) and key.split()[-1].isdigit()]
+    assert {name.split()[1] for name in names} >= {"enc1_conv1", "enc5_short", "dec1_up", "dec4_short", "logits"}
+    for name in [*names, f"{origin} step"]:
+        np.testing.assert_array_equal(here[name], there[name])
+    assert here[f"{origin} step"] == 2
+    untrained = two_tensorflows.restored(f"{origin}-untrained")
+    assert all((here[name] != untrained[name.removeprefix(f"{origin} ")]).any() for name in names)
