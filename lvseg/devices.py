@@ -86,11 +86,15 @@ def _resolver() -> tf.distribute.cluster_resolver.ClusterResolver | None:
     if "TF_CONFIG" in os.environ:
         try:
             config = json.loads(os.environ["TF_CONFIG"])
-            config["cluster"]["worker"][int(config["task"]["index"])]
+            task, hosts = config["task"], config["cluster"][config["task"]["type"]]
+            known = task["type"] in ("chief", "worker") and set(config["cluster"]) <= {"chief", "worker"}
+            named = isinstance(hosts, list) and all(isinstance(host, str) for host in hosts)
+            if not (known and named and 0 <= int(task["index"]) < len(hosts)):
+                raise ValueError
         except (ValueError, LookupError, TypeError) as error:
             raise InputError(
                 "BAD_CONFIG",
-                'Expected TF_CONFIG to be JSON with cluster.worker, a list of "host:port", and task.index in it,'
+                'Expected TF_CONFIG to be JSON with cluster.worker, a list of "host:port", task.type and task.index,'
                 f" received {os.environ['TF_CONFIG']!r}.",
             ) from error
         return tf.distribute.cluster_resolver.TFConfigClusterResolver()

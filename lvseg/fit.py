@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from lvseg.board import Board
 from lvseg.config import Experiment
 from lvseg.devices import Cluster
 from lvseg.errors import InputError
+from lvseg.keys import digest
 from lvseg.pipeline import Samples
 from lvseg.prepare import ShardSet
 from lvseg.split import Split
@@ -54,20 +56,34 @@ class Fit:
         self.reading = pipeline.Reading(
             data.size, data.neighbours, data.normalise, data.clip_percentiles, self.global_bounds
         )
+        if data.normalise == "none" and not scaled[0] < scaled[1]:
+            raise InputError(
+                "BAD_SCANS",
+                f"Expected training scans of more than one intensity, received {scaled[0]:g} for both their 0.5th and"
+                " 99.5th percentiles (medians); look at the page that lvseg.prepare writes, or set data.normalise.",
+            )
         self.step = Step(experiment, cluster, len(self.classes), *(scaled if data.normalise == "none" else (0.0, 1.0)))
         self.best_dice = tf.Variable(-1.0, dtype=tf.float64, trainable=False)
-        self.validations_since_best = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.best_step = tf.Variable(0, dtype=tf.int64, trainable=False)
+        # What early stopping wants beaten by min_delta, and how often it was not.
+        self.to_beat = tf.Variable(-1.0, dtype=tf.float64, trainable=False)
+        self.validations_since = tf.Variable(0, dtype=tf.int64, trainable=False)
         self.checkpoint = tf.train.Checkpoint(
-            **self.step.state, best_dice=self.best_dice, validations_since_best=self.validations_since_best
+            **self.step.state,
+            best_dice=self.best_dice,
+            best_step=self.best_step,
+            to_beat=self.to_beat,
+            validations_since=self.validations_since,
         )
         self.manager = tf.train.CheckpointManager(self.checkpoint, str(run / "checkpoints"), max_to_keep=2)
         self._restore()
+        self._agree()
         self.infer = tf.function(self._infer)
 
     @property
     def best_weights(self) -> Path:
-        """The weights with the best validation Dice so far."""
-        return self.run_folder / "checkpoints" / "best.npz"
+        """The weights with the best validation Dice that the last checkpoint knows of."""
+        return self.run_folder / "checkpoints" / f"best-{int(self.best_step)}.npz"
 
     def run(self) -> None:
         """Trains to the last step; asked to stop, it finishes the step at hand, saves a checkpoint and interrupts.
@@ -83,7 +99,7 @@ class Fit:
         batches = self._distributed(first)
         started = time.monotonic()
         waited, since, steps = 0.0, started, 0
-        with command.stop_requests() as stop_requested:
+        with command.stop_requests() as stop_requested, contextlib.closing(board):
             for number in command.progress(range(first + 1, train.steps + 1), "training"):
                 board.before_step(number)
                 before = time.monotonic()
@@ -113,17 +129,17 @@ class Fit:
                     waited, since, steps = 0.0, time.monotonic(), 0
                 ends = validates and self._stopped_early()
                 if (saves or stops or ends) and self.cluster.is_chief:
-                    self.manager.save(checkpoint_number=number)
+                    self._save(number)
                 if ends:
                     patience = train.early_stopping.patience if train.early_stopping else 0
                     print(f"stopped early at step {number}: {patience} validations without a better Dice.")
                     break
                 if stops:
-                    board.close()
                     print(f"stopped at step {number}; the same command goes on from there.")
                     raise KeyboardInterrupt
-        board.hyperparameters(self.experiment.model_dump(), float(self.best_dice))
-        board.close()
+            if self.cluster.workers == 1 and stop_requested():  # it came during the last validation
+                raise KeyboardInterrupt
+            board.hyperparameters(self.experiment.model_dump(), float(self.best_dice))
 
     def export(self, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         """Exports the weights with the best validation Dice, in float32; returns the model card."""
@@ -145,7 +161,7 @@ class Fit:
             "input_scaling": {"offset": step.offset, "scale": step.scale},
             "batch_size": INFER_SLICES,
             "units": {"spacing_mm": "mm", "volume_ml": "ml"},
-            "measured": {"validation_dice": float(self.best_dice), "validation_patients": len(self.validation)},
+            "measured": {"validation_dice": float(self.best_dice), "validation_patients": len(self._patients())},
             "provenance": manifest,
         }
         return export.export_model(model, card, folder)
@@ -153,6 +169,9 @@ class Fit:
     def _restore(self) -> None:
         path = self.manager.latest_checkpoint
         if not path:
+            state = self.run_folder / "checkpoints" / "checkpoint"
+            if state.is_file():  # TensorFlow takes one that it cannot read for none
+                raise InputError("BAD_CHECKPOINT", f"Expected the list of checkpoints, received other text in {state}.")
             return
         try:
             self.checkpoint.restore(path).assert_consumed()
@@ -164,6 +183,17 @@ class Fit:
             ) from error
         if self.cluster.is_chief:
             print(f"going on from step {int(self.step.number.numpy())} ({path})")
+
+    def _agree(self) -> None:
+        """InputError BAD_CLUSTER if several machines are not about to do the same: another config, step or folder."""
+        own = np.array([float(self.step.number.numpy()), float(int(digest(self.experiment.model_dump())[:12], 16))])
+        if not np.allclose(self._over_machines(own), own * self.cluster.workers, rtol=1e-14, atol=0):
+            raise InputError(
+                "BAD_CLUSTER",
+                "Expected every machine to run the same experiment from the same checkpoint, received others; start all"
+                f" with one command on folders they share ({self.run_folder} here), and single runs without TF_CONFIG"
+                " or as SLURM steps of one task.",
+            )
 
     def _batches(self, step: int) -> tf.data.Dataset:
         data, elastic = self.experiment.data, self.experiment.augment.elastic
@@ -270,30 +300,50 @@ class Fit:
             if is_own:
                 scores[place] = np.mean([metrics.dice(predicted, true, c) for c in range(1, len(self.classes))])
             if is_shown:
+                study = f" {row['study']}" if row["study"] else ""
                 largest = int(np.argmax(np.count_nonzero(true, axis=(1, 2))))
                 grey = volume.stack[largest, self.reading.neighbours].numpy()
                 picture = figures.overlay_rgb(grey, predicted[largest] > 0, true[largest] > 0)
-                board.image(f"validation/{row['patient']} {row['scanner']}", picture, number)
-        dice = float(np.mean(self._over_machines(scores)))
-        if self.experiment.train.histograms:
+                board.image(f"validation/{row['patient']}{study} {row['scanner']}", picture, number)
+        scores = self._over_machines(scores)
+        dice = float(np.mean([np.mean(scores[places]) for places in self._patients().values()]))
+        if self.experiment.train.histograms and self.cluster.is_chief:
             names = [
                 variable.path if hasattr(variable, "path") else variable.name for variable in self.step.model.weights
             ]
             board.histograms(dict(zip(names, self.step.model.get_weights(), strict=True)), number)
-        stopping = self.experiment.train.early_stopping
-        rises = dice > float(self.best_dice) + (stopping.min_delta if stopping else 0.0)
         if dice > float(self.best_dice):
+            self.best_dice.assign(dice)
+            self.best_step.assign(number)
             if self.cluster.is_chief:
                 arrays = {f"{index:04d}": value for index, value in enumerate(self.step.model.get_weights())}
                 with command.atomic(self.best_weights) as temporary:
                     np.savez(temporary, **arrays)
-            self.best_dice.assign(dice)  # after the weights: a score without its weights could not be exported
-        self.validations_since_best.assign(0 if rises else self.validations_since_best + 1)
+        stopping = self.experiment.train.early_stopping
+        if dice > float(self.to_beat) + (stopping.min_delta if stopping else 0.0):
+            self.to_beat.assign(dice)
+            self.validations_since.assign(0)
+        else:
+            self.validations_since.assign_add(1)
         return dice
+
+    def _patients(self) -> dict[str, list[int]]:
+        """Of each validation patient the places of the scans, since some have several studies."""
+        places: dict[str, list[int]] = {}
+        for place, (row, _) in enumerate(self.validation):
+            places.setdefault(row["patient"], []).append(place)
+        return places
+
+    def _save(self, number: int) -> None:
+        """Writes a checkpoint, and only then forgets the weights that an older one called the best."""
+        self.manager.save(checkpoint_number=number)
+        for path in self.best_weights.parent.glob("best-*.npz"):
+            if path != self.best_weights:
+                path.unlink()
 
     def _stopped_early(self) -> bool:
         stopping = self.experiment.train.early_stopping
-        return stopping is not None and int(self.validations_since_best) >= stopping.patience
+        return stopping is not None and int(self.validations_since) >= stopping.patience
 
     def _read_metrics(self) -> list[dict[str, Any]]:
         path = self.run_folder / "metrics.csv"

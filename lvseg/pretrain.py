@@ -63,7 +63,7 @@ def _write(experiment: Experiment, run: Path, out: Path) -> None:
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
         best = max(csv.DictReader(file), key=lambda row: float(row["validation_dice"]))
     model = network(experiment, len(card["labels"]), 0.0, 1.0, "float32")
-    with np.load(run / "checkpoints" / "best.npz") as arrays:
+    with np.load(run / "checkpoints" / f"best-{best['step']}.npz") as arrays:
         model.set_weights([arrays[name] for name in sorted(arrays.files)])
 
     manifest = card["provenance"]

@@ -67,7 +67,11 @@ def check_unchanged(run: Path, new: dict[str, Any]) -> dict[str, Any]:
         InputError: CHANGED_DATA if shards or split are no longer those that the run was started with.
     """
     old = read_yaml(run / "manifest.json")
-    for key, what in (("shards_sha256", "scans"), ("split_sha256", "split of patients")):
+    for key, what in (
+        ("shards_sha256", "scans"),
+        ("split_sha256", "split of patients"),
+        ("encoder_weights", "encoder weights"),
+    ):
         if old.get(key) != new[key]:
             raise InputError(
                 "CHANGED_DATA",

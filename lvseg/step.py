@@ -140,9 +140,10 @@ class Step:
         sums, report = _over_devices([sums, report])  # of another dtype, which a reduction cannot mix
 
         losses_finite = tf.math.is_finite(sums[0])
+        # float16's scale is lowered first; where it is 1, as it is in other precisions, nothing is left to lower.
+        at_lowest = tf.convert_to_tensor(self.optimiser.loss_scale) <= 1.0
         gradients_finite = self.optimiser.apply(gradients, self.rate(), step, losses_finite)
-        overflow_is_bad = train.precision != "mixed_float16"  # there the loss's scale is lowered instead
-        went_well = losses_finite & (gradients_finite | (not overflow_is_bad))
+        went_well = losses_finite & (gradients_finite | ~at_lowest)
         is_first = ~went_well & (tf.convert_to_tensor(self.bad_step) == 0)
         self.bad_samples.assign(tf.where(is_first, report, tf.convert_to_tensor(self.bad_samples)))
         self.bad_step.assign(tf.where(is_first, step + 1, tf.convert_to_tensor(self.bad_step)))

@@ -9,6 +9,7 @@ resumed run equals one that was never stopped.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ def train(experiment: Experiment) -> None:
     if _is_started(run):
         manifest = provenance.check_unchanged(run, manifest)
     if cluster.is_chief:
+        _remove_left_overs(run)
         with command.atomic(run / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(experiment.model_dump(), sort_keys=False), encoding="utf-8")
         provenance.write(run, manifest)
@@ -64,6 +66,15 @@ def train(experiment: Experiment) -> None:
     finished = provenance.finished(manifest, exported["weights_sha256"])
     provenance.write(run, finished)
     print(f"trained: {run} (model in {run / 'model'}, look with: tensorboard --logdir {run.parent})")
+
+
+def _remove_left_overs(run: Path) -> None:
+    """Removes what a killed process had begun to write under a temporary name."""
+    for path in [*run.rglob(".partial-*"), *(run / "checkpoints").glob("ckpt-*_temp*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _is_started(run: Path) -> bool:

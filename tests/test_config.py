@@ -33,7 +33,8 @@ def test_the_reports_numbers_are_the_defaults(tmp_path):
 @pytest.mark.parametrize("path", sorted(Path("experiments").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_experiments_are_valid_and_say_how_they_are_run(path):
     load_experiment(path)
-    assert f"python -m lvseg.train --cfg {path}" in path.read_text()
+    command = "pretrain" if path.name.startswith("pretrain") else "train"
+    assert f"python -m lvseg.{command} --cfg {path}" in path.read_text()
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,6 @@ def test_one_worker_s_sigterm_stops_both_at_one_checkpoint_from_which_a_single_m
     newest = tf.train.latest_checkpoint(str(checkpoints))
     number = int(newest.rsplit("-", 1)[1])
     assert number % 25 == 0
-    # Another number of steps would be another config; the run is asked to end by its next validation instead.
     done = subprocess.Popen(
         [sys.executable, "-m", "lvseg.train", *arguments("stopped", settings)],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
@@ -159,7 +158,20 @@ def test_a_gpu_that_is_not_there_is_one_sentence():
         devices.cluster("gpu", 1)
 
 
-@pytest.mark.parametrize("config", ["not json", "[]", '{"cluster": {"worker": ["a:1"]}, "task": {"index": 3}}'])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "not json",
+        "[]",
+        '{"cluster": {"worker": ["a:1"]}, "task": {"index": 0}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 3}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": -1}}',
+        '{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"boss": ["a:1"]}, "task": {"type": "boss", "index": 0}}',
+        '{"cluster": {"worker": "a:1"}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": [3333]}, "task": {"type": "worker", "index": 0}}',
+    ],
+)
 def test_a_broken_tf_config_is_one_sentence(monkeypatch, config):
     monkeypatch.setenv("TF_CONFIG", config)
     with pytest.raises(InputError, match="TF_CONFIG"):
