@@ -43,7 +43,7 @@ def lvseg(threads: int) -> Callable[[], Any]:
     """As in the training step: a part of its graph, compiled by XLA, which makes its own seeds; `CALLS` of them."""
     import tensorflow as tf
 
-    from lvseg import augment
+    from lvseg import augment, draws
 
     tf.config.threading.set_inter_op_parallelism_threads(1)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -52,7 +52,7 @@ def lvseg(threads: int) -> Callable[[], Any]:
 
     @tf.function(jit_compile=True)
     def deform(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        seeds = augment.sample_seeds(0, augment.ELASTIC_STREAM, step, tf.range(1))
+        seeds = draws.sample_seeds(0, draws.ELASTIC_STREAM, step, tf.range(1))
         return augment.elastic(image, mask, seeds, SIGMA_PX, GRID)
 
     @tf.function
@@ -126,9 +126,9 @@ def measure_places(repeats: int) -> dict[str, float]:
     """Slices a second of batches of 8, deformed in the compiled step and by elasticdeform in the pipeline."""
     import tensorflow as tf
 
-    from lvseg import augment
+    from lvseg import augment, draws
 
-    seeds = augment.sample_seeds(0, augment.ELASTIC_STREAM, 0, tf.range(BATCH))
+    seeds = draws.sample_seeds(0, draws.ELASTIC_STREAM, 0, tf.range(BATCH))
     images = tf.random.stateless_uniform([BATCH, SIZE, SIZE, CHANNELS], [1, 2])
     masks = tf.cast(images[..., :1] > 0.5, tf.uint8)
     compiled = tf.function(augment.elastic, jit_compile=True)

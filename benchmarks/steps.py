@@ -46,7 +46,7 @@ def tensorflow_step(
     import keras
     import tensorflow as tf
 
-    from lvseg import augment
+    from lvseg import draws
     from lvseg.losses import loss_function
     from lvseg.models.unet import unet
 
@@ -59,7 +59,7 @@ def tensorflow_step(
     first, second = ([tf.Variable(tf.zeros(variable.shape)) for variable in variables] for _ in range(2))
     count = tf.Variable(0.0)
     loss_of = loss_function(loss_name)
-    seeds = augment.sample_seeds(0, augment.ELASTIC_STREAM, 0, tf.range(batch_size))
+    seeds = draws.sample_seeds(0, draws.ELASTIC_STREAM, 0, tf.range(batch_size))
 
     @tf.function(jit_compile=jit_compile)
     def step(stacks: tf.Tensor, labels: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import elasticdeform
@@ -24,15 +24,9 @@ import numpy.typing as npt
 import scipy.ndimage
 import tensorflow as tf
 
-Array = npt.NDArray[Any]
+from lvseg import draws
 
-# Widths in bits of the fields that `sample_seeds` packs; each word stays below 2**63, since int64 has a sign.
-SEED_BITS, STREAM_BITS = 47, 16
-STEP_BITS, INDEX_BITS = 31, 32
-# Every use of a run's random numbers has a stream of its own; dropout layer k takes DROPOUT_STREAM + k.
-ELASTIC_STREAM, SHUFFLE_STREAM, FLIP_STREAM, ROTATE_STREAM, SCALE_STREAM, GAMMA_STREAM = range(6)
-BIAS_FIELD_STREAM, BIAS_CONTROL_STREAM, NOISE_STREAM, NOISE_PIXEL_STREAM, RESOLUTION_STREAM = range(6, 11)
-DROPOUT_STREAM = 16
+Array = npt.NDArray[Any]
 
 
 def spatial(
@@ -46,7 +40,7 @@ def spatial(
     Args:
         images: float [B, size, size, C]; all channels of a sample move together.
         masks: uint8 [B, size, size, 1].
-        seeds: int64 [B, 2], from `sample_seeds` with ELASTIC_STREAM.
+        seeds: int64 [B, 2], from `draws.sample_seeds` with draws.ELASTIC_STREAM.
         settings: the experiment's keys of `elastic` (nothing here where it is "host"), `flip`, `rotate` and `scale`;
             null or absent is off.
 
@@ -65,7 +59,7 @@ def spatial(
     if size is None or size != width:
         raise ValueError(f"Expected square slices of a known size, received images.shape={images.shape}.")
     if flip:
-        drawn = _uniform_of_each(seeds, FLIP_STREAM, 2)
+        drawn = draws.uniform_of_each(seeds, draws.FLIP_STREAM, 2)
         for axis, probability in ((1, flip["rows"]), (2, flip["columns"])):
             mirrored = (drawn[:, axis - 1] < probability)[:, tf.newaxis, tf.newaxis, tf.newaxis]
             images = tf.where(mirrored, tf.reverse(images, [axis]), images)
@@ -74,15 +68,15 @@ def spatial(
         return images, masks
     field = None
     if elastic:
-        field = elastic_field(draw_displacement(seeds, elastic["sigma_px"], elastic["grid"]), size)
+        field = elastic_field(draws.displacement(seeds, elastic["sigma_px"], elastic["grid"]), size)
     if rotate or scale:
         degrees, factor = tf.zeros([1], tf.float64), tf.ones([1], tf.float64)
         if rotate:
             bound = rotate["max_degrees"]
-            degrees = draw_strength(seeds, ROTATE_STREAM, rotate["probability"], -bound, bound)
+            degrees = draws.strength(seeds, draws.ROTATE_STREAM, rotate["probability"], -bound, bound)
         if scale:
             bound = math.log(scale["max_factor"])
-            factor = tf.exp(draw_strength(seeds, SCALE_STREAM, scale["probability"], -bound, bound))
+            factor = tf.exp(draws.strength(seeds, draws.SCALE_STREAM, scale["probability"], -bound, bound))
         field = similarity_field(degrees, factor, size, field)
     return warp(images, field, "linear"), warp(masks, field, "nearest")
 
@@ -95,7 +89,7 @@ def elastic(
     Args:
         images: float [B, size, size, C]; all channels of a sample move together.
         masks: uint8 [B, size, size, 1].
-        seeds: int64 [B, 2], from `sample_seeds`.
+        seeds: int64 [B, 2], from `draws.sample_seeds`.
         sigma_px: standard deviation of the control points' displacement, in pixels.
         grid: control points an axis, at least 2.
 
@@ -115,14 +109,14 @@ def elastic_host(
     Args:
         image: float [H, W, C].
         mask: uint8 [H, W, 1].
-        seed: int64 [2], one row of `sample_seeds`.
+        seed: int64 [2], one row of `draws.sample_seeds`.
         sigma_px: standard deviation of the control points' displacement, in pixels.
         grid: control points an axis, at least 2.
 
     Returns:
         The image and the mask, shapes and dtypes as they came in.
     """
-    displacement = draw_displacement(seed[tf.newaxis], sigma_px, grid)[0]
+    displacement = draws.displacement(seed[tf.newaxis], sigma_px, grid)[0]
     deformed, deformed_mask = tf.numpy_function(
         _deform, [image, mask, displacement], [image.dtype, mask.dtype], stateful=False
     )
@@ -134,93 +128,6 @@ def _deform(image: Array, mask: Array, displacement: Array) -> tuple[Array, Arra
         [image, mask], displacement.astype(np.float64), order=[1, 0], mode="nearest", axis=(0, 1)
     )
     return deformed, deformed_mask
-
-
-def sample_seeds(seed: int, stream: int, step: int | tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
-    """Packs what a random draw is keyed by into seeds for TensorFlow's stateless random numbers, without collisions.
-
-    Bits, high to low: word 0 is seed (47), stream (16); word 1 is step (31), index (32).
-
-    Args:
-        seed: of the run, 0 to 2**47 - 1.
-        stream: which use of randomness (deformation, a layer's dropout, ...), 0 to 2**16 - 1.
-        step: of training, 0 to 2**31 - 1; a number or an integer scalar tensor.
-        indices: integer [B], each sample's own global index, 0 to 2**32 - 1.
-
-    Returns:
-        int64 [B, 2].
-
-    Raises:
-        ValueError: for a seed, stream or step (as a number) outside its range; tensors are not looked into.
-    """
-    ranges = [("seed", seed, SEED_BITS), ("stream", stream, STREAM_BITS)]
-    if isinstance(step, int):
-        ranges.append(("step", step, STEP_BITS))
-    for name, value, bits in ranges:
-        if not 0 <= value < 2**bits:
-            raise ValueError(f"Expected {name} from 0 to 2**{bits} - 1, received {name}={value}.")
-    indices = tf.cast(indices, tf.int64)
-    run = tf.zeros_like(indices) + (seed * 2**STREAM_BITS + stream)
-    return tf.stack([run, tf.cast(step, tf.int64) * 2**INDEX_BITS + indices], axis=1)
-
-
-def of_stream(seeds: tf.Tensor, stream: int) -> tf.Tensor:
-    """Turns seeds, int64 [B, 2], from `sample_seeds` with stream 0 into those of another stream."""
-    return seeds + tf.constant([stream, 0], tf.int64)
-
-
-def draw_uniform(seed: tf.Tensor, shape: Sequence[int], dtype: tf.DType = tf.float64) -> tf.Tensor:
-    """Draws a sample's numbers, uniform between 0 and 1 (float32 rounds some to 1), from its seed, int64 [2], alone.
-
-    TensorFlow's own uniform and normal numbers differ between its kernels and XLA; Philox's bits do not, so the bits
-    are drawn and made numbers here: in float64 to round alike everywhere, in float32 where they are many.
-    """
-    bits = tf.random.stateless_uniform(shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox")
-    return (tf.cast(bits, dtype) + 0.5) * 2.0**-32
-
-
-def draw_strength(seeds: tf.Tensor, stream: int, probability: float, lowest: float, highest: float) -> tf.Tensor:
-    """Draws how strongly each sample undergoes an augmentation, or 0 for those that do not.
-
-    Args:
-        seeds: int64 [B, 2], from `sample_seeds` with stream 0.
-        stream: the augmentation's own.
-        probability: of undergoing it.
-        lowest, highest: between which the strength is uniform.
-
-    Returns:
-        float64 [B].
-    """
-    drawn = _uniform_of_each(seeds, stream, 2)
-    return tf.where(drawn[:, 0] < probability, lowest + (highest - lowest) * drawn[:, 1], 0.0)
-
-
-def _uniform_of_each(seeds: tf.Tensor, stream: int, count: int) -> tf.Tensor:
-    return tf.map_fn(
-        lambda seed: draw_uniform(seed, [count]),
-        of_stream(seeds, stream),
-        fn_output_signature=tf.TensorSpec([count], tf.float64),
-    )
-
-
-def draw_displacement(seeds: tf.Tensor, sigma_px: float, grid: int) -> tf.Tensor:
-    """Draws the control points' displacements, each sample's from its own seed alone.
-
-    Args:
-        seeds: int64 [B, 2].
-        sigma_px: standard deviation in pixels.
-        grid: control points an axis.
-
-    Returns:
-        float32 [B, 2, grid, grid] in pixels, (row, column) first; independent normal numbers.
-    """
-
-    def draw(seed: tf.Tensor) -> tf.Tensor:
-        uniform = draw_uniform(seed, [2, 2, grid, grid])
-        normal = tf.sqrt(-2.0 * tf.math.log(uniform[0])) * tf.cos(2.0 * math.pi * uniform[1])  # Box and Muller, 1958
-        return tf.cast(tf.cast(sigma_px, tf.float64) * normal, tf.float32)
-
-    return tf.map_fn(draw, seeds, fn_output_signature=tf.TensorSpec([2, grid, grid], tf.float32))
 
 
 def elastic_field(displacement_px: tf.Tensor, size: int) -> tf.Tensor:
@@ -327,10 +234,18 @@ def _warp_nearest(images: tf.Tensor, field: tf.Tensor) -> tf.Tensor:
     _, height, width, channels = images.shape
     rows = _nearest_index(field[..., 0] + np.arange(height, dtype=np.float32)[:, np.newaxis], height)
     columns = _nearest_index(field[..., 1] + np.arange(width, dtype=np.float32), width)
-    pixels = tf.reshape(tf.cast(images, carrier), [-1, height * width, channels])
-    index = tf.reshape(rows * width + columns, [-1, height * width])
-    moved = tf.reshape(tf.gather(pixels, index, batch_dims=1), [-1, height, width, channels])
+    pixels = tf.reshape(tf.cast(images, carrier), [-1, channels])
+    moved = tf.gather(pixels, rows * width + columns + _first_pixels(images))
     return tf.ensure_shape(tf.cast(moved, images.dtype), images.shape)
+
+
+def _first_pixels(images: tf.Tensor) -> tf.Tensor:
+    """Where each image, [B, H, W, C], begins in a list of all pixels: int64 [B, 1, 1].
+
+    One gather from that list takes two thirds of the time of a gather with a batch axis.
+    """
+    _, height, width, _ = images.shape
+    return tf.range(tf.shape(images, tf.int64)[0])[:, tf.newaxis, tf.newaxis] * (height * width)
 
 
 def _nearest_index(position: tf.Tensor, size: int) -> tf.Tensor:
@@ -343,11 +258,10 @@ def _plain_dense_image_warp(image: tf.Tensor, flow: tf.Tensor) -> tf.Tensor:
     _, height, width, channels = image.shape
     top, row_weight = _cell(np.arange(height, dtype=np.float32)[:, np.newaxis] - flow[..., 0], height, image.dtype)
     left, column_weight = _cell(np.arange(width, dtype=np.float32) - flow[..., 1], width, image.dtype)
-    pixels = tf.reshape(image, [-1, height * width, channels])
+    pixels, first = tf.reshape(image, [-1, channels]), _first_pixels(image)
 
     def corner(row: tf.Tensor, column: tf.Tensor) -> tf.Tensor:
-        index = tf.reshape(row * width + column, [-1, height * width])
-        return tf.reshape(tf.gather(pixels, index, batch_dims=1), [-1, height, width, channels])
+        return tf.gather(pixels, row * width + column + first)
 
     top_left, top_right = corner(top, left), corner(top, left + 1)
     bottom_left, bottom_right = corner(top + 1, left), corner(top + 1, left + 1)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TypeVar
 
-from lvseg.errors import InputError
+from lvseg.errors import InputError, RunError
 
 Item = TypeVar("Item")
 
@@ -46,8 +46,8 @@ def run(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], in
         argv: the arguments, None for those of the process.
 
     Returns:
-        0 done; 2 bad input, with the sentence on stderr; 1 interrupted, or a number that is not finite. Any other
-        exception propagates (Python exits 1).
+        0 done; 2 bad input, with the sentence on stderr; 1 interrupted, a number that is not finite, or RunError. Any
+        other exception propagates (Python exits 1).
     """
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported, or it is not heard
@@ -66,7 +66,7 @@ def run(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], in
             file=sys.stderr,
         )
         return EXIT_BAD_INPUT if error.errno in WRONG_PATH else EXIT_ERROR
-    except FloatingPointError as error:
+    except (FloatingPointError, RunError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
@@ -117,13 +117,23 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def alone(lock: Path, folder: Path) -> Iterator[None]:
-    """Waits until no other process that works on `folder` holds the file `lock`; a killed one's hold ends with it."""
+def alone(lock: Path, folder: Path, waits: bool = True) -> Iterator[None]:
+    """Keeps other processes that ask for the file `lock` off `folder` within the block; a killed one's hold ends.
+
+    Args:
+        lock: created if it is not there.
+        folder: that is worked on, for the message.
+        waits: until the other process is done; otherwise InputError IN_USE if there is one.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not waits:
+                raise InputError(
+                    "IN_USE", f"Expected one process at a time, received a second while another works on {folder}."
+                ) from None
             print(f"waiting for another preparation of {folder}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

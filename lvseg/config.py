@@ -175,6 +175,13 @@ class Train(Keys):
             raise ValueError("expected no class_weights with loss=dice, which counts the classes alike as it is")
         if self.decay_steps != sorted(set(self.decay_steps)):
             raise ValueError(f"expected decay_steps to rise, received {self.decay_steps}")
+        if self.class_weights is not None and not any(self.class_weights):
+            raise ValueError(f"expected class_weights that are not all 0, received {self.class_weights}")
+        for key, last in (("warmup_steps", self.warmup_steps), ("decay_steps", max(self.decay_steps, default=0))):
+            if last >= self.steps:
+                raise ValueError(f"expected {key} below steps={self.steps}, received {last}")
+        if self.profile_steps is not None and self.profile_steps[1] > self.steps:
+            raise ValueError(f"expected profile_steps up to steps={self.steps}, received {self.profile_steps}")
         if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
             raise ValueError(f"expected profile_steps first and last, received {self.profile_steps}")
         return self
@@ -209,6 +216,11 @@ class Experiment(Keys):
             raise ValueError(f"expected encoder=vgg11 for encoder_input={self.model.encoder_input}, received null")
         if self.model.encoder is None and self.model.freeze_encoder_steps:
             raise ValueError("expected encoder=vgg11 for freeze_encoder_steps, received null")
+        if self.model.freeze_encoder_steps > self.train.steps:
+            raise ValueError(
+                f"expected model.freeze_encoder_steps up to train.steps={self.train.steps}, received"
+                f" {self.model.freeze_encoder_steps}"
+            )
         return self
 
 

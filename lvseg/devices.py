@@ -10,14 +10,18 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import tensorflow as tf
 
-from lvseg.errors import InputError
+from lvseg.errors import InputError, RunError
 
 Devices = Literal["auto", "cpu", "gpu", "all"]
-SLURM_PORT = 8888
+# How long machines wait for each other at one addition; a lost one is mostly noticed after seconds by its silence.
+LOST_AFTER_S = 300.0
+# Two jobs on a node need other ports; each takes one a task. All lie below those that systems hand out themselves.
+SLURM_FIRST_PORT, SLURM_STEPS, SLURM_TASKS_A_NODE = 10_000, 687, 32
 
 
 class Cluster(NamedTuple):
@@ -52,7 +56,9 @@ def cluster(devices: Devices, batch_size: int) -> Cluster:
         raise InputError("BAD_CONFIG", "Expected a GPU for train.devices=gpu, received none; set it to auto or cpu.")
     resolver = _resolver()
     if resolver is not None:
-        strategy: tf.distribute.Strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
+        strategy: tf.distribute.Strategy = tf.distribute.MultiWorkerMirroredStrategy(
+            resolver, tf.distribute.experimental.CommunicationOptions(timeout_seconds=LOST_AFTER_S)
+        )
         workers = len(resolver.cluster_spec().as_dict().get("worker", [])) + (
             1 if "chief" in resolver.cluster_spec().as_dict() else 0
         )
@@ -81,6 +87,24 @@ def cluster(devices: Devices, batch_size: int) -> Cluster:
     return found
 
 
+@contextlib.contextmanager
+def lost_machines_named() -> Iterator[None]:
+    """RunError instead of TensorFlow's own where another machine of the cluster is gone."""
+    try:
+        yield
+    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError) as error:
+        raise RunError(
+            "Expected every machine to answer, received no answer from one; start all of them again, training goes on"
+            " from the last checkpoint."
+        ) from error
+
+
+def _slurm_port() -> int:
+    """The first port of this job step's tasks on each node."""
+    number = sum(int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return SLURM_FIRST_PORT + number % SLURM_STEPS * SLURM_TASKS_A_NODE
+
+
 def _resolver() -> tf.distribute.cluster_resolver.ClusterResolver | None:
     """Who this process is among several; None where it is alone."""
     if "TF_CONFIG" in os.environ:
@@ -103,6 +127,6 @@ def _resolver() -> tf.distribute.cluster_resolver.ClusterResolver | None:
         # without them TensorFlow would ask nvidia-smi, which not every machine has.
         tasks = max(int(number) for number in re.findall(r"\d+", os.environ["SLURM_STEP_TASKS_PER_NODE"]))
         return tf.distribute.cluster_resolver.SlurmClusterResolver(
-            port_base=SLURM_PORT, gpus_per_node=tasks, gpus_per_task=1, auto_set_gpu=False
+            port_base=_slurm_port(), gpus_per_node=tasks, gpus_per_task=1, auto_set_gpu=False
         )
     return None

@@ -1,4 +1,4 @@
-"""The one error that bad input raises, in every command and in the server."""
+"""What ends a command with a sentence instead of a traceback."""
 
 
 class InputError(ValueError):
@@ -18,3 +18,7 @@ class InputError(ValueError):
 
     def __reduce__(self) -> tuple[type["InputError"], tuple[str, str]]:
         return type(self), (self.code, self.sentence)  # crosses joblib's process border whole
+
+
+class RunError(RuntimeError):
+    """What ends work on good input: one sentence; commands print it and exit with 1."""

@@ -273,7 +273,7 @@ class Fit:
             "step": number,
             "loss": loss / steps,
             "dice": 2 * positives / total if total else 1.0,
-            "learning_rate": float(self.step.rate()),
+            "learning_rate": float(self.step.rate(tf.constant(number - 1, tf.int64))),
         }
         if self.experiment.train.precision == "mixed_float16":
             row["loss_scale"] = float(self.step.optimiser.loss_scale.numpy())

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from lvseg import augment
+from lvseg import augment, draws
 
 # The share of the frequencies kept, from their end, over which the window falls from 1 to 0.
 EDGE = 0.25
@@ -32,7 +32,7 @@ def intensity(
 
     Args:
         stacks: float32 [B, size, size, C]; all channels of a sample change alike, but each has its own noise.
-        seeds: int64 [B, 2], from `augment.sample_seeds` with ELASTIC_STREAM.
+        seeds: int64 [B, 2], from `draws.sample_seeds` with ELASTIC_STREAM.
         settings: the experiment's keys of `resolution`, `bias_field`, `gamma` and `noise`; null or absent is off.
         low, high: intensities.
 
@@ -92,18 +92,14 @@ def _cosines(size: int) -> npt.NDArray[np.float64]:
 
 
 def _coarser(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
-    log_factor = augment.draw_strength(
-        seeds, augment.RESOLUTION_STREAM, keys["probability"], 0.0, math.log(keys["max_factor"])
-    )
+    log_factor = draws.strength(seeds, draws.RESOLUTION_STREAM, keys["probability"], 0.0, math.log(keys["max_factor"]))
     return _where(log_factor, coarsen(stacks, tf.exp(log_factor)), stacks)
 
 
 def _shaded(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
     """The logarithm of the field is a cubic B-spline, as N4 has it (Tustison et al., 2010)."""
-    sigma = augment.draw_strength(seeds, augment.BIAS_FIELD_STREAM, keys["probability"], keys["sigma"], keys["sigma"])
-    control = augment.draw_displacement(
-        augment.of_stream(seeds, augment.BIAS_CONTROL_STREAM), keys["sigma"], keys["grid"]
-    )[:, :1]
+    sigma = draws.strength(seeds, draws.BIAS_FIELD_STREAM, keys["probability"], keys["sigma"], keys["sigma"])
+    control = draws.displacement(draws.of_stream(seeds, draws.BIAS_CONTROL_STREAM), keys["sigma"], keys["grid"])[:, :1]
     field = tf.exp(augment.spline_surface(control, stacks.shape[1]))
     return _where(sigma, low + (stacks - low) * field, stacks)
 
@@ -111,7 +107,7 @@ def _shaded(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: f
 def _bent(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
     """Bends |share of the range| to a power and keeps the sign, so that it rises everywhere and low and high stay."""
     bound = math.log(keys["max_gamma"])
-    log_gamma = augment.draw_strength(seeds, augment.GAMMA_STREAM, keys["probability"], -bound, bound)
+    log_gamma = draws.strength(seeds, draws.GAMMA_STREAM, keys["probability"], -bound, bound)
     share = (stacks - low) / (high - low)
     bent = tf.sign(share) * tf.abs(share) ** _of_sample(tf.exp(log_gamma))
     return _where(log_gamma, low + bent * (high - low), stacks)
@@ -119,20 +115,20 @@ def _bent(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: flo
 
 def _noisy(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
     bound = keys["max_sigma_percent"] / 100.0 * (high - low)
-    sigma = augment.draw_strength(seeds, augment.NOISE_STREAM, keys["probability"], 0.0, bound)
+    sigma = draws.strength(seeds, draws.NOISE_STREAM, keys["probability"], 0.0, bound)
     shape = stacks.shape[1:]
     count = math.prod(shape)
 
     def draw(seed: tf.Tensor) -> tf.Tensor:
         # In float32, since they are as many as pixels; two normal numbers of every pair (Box and Muller, 1958).
-        uniform = augment.draw_uniform(seed, [2, (count + 1) // 2], tf.float32)
+        uniform = draws.uniform(seed, [2, (count + 1) // 2], tf.float32)
         radius, angle = tf.sqrt(-2.0 * tf.math.log(uniform[0])), 2.0 * math.pi * uniform[1]
         normal = tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], axis=0)
         return tf.reshape(normal[:count], shape)
 
     normal = tf.map_fn(
         draw,
-        augment.of_stream(seeds, augment.NOISE_PIXEL_STREAM),
+        draws.of_stream(seeds, draws.NOISE_PIXEL_STREAM),
         fn_output_signature=tf.TensorSpec(shape, tf.float32),
     )
     return stacks + _of_sample(sigma) * normal

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from lvseg import augment, preprocess, records
+from lvseg import draws, preprocess, records
 from lvseg.preprocess import Normalisation
 
 # Fewer patients than this are never shuffled together, however many slices each has.
@@ -116,7 +116,7 @@ def training_batches(
     alone = at_a_time == 1 and deform is None  # a batch of one is the sample itself: nothing is copied
 
     def shuffled(values: tf.Tensor, epoch: tf.Tensor, part: int | tf.Tensor) -> tf.Tensor:
-        seeds = augment.sample_seeds(seed, augment.SHUFFLE_STREAM, part, epoch[None])[0]
+        seeds = draws.sample_seeds(seed, draws.SHUFFLE_STREAM, part, epoch[None])[0]
         return tf.random.experimental.stateless_shuffle(values, seed=seeds)
 
     def stacks(epoch: tf.Tensor, position: tf.Tensor, volume: _Volume) -> tf.data.Dataset:
@@ -151,7 +151,7 @@ def training_batches(
         )
 
     def deformed(deform: Deform, index: tf.Tensor, sample: Samples) -> Samples:
-        seeds = augment.sample_seeds(seed, augment.ELASTIC_STREAM, index // batch_size, (index % batch_size)[None])[0]
+        seeds = draws.sample_seeds(seed, draws.ELASTIC_STREAM, index // batch_size, (index % batch_size)[None])[0]
         stack = tf.transpose(tf.cast(sample.stack, tf.float32), [1, 2, 0])
         stack, mask = deform(stack, sample.mask, seeds)
         return sample._replace(stack=tf.cast(tf.round(tf.transpose(stack, [2, 0, 1])), tf.uint16), mask=mask)

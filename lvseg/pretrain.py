@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,9 @@ def pretrain(experiment: Experiment, out: Path) -> None:
         )
     if out.suffix != SUFFIX or out.is_dir():
         raise InputError("BAD_ARGUMENT", f"Expected --out to be a {SUFFIX} file, received {out}.")
+    out.parent.mkdir(parents=True, exist_ok=True)  # before the hours, not after them
+    if not os.access(out.parent, os.W_OK):
+        raise InputError("BAD_ARGUMENT", f"Expected --out in a folder that can be written, received {out}.")
     train(experiment)
     run = experiment.run_folder
     if not read_yaml(run / "manifest.json").get("finished"):

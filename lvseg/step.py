@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from lvseg import augment, intensity, losses, pipeline
+from lvseg import augment, draws, intensity, losses, pipeline
 from lvseg.config import Experiment
 from lvseg.devices import Cluster
 from lvseg.errors import InputError
@@ -97,11 +97,11 @@ class Step:
         """Trains a step on this machine's part of a batch: `Samples`, or one such a device."""
         self._run(samples)
 
-    def rate(self) -> tf.Tensor:
-        """The learning rate of the step that comes next, float32 scalar."""
+    def rate(self, step: tf.Tensor) -> tf.Tensor:
+        """The learning rate of a step, int64 scalar counted from 0: float32 scalar."""
         train = self.experiment.train
         return learning_rate(
-            tf.convert_to_tensor(self.number), train.learning_rate, train.schedule, train.steps, train.warmup_steps,
+            step, train.learning_rate, train.schedule, train.steps, train.warmup_steps,
             train.decay_steps, train.decay_factor,
         )  # fmt: skip
 
@@ -113,9 +113,7 @@ class Step:
         train, context = self.experiment.train, tf.distribute.get_replica_context()
         first = context.replica_id_in_sync_group * self._a_device
         step = tf.convert_to_tensor(self.number)
-        seeds = augment.sample_seeds(
-            self.experiment.seed, augment.ELASTIC_STREAM, step, first + tf.range(self._a_device)
-        )
+        seeds = draws.sample_seeds(self.experiment.seed, draws.ELASTIC_STREAM, step, first + tf.range(self._a_device))
         if self._spatial:
             stack, mask = self.move(tf.cast(samples.stack, tf.float32), samples.mask, seeds)
             samples = samples._replace(stack=stack, mask=mask)
@@ -142,7 +140,7 @@ class Step:
         losses_finite = tf.math.is_finite(sums[0])
         # float16's scale is lowered first; where it is 1, as it is in other precisions, nothing is left to lower.
         at_lowest = tf.convert_to_tensor(self.optimiser.loss_scale) <= 1.0
-        gradients_finite = self.optimiser.apply(gradients, self.rate(), step, losses_finite)
+        gradients_finite = self.optimiser.apply(gradients, self.rate(step), step, losses_finite)
         went_well = losses_finite & (gradients_finite | ~at_lowest)
         is_first = ~went_well & (tf.convert_to_tensor(self.bad_step) == 0)
         self.bad_samples.assign(tf.where(is_first, report, tf.convert_to_tensor(self.bad_samples)))

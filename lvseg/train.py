@@ -9,10 +9,12 @@ resumed run equals one that was never stopped.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -21,6 +23,9 @@ from lvseg.cards import load_card
 from lvseg.config import Experiment, add_experiment_arguments, load_experiment
 from lvseg.errors import InputError
 from lvseg.keys import changed_keys, read_yaml
+
+if TYPE_CHECKING:
+    from lvseg.devices import Cluster
 
 
 def train(experiment: Experiment) -> None:
@@ -34,11 +39,20 @@ def train(experiment: Experiment) -> None:
         print(f"{run} is finished; give the experiment another name to train it anew.")
         return
 
-    from lvseg import devices, prepare, provenance  # TensorFlow's seconds come after the cheap answers
-    from lvseg.evaluate import evaluate_run
-    from lvseg.fit import Fit
+    from lvseg import devices  # TensorFlow's seconds come after the cheap answers
 
     cluster = devices.cluster(experiment.train.devices, experiment.train.batch_size)
+    with contextlib.ExitStack() as stack:
+        if cluster.is_chief:
+            stack.enter_context(command.alone(run.with_name(f".{run.name}.lock"), run, waits=False))
+        stack.enter_context(devices.lost_machines_named())
+        _train(experiment, run, cluster)
+
+
+def _train(experiment: Experiment, run: Path, cluster: Cluster) -> None:
+    from lvseg import prepare, provenance
+    from lvseg.evaluate import evaluate_run
+    from lvseg.fit import Fit
 
     for path in experiment.data.datasets:
         card, _ = load_card(Path(path))

@@ -1,5 +1,6 @@
 """A study small enough to train on in seconds: bright ellipsoids in noise, seen by two scanners."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -114,3 +115,15 @@ def python(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]
         timeout=400,
         check=False,
     )
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """A CSV file's rows."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def best_weights(run: Path) -> Path:
+    """The one file of best weights that a finished run keeps."""
+    (path,) = (run / "checkpoints").glob("best-*.npz")
+    return path

@@ -5,7 +5,7 @@ import scipy.ndimage
 import tensorflow as tf
 from gpu_kernels import nodes, runs_on_gpu, without_gpu_kernel
 
-from lvseg import augment
+from lvseg import augment, draws
 
 SIGMA_PX, GRID = 8.0, 8
 BORDER_PX = 48  # no field drawn in these tests reaches further
@@ -189,13 +189,13 @@ def test_gradient_shares_each_output_out_among_its_sources(size, both_warps):
 def test_seeds_differ_wherever_a_key_differs():
     keys = [
         (seed, stream, step, index)
-        for seed in (0, 1, 2**augment.SEED_BITS - 1)
-        for stream in (0, 1, 2**augment.STREAM_BITS - 1)
-        for step in (0, 1, 2**augment.STEP_BITS - 1)
-        for index in (0, 1, 2**augment.INDEX_BITS - 1)
+        for seed in (0, 1, 2**draws.SEED_BITS - 1)
+        for stream in (0, 1, 2**draws.STREAM_BITS - 1)
+        for step in (0, 1, 2**draws.STEP_BITS - 1)
+        for index in (0, 1, 2**draws.INDEX_BITS - 1)
     ]
     packed = {
-        tuple(augment.sample_seeds(seed, stream, step, tf.constant([index]))[0].numpy().tolist())
+        tuple(draws.sample_seeds(seed, stream, step, tf.constant([index]))[0].numpy().tolist())
         for seed, stream, step, index in keys
     }
     assert len(packed) == len(keys)
@@ -203,27 +203,27 @@ def test_seeds_differ_wherever_a_key_differs():
 
 
 def test_seeds_are_laid_out_as_documented():
-    seeds = augment.sample_seeds(seed=5, stream=7, step=11, indices=tf.constant([13, 17], tf.int32))
+    seeds = draws.sample_seeds(seed=5, stream=7, step=11, indices=tf.constant([13, 17], tf.int32))
     assert seeds.dtype == tf.int64
     np.testing.assert_array_equal(seeds, [[5 * 65536 + 7, 11 * 2**32 + 13], [5 * 65536 + 7, 11 * 2**32 + 17]])
 
 
 def test_step_may_be_a_tensor():
     step = tf.Variable(11, dtype=tf.int64)
-    traced = tf.function(lambda indices: augment.sample_seeds(5, 7, step, indices))(tf.constant([13]))
-    np.testing.assert_array_equal(traced, augment.sample_seeds(5, 7, 11, tf.constant([13])))
+    traced = tf.function(lambda indices: draws.sample_seeds(5, 7, step, indices))(tf.constant([13]))
+    np.testing.assert_array_equal(traced, draws.sample_seeds(5, 7, 11, tf.constant([13])))
 
 
 @pytest.mark.parametrize("key", [{"seed": -1}, {"seed": 2**47}, {"stream": 2**16}, {"step": 2**31}])
 def test_seeds_outside_their_bits_are_refused(key):
     name, value = next(iter(key.items()))
     with pytest.raises(ValueError, match=f"received {name}={value}"):
-        augment.sample_seeds(**{"seed": 0, "stream": 0, "step": 0, "indices": tf.constant([0]), **key})
+        draws.sample_seeds(**{"seed": 0, "stream": 0, "step": 0, "indices": tf.constant([0]), **key})
 
 
 def test_displacements_are_normal_and_uncorrelated():
-    seeds = augment.sample_seeds(0, 0, 0, tf.range(400))
-    drawn = augment.draw_displacement(seeds, SIGMA_PX, GRID).numpy()
+    seeds = draws.sample_seeds(0, 0, 0, tf.range(400))
+    drawn = draws.displacement(seeds, SIGMA_PX, GRID).numpy()
     assert drawn.dtype == np.float32
     flat = np.sort(drawn.ravel()) / SIGMA_PX
     count = flat.size  # 51,200: a mean's standard error is 0.0044, a standard deviation's 0.0031
@@ -238,10 +238,10 @@ def test_displacements_are_normal_and_uncorrelated():
 
 
 def test_a_sample_is_drawn_from_its_own_seed_alone():
-    seeds = augment.sample_seeds(3, 1, 70_000, tf.range(5))
-    together = augment.draw_displacement(seeds, SIGMA_PX, GRID).numpy()
-    backwards = augment.draw_displacement(seeds[::-1], SIGMA_PX, GRID).numpy()
-    alone = np.concatenate([augment.draw_displacement(seeds[i : i + 1], SIGMA_PX, GRID) for i in range(5)])
+    seeds = draws.sample_seeds(3, 1, 70_000, tf.range(5))
+    together = draws.displacement(seeds, SIGMA_PX, GRID).numpy()
+    backwards = draws.displacement(seeds[::-1], SIGMA_PX, GRID).numpy()
+    alone = np.concatenate([draws.displacement(seeds[i : i + 1], SIGMA_PX, GRID) for i in range(5)])
     np.testing.assert_array_equal(together, backwards[::-1])
     np.testing.assert_array_equal(together, alone)
     assert len(np.unique(together[:, 0, 0, 0])) == 5
@@ -249,13 +249,13 @@ def test_a_sample_is_drawn_from_its_own_seed_alone():
 
 def test_other_seed_stream_or_step_draws_another_field():
     keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
-    drawn = [augment.draw_displacement(augment.sample_seeds(*key, tf.constant([0])), 1.0, GRID).numpy() for key in keys]
+    drawn = [draws.displacement(draws.sample_seeds(*key, tf.constant([0])), 1.0, GRID).numpy() for key in keys]
     assert len({each.tobytes() for each in drawn}) == len(keys)
     assert np.abs(np.corrcoef([each.ravel() for each in drawn]) - np.eye(4)).max() < 0.4
 
 
 def deform(images: tf.Tensor, masks: tf.Tensor, indices: tf.Tensor, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    seeds = augment.sample_seeds(seed=9, stream=0, step=step, indices=indices)
+    seeds = draws.sample_seeds(seed=9, stream=0, step=step, indices=indices)
     return augment.elastic(images, masks, seeds, SIGMA_PX, GRID)
 
 
@@ -269,7 +269,7 @@ ALL = {
 
 def move(images: tf.Tensor, masks: tf.Tensor, indices: tf.Tensor, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Everything spatial at once."""
-    seeds = augment.sample_seeds(seed=9, stream=augment.ELASTIC_STREAM, step=step, indices=indices)
+    seeds = draws.sample_seeds(seed=9, stream=draws.ELASTIC_STREAM, step=step, indices=indices)
     return augment.spatial(images, masks, seeds, ALL)
 
 
@@ -364,7 +364,7 @@ def test_the_kernel_check_sees_ops_that_gpus_lack():
 
 def test_host_variant_deforms_alike():
     images, masks = smooth_images(2, 128), blob_masks(2, 128)
-    seeds = augment.sample_seeds(0, 0, 5, tf.range(2))
+    seeds = draws.sample_seeds(0, 0, 5, tf.range(2))
     on_device = augment.elastic(tf.constant(images), tf.constant(masks), seeds, SIGMA_PX, GRID)
 
     samples = tf.data.Dataset.from_tensor_slices((images, masks, seeds))
@@ -379,7 +379,7 @@ def test_host_variant_deforms_alike():
 
 
 def seeds_of(count: int) -> tf.Tensor:
-    return augment.sample_seeds(4, augment.ELASTIC_STREAM, 17, tf.range(count))
+    return draws.sample_seeds(4, draws.ELASTIC_STREAM, 17, tf.range(count))
 
 
 def spatially(images: np.ndarray, masks: np.ndarray, settings: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -413,7 +413,7 @@ def affine_parts(positions: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarr
 def test_streams_are_each_others_strangers():
     streams = [value for name, value in vars(augment).items() if name.endswith("_STREAM")]
     assert len(set(streams)) == len(streams) > 10
-    assert max(streams) == augment.DROPOUT_STREAM  # whose layers count on from there
+    assert max(streams) == draws.DROPOUT_STREAM  # whose layers count on from there
 
 
 @pytest.mark.parametrize("settings", [{}, only(), {"elastic": ALL["elastic"] | {"where": "host"}, "flip": None}])
@@ -425,7 +425,7 @@ def test_off_is_untouched(settings):
 
 def test_elastic_alone_moves_by_its_field_to_the_bit():
     images, masks = tf.constant(smooth_images(2, 64)), tf.constant(blob_masks(2, 64))
-    field = augment.elastic_field(augment.draw_displacement(seeds_of(2), 4.0, 6), 64)
+    field = augment.elastic_field(draws.displacement(seeds_of(2), 4.0, 6), 64)
     moved, moved_masks = augment.spatial(images, masks, seeds_of(2), only("elastic"))
     np.testing.assert_array_equal(moved, augment.warp(images, field))
     np.testing.assert_array_equal(moved_masks, augment.warp(masks, field, "nearest"))
@@ -531,7 +531,7 @@ def test_probability_is_the_share_that_moves_and_the_others_stay_to_the_bit(name
 
 def test_strengths_are_uniform_among_those_that_are_chosen():
     count = 3000
-    traced = tf.function(lambda seeds: augment.draw_strength(seeds, augment.ROTATE_STREAM, 0.3, -2.0, 6.0))
+    traced = tf.function(lambda seeds: draws.strength(seeds, draws.ROTATE_STREAM, 0.3, -2.0, 6.0))
     drawn = traced(seeds_of(count)).numpy()
     chosen = np.sort(drawn[drawn != 0])
     assert abs(len(chosen) / count - 0.3) < 4 * np.sqrt(0.21 / count)

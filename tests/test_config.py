@@ -121,3 +121,19 @@ def test_changed_keys_are_named_dotted_and_digest_ignores_order():
     assert changed_keys(old, {"a": {"b": 1, "c": {"d": 5}}, "e": 3, "f": 1}) == ["a.c.d", "f"]
     assert changed_keys(old, old) == []
     assert digest({"x": 1, "y": 2}) == digest({"y": 2, "x": 1}) != digest({"x": 1, "y": 3})
+
+
+@pytest.mark.parametrize(
+    "override, key",
+    [
+        ("train.warmup_steps=10", "warmup_steps"),
+        ("train={steps: 10, schedule: step, decay_steps: [5, 10]}", "decay_steps"),
+        ("train={steps: 10, profile_steps: [9, 11]}", "profile_steps"),
+        ("train={steps: 10, class_weights: [0.0, 0.0]}", "class_weights"),
+        ("model={encoder: vgg11, freeze_encoder_steps: 11}", "freeze_encoder_steps"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_or_never_come_is_refused(tmp_path, override, key):
+    path = write(tmp_path, MINIMAL)
+    with pytest.raises(InputError, match=key):
+        load_experiment(path, ["train.steps=10", override])

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -17,7 +18,7 @@ from small_study import ROOT, command
 from lvseg import devices, pipeline
 from lvseg.errors import InputError
 
-LIMIT_S = 300.0
+LIMIT_S = 500.0  # more than the machines' own patience with each other
 # At a higher rate Adam turns the last digit of a gradient that is nearly zero into a step of its own within 20 steps.
 SETTINGS = (
     "train.steps=20", "train.validate_every=5", "train.checkpoint_every=10", "train.learning_rate=1.0e-4",
@@ -136,11 +137,31 @@ def test_one_worker_s_sigterm_stops_both_at_one_checkpoint_from_which_a_single_m
         [sys.executable, "-m", "lvseg.train", *arguments("stopped", settings)],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
+    limit = threading.Timer(LIMIT_S, done.kill)
+    limit.start()
     try:
         assert f"going on from step {number}" in done.stdout.readline()
     finally:
+        limit.cancel()
         done.kill()
         done.communicate()
+
+
+def test_a_worker_that_is_killed_ends_the_other_with_a_sentence(study, tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
+    workers = two_workers(
+        folder, "lost", ("train.steps=100000", "train.validate_every=100000", "train.checkpoint_every=25")
+    )
+    checkpoints = folder / "runs/volume/lost-fold0/checkpoints"
+    deadline = time.monotonic() + LIMIT_S
+    while not list(checkpoints.glob("ckpt-25.index")):
+        assert all(worker.poll() is None for worker in workers) and time.monotonic() < deadline
+        time.sleep(0.01)
+    workers[1].kill()
+    codes, errors = ends(workers)
+    assert codes == [1, -signal.SIGKILL], errors
+    assert "Traceback" not in errors and "start all of them again" in errors.strip().splitlines()[-1]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(study):
@@ -179,13 +200,15 @@ def test_a_broken_tf_config_is_one_sentence(monkeypatch, config):
 
 
 def test_slurm_s_variables_say_who_is_who(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", str(5 + 10 * devices.SLURM_STEPS))
+    monkeypatch.setenv("SLURM_STEP_ID", "2")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2,1")
     monkeypatch.setenv("SLURM_PROCID", "2")
     monkeypatch.setenv("SLURM_STEP_GPUS", "")
     resolver = devices._resolver()
-    port = devices.SLURM_PORT
+    port = devices.SLURM_FIRST_PORT + 7 * devices.SLURM_TASKS_A_NODE  # another for every job and step
     assert resolver.cluster_spec().as_dict() == {"worker": [f"node1:{port}", f"node1:{port + 1}", f"node2:{port}"]}
     assert (resolver.task_type, resolver.task_id) == ("worker", 2)
 

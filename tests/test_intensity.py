@@ -6,7 +6,7 @@ import scipy.stats
 import tensorflow as tf
 from gpu_kernels import nodes, without_gpu_kernel
 
-from lvseg import augment, intensity
+from lvseg import augment, draws, intensity
 
 LOW, HIGH = 100.0, 900.0
 ALL = {
@@ -23,7 +23,7 @@ def only(*names: str) -> dict[str, dict | None]:
 
 
 def seeds_of(count: int) -> tf.Tensor:
-    return augment.sample_seeds(4, augment.ELASTIC_STREAM, 17, tf.range(count))
+    return draws.sample_seeds(4, draws.ELASTIC_STREAM, 17, tf.range(count))
 
 
 def changed(stacks: np.ndarray, settings: dict) -> np.ndarray:
@@ -88,8 +88,8 @@ def test_none_changes_the_draw_of_another(name):
 
 
 def test_no_two_draws_of_a_sample_share_a_stream(monkeypatch):
-    used = [augment.ELASTIC_STREAM, augment.SHUFFLE_STREAM]
-    of_stream = augment.of_stream
+    used = [draws.ELASTIC_STREAM, draws.SHUFFLE_STREAM]
+    of_stream = draws.of_stream
 
     def recording(seeds: tf.Tensor, stream: int) -> tf.Tensor:
         used.append(stream)
@@ -101,7 +101,7 @@ def test_no_two_draws_of_a_sample_share_a_stream(monkeypatch):
     spatial |= {"scale": {"max_factor": 1.2, "probability": 0.5}}
     augment.spatial(tf.zeros([1, 8, 8, 1]), tf.zeros([1, 8, 8, 1], tf.uint8), seeds_of(1), spatial)
     assert len(set(used)) == len(used) == 2 + 6 + 3
-    assert max(used) < augment.DROPOUT_STREAM  # whose layers count on from there
+    assert max(used) < draws.DROPOUT_STREAM  # whose layers count on from there
 
 
 def test_all_are_the_four_in_the_stated_order():

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 import tensorflow as tf
 
-from lvseg import augment
+from lvseg import draws
 from lvseg.errors import InputError
 from lvseg.models import vgg
 from lvseg.models.layers import StatelessDropout
@@ -226,7 +226,7 @@ def test_dropout_follows_from_seed_and_layer_not_from_the_place_in_the_batch():
 
 
 def test_dropout_draws_by_step_and_sample():
-    seeds = [augment.sample_seeds(5, 0, step, tf.range(2)).numpy().tolist() for step in (0, 1)]
+    seeds = [draws.sample_seeds(5, 0, step, tf.range(2)).numpy().tolist() for step in (0, 1)]
     draws = [dropout(batch)[place].tobytes() for batch in seeds for place in (0, 1)]
     assert len(set(draws)) == 4
 

@@ -16,7 +16,7 @@ class StatelessDropout(keras.layers.Layer):
         stream: added to the seeds' stream; tells this layer's random numbers from other layers'.
 
     Call arguments:
-        inputs: float [B, H, W, C]; seeds: int64 [B, 2], two numbers a sample as `augment.sample_seeds` makes them.
+        inputs: float [B, H, W, C]; seeds: int64 [B, 2], two numbers a sample as `draws.sample_seeds` makes them.
     """
 
     def __init__(self, rate: float, stream: int, **keywords: object) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from lvseg.augment import DROPOUT_STREAM
+from lvseg.draws import DROPOUT_STREAM
 from lvseg.models.layers import StatelessDropout
 
 DEPTH = 5

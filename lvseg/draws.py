@@ -1,0 +1,107 @@
+"""Every random number of a run: what it is keyed by, and numbers that are the same on every device.
+
+A sample's numbers follow from the run's seed, the step and the sample's place in the global batch, and from the stream,
+which says what they are for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+# Widths in bits of the fields that `sample_seeds` packs; each word stays below 2**63, since int64 has a sign.
+SEED_BITS, STREAM_BITS = 47, 16
+STEP_BITS, INDEX_BITS = 31, 32
+# Every use of a run's random numbers has a stream of its own; dropout layer k takes DROPOUT_STREAM + k.
+ELASTIC_STREAM, SHUFFLE_STREAM, FLIP_STREAM, ROTATE_STREAM, SCALE_STREAM, GAMMA_STREAM = range(6)
+BIAS_FIELD_STREAM, BIAS_CONTROL_STREAM, NOISE_STREAM, NOISE_PIXEL_STREAM, RESOLUTION_STREAM = range(6, 11)
+DROPOUT_STREAM = 16
+
+
+def sample_seeds(seed: int, stream: int, step: int | tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
+    """Packs what a random draw is keyed by into seeds for TensorFlow's stateless random numbers, without collisions.
+
+    Bits, high to low: word 0 is seed (47), stream (16); word 1 is step (31), index (32).
+
+    Args:
+        seed: of the run, 0 to 2**47 - 1.
+        stream: which use of randomness (deformation, a layer's dropout, ...), 0 to 2**16 - 1.
+        step: of training, 0 to 2**31 - 1; a number or an integer scalar tensor.
+        indices: integer [B], each sample's own global index, 0 to 2**32 - 1.
+
+    Returns:
+        int64 [B, 2].
+
+    Raises:
+        ValueError: for a seed, stream or step (as a number) outside its range; tensors are not looked into.
+    """
+    ranges = [("seed", seed, SEED_BITS), ("stream", stream, STREAM_BITS)]
+    if isinstance(step, int):
+        ranges.append(("step", step, STEP_BITS))
+    for name, value, bits in ranges:
+        if not 0 <= value < 2**bits:
+            raise ValueError(f"Expected {name} from 0 to 2**{bits} - 1, received {name}={value}.")
+    indices = tf.cast(indices, tf.int64)
+    run = tf.zeros_like(indices) + (seed * 2**STREAM_BITS + stream)
+    return tf.stack([run, tf.cast(step, tf.int64) * 2**INDEX_BITS + indices], axis=1)
+
+
+def of_stream(seeds: tf.Tensor, stream: int) -> tf.Tensor:
+    """Turns seeds, int64 [B, 2], from `sample_seeds` with stream 0 into those of another stream."""
+    return seeds + tf.constant([stream, 0], tf.int64)
+
+
+def uniform(seed: tf.Tensor, shape: Sequence[int], dtype: tf.DType = tf.float64) -> tf.Tensor:
+    """Draws a sample's numbers, uniform between 0 and 1 (float32 rounds some to 1), from its seed, int64 [2], alone.
+
+    TensorFlow's own uniform and normal numbers differ between its kernels and XLA; Philox's bits do not, so the bits
+    are drawn and made numbers here: in float64 to round alike everywhere, in float32 where they are many.
+    """
+    bits = tf.random.stateless_uniform(shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox")
+    return (tf.cast(bits, dtype) + 0.5) * 2.0**-32
+
+
+def strength(seeds: tf.Tensor, stream: int, probability: float, lowest: float, highest: float) -> tf.Tensor:
+    """Draws how strongly each sample undergoes an augmentation, or 0 for those that do not.
+
+    Args:
+        seeds: int64 [B, 2], from `sample_seeds` with stream 0.
+        stream: the augmentation's own.
+        probability: of undergoing it.
+        lowest, highest: between which the strength is uniform.
+
+    Returns:
+        float64 [B].
+    """
+    drawn = uniform_of_each(seeds, stream, 2)
+    return tf.where(drawn[:, 0] < probability, lowest + (highest - lowest) * drawn[:, 1], 0.0)
+
+
+def uniform_of_each(seeds: tf.Tensor, stream: int, count: int) -> tf.Tensor:
+    return tf.map_fn(
+        lambda seed: uniform(seed, [count]),
+        of_stream(seeds, stream),
+        fn_output_signature=tf.TensorSpec([count], tf.float64),
+    )
+
+
+def displacement(seeds: tf.Tensor, sigma_px: float, grid: int) -> tf.Tensor:
+    """Draws the control points' displacements, each sample's from its own seed alone.
+
+    Args:
+        seeds: int64 [B, 2].
+        sigma_px: standard deviation in pixels.
+        grid: control points an axis.
+
+    Returns:
+        float32 [B, 2, grid, grid] in pixels, (row, column) first; independent normal numbers.
+    """
+
+    def draw(seed: tf.Tensor) -> tf.Tensor:
+        drawn = uniform(seed, [2, 2, grid, grid])
+        normal = tf.sqrt(-2.0 * tf.math.log(drawn[0])) * tf.cos(2.0 * math.pi * drawn[1])  # Box and Muller, 1958
+        return tf.cast(tf.cast(sigma_px, tf.float64) * normal, tf.float32)
+
+    return tf.map_fn(draw, seeds, fn_output_signature=tf.TensorSpec([2, grid, grid], tf.float32))
