@@ -411,7 +411,7 @@ def affine_parts(positions: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarr
 
 
 def test_streams_are_each_others_strangers():
-    streams = [value for name, value in vars(augment).items() if name.endswith("_STREAM")]
+    streams = [value for name, value in vars(draws).items() if name.endswith("_STREAM")]
     assert len(set(streams)) == len(streams) > 10
     assert max(streams) == draws.DROPOUT_STREAM  # whose layers count on from there
 

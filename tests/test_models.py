@@ -227,8 +227,8 @@ def test_dropout_follows_from_seed_and_layer_not_from_the_place_in_the_batch():
 
 def test_dropout_draws_by_step_and_sample():
     seeds = [draws.sample_seeds(5, 0, step, tf.range(2)).numpy().tolist() for step in (0, 1)]
-    draws = [dropout(batch)[place].tobytes() for batch in seeds for place in (0, 1)]
-    assert len(set(draws)) == 4
+    drawn = [dropout(batch)[place].tobytes() for batch in seeds for place in (0, 1)]
+    assert len(set(drawn)) == 4
 
 
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
