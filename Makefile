@@ -11,12 +11,16 @@ INSTALL = PIP_CONSTRAINT=$(call constraints,$(BIN)/python) $(BIN)/python $(PIP_I
 CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
 	{ echo "Expected Python 3.11 or 3.12, received $$($(PYTHON) --version 2>&1) as $(PYTHON); set PYTHON=..." >&2; exit 2; }
 
-.PHONY: demo test test-current lint format clean
+.PHONY: demo test coverage test-current lint format clean
 
 demo: .venv/.demo
 	$(BIN)/python experiments/demo.py
 
 test: .venv/.dev
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Counting lines makes TensorFlow's tracing of graphs half as slow again.
+coverage: .venv/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term
 
 # Where the stack of make test is at hand too, each must serve what the other exported.

@@ -175,6 +175,11 @@ class Train(Keys):
             raise ValueError("expected no class_weights with loss=dice, which counts the classes alike as it is")
         if self.decay_steps != sorted(set(self.decay_steps)):
             raise ValueError(f"expected decay_steps to rise, received {self.decay_steps}")
+        if self.jit_compile and self.deterministic:
+            raise ValueError(
+                "expected jit_compile only without deterministic, since XLA knows no deterministic gradient of max"
+                " pooling, received both"
+            )
         if self.class_weights is not None and not any(self.class_weights):
             raise ValueError(f"expected class_weights that are not all 0, received {self.class_weights}")
         for key, last in (("warmup_steps", self.warmup_steps), ("decay_steps", max(self.decay_steps, default=0))):

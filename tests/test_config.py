@@ -131,9 +131,10 @@ def test_changed_keys_are_named_dotted_and_digest_ignores_order():
         ("train={steps: 10, profile_steps: [9, 11]}", "profile_steps"),
         ("train={steps: 10, class_weights: [0.0, 0.0]}", "class_weights"),
         ("model={encoder: vgg11, freeze_encoder_steps: 11}", "freeze_encoder_steps"),
+        ("train={deterministic: true, jit_compile: true}", "jit_compile"),
     ],
 )
-def test_a_setting_that_would_do_nothing_or_never_come_is_refused(tmp_path, override, key):
+def test_a_setting_that_would_do_nothing_or_cannot_be_had_is_refused(tmp_path, override, key):
     path = write(tmp_path, MINIMAL)
     with pytest.raises(InputError, match=key):
         load_experiment(path, ["train.steps=10", override])

@@ -324,7 +324,7 @@ def test_what_a_test_patient_s_scan_holds_cannot_matter(study, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "override",
     ["augment.elastic.where=host", "augment.elastic=null", "train.loss=cross_entropy_dice", "model.residual=true",
-     "data.axis=coronal", "data.normalise=slice", "data.normalise=global", "train.jit_compile=true"],
+     "data.axis=coronal", "data.normalise=slice", "data.normalise=global"],
 )  # fmt: skip
 def test_every_switch_trains_evaluates_and_exports(in_study, tmp_path, override):
     small = ("train.steps=4", "train.validate_every=4", "train.deterministic=false", "model.width=2")

@@ -95,7 +95,7 @@ def test_no_two_draws_of_a_sample_share_a_stream(monkeypatch):
         used.append(stream)
         return of_stream(seeds, stream)
 
-    monkeypatch.setattr(augment, "of_stream", recording)
+    monkeypatch.setattr(draws, "of_stream", recording)
     intensity.intensity(tf.zeros([1, 8, 8, 1]), seeds_of(1), ALL, LOW, HIGH)
     spatial = {"flip": {"rows": 0.5, "columns": 0.5}, "rotate": {"max_degrees": 9.0, "probability": 0.5}}
     spatial |= {"scale": {"max_factor": 1.2, "probability": 0.5}}
