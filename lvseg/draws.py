@@ -80,6 +80,7 @@ def strength(seeds: tf.Tensor, stream: int, probability: float, lowest: float, h
 
 
 def uniform_of_each(seeds: tf.Tensor, stream: int, count: int) -> tf.Tensor:
+    """Draws `count` numbers, as `uniform` does, of a stream for each of seeds, int64 [B, 2]: float64 [B, count]."""
     return tf.map_fn(
         lambda seed: uniform(seed, [count]),
         of_stream(seeds, stream),

@@ -1,6 +1,5 @@
 """Training on several devices and several machines equals training on one; what cannot be shared is refused."""
 
-import csv
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ import time
 
 import pytest
 import tensorflow as tf
-from small_study import ROOT, command
+from small_study import ROOT, command, rows
 
 from lvseg import devices, pipeline
 from lvseg.errors import InputError
@@ -40,9 +39,8 @@ def arguments(name, settings=SETTINGS):
 
 
 def losses(folder, name):
-    with (folder / f"runs/volume/{name}-fold0/metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [(float(row["loss"]), float(row["validation_dice"])) for row in rows]
+    found = rows(folder / f"runs/volume/{name}-fold0/metrics.csv")
+    return [(float(row["loss"]), float(row["validation_dice"])) for row in found]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Pretraining: what it writes is the trained encoder, says where it comes from, and starts other networks."""
 
-import csv
 import hashlib
 import json
 from copy import deepcopy
@@ -10,7 +9,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 import yaml
-from small_study import EXPERIMENT, ROOT, command, scan
+from small_study import EXPERIMENT, ROOT, command, rows, scan
 
 from lvseg import pretrain
 from lvseg.config import load_experiment
@@ -68,8 +67,7 @@ def folder(tmp_path_factory):
 
 
 def best_row(run):
-    with (run / "metrics.csv").open(newline="") as file:
-        return max(csv.DictReader(file), key=lambda row: float(row["validation_dice"]))
+    return max(rows(run / "metrics.csv"), key=lambda row: float(row["validation_dice"]))
 
 
 def test_the_file_holds_the_encoder_with_the_best_validation_dice(folder):

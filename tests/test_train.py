@@ -20,13 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2 as plugin
 
 from lvseg import biomarkers, metrics
-from lvseg.devices import Cluster
 from lvseg.evaluate import evaluate_run
 from lvseg.predict import Segmenter
 from lvseg.provenance import code_sha256
 
 LIMIT_S = 240.0
-ALONE = Cluster(tf.distribute.get_strategy(), 0, 1, 1)
 
 
 def test_a_run_folder_holds_what_the_contract_names(trained):
@@ -92,9 +90,9 @@ def test_a_changed_config_is_an_error_that_names_the_keys(trained, study):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def start_training(folder, *overrides):
+def start_training(folder):
     return subprocess.Popen(
-        [sys.executable, "-m", "lvseg.train", "--cfg", "experiment.yaml", *overrides],
+        [sys.executable, "-m", "lvseg.train", "--cfg", "experiment.yaml"],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
