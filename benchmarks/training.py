@@ -59,9 +59,14 @@ class Watched:
         return getattr(self._step, name)
 
 
-def set_threads(inter: int | None, intra: int | None) -> None:
-    """Of TensorFlow; None leaves its own choice, a thread a core of each kind."""
+def set_up(inter: int | None, intra: int | None, keep_memory: bool = True) -> None:
+    """TensorFlow's threads, where None leaves its own choice, a thread a core of each kind, and its allocator."""
     import tensorflow as tf
+
+    from lvseg import devices
+
+    if keep_memory:
+        devices.keep_memory()
 
     if inter is not None and intra is not None:
         tf.config.threading.set_inter_op_parallelism_threads(inter)
@@ -74,7 +79,14 @@ def peak_mb() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def measure_step(library: str, steps: int, inter: int | None = None, intra: int | None = None, **found: Any) -> Any:
+def measure_step(
+    library: str,
+    steps: int,
+    inter: int | None = None,
+    intra: int | None = None,
+    keep_memory: bool = True,
+    **found: Any,
+) -> Any:
     """Seconds of each bare step, the parameters and the peak memory; a message where the device cannot do it."""
     if library == "torch":
         import torch
@@ -90,7 +102,7 @@ def measure_step(library: str, steps: int, inter: int | None = None, intra: int 
         import tensorflow as tf
         from steps import tensorflow_step
 
-        set_threads(inter, intra)
+        set_up(inter, intra, keep_memory)
         finish = tf.test.experimental.sync_devices
         try:
             step, parameters = tensorflow_step(**found)
@@ -157,7 +169,7 @@ def measure_loop(
     """
     import tensorflow as tf
 
-    set_threads(inter, intra)
+    set_up(inter, intra)
     fit = make_fit(Path(folder), overrides)
     from steps import tensorflow_step
 
@@ -280,6 +292,7 @@ def layout_rows(arguments: argparse.Namespace) -> list[Row]:
         "channels first, XLA": {"jit_compile": True, "channels_first": True},
         f"channels last, no XLA, 1 inter-op and {CORES} intra-op threads": {**plain, "inter": 1, "intra": CORES},
         "channels last, no XLA, 1 inter-op and 1 intra-op thread": {**plain, "inter": 1, "intra": 1},
+        "channels last, no XLA, threads left to TensorFlow, the C library's allocator": {**plain, "keep_memory": False},
     }
     seconds: dict[str, list[float]] = {name: [] for name in settings}
     failed: dict[str, str] = {}

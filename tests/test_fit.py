@@ -315,7 +315,7 @@ def test_what_a_test_patient_s_scan_holds_cannot_matter(study, tmp_path, monkeyp
     for place in (study, folder):
         monkeypatch.chdir(place)
         runs = tmp_path / f"runs{len(kept)}"
-        assert run_command(runs, "train.steps=50", "train.validate_every=25") == 0
+        assert run_command(runs, "train.steps=20", "train.validate_every=10") == 0
         kept.append(np.load(best_weights(runs / "volume/small-fold0")))
     for name in kept[0].files:
         np.testing.assert_array_equal(kept[0][name], kept[1][name])
