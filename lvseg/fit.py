@@ -128,6 +128,8 @@ class Fit:
                     self.step.sums.assign(tf.zeros_like(self.step.sums))
                     waited, since, steps = 0.0, time.monotonic(), 0
                 ends = validates and self._stopped_early()
+                if ends or number == train.steps:  # before the last checkpoint, after which nothing is repeated
+                    board.hyperparameters(self.experiment.model_dump(), float(self.best_dice))
                 if (saves or stops or ends) and self.cluster.is_chief:
                     self._save(number)
                 if ends:
@@ -139,7 +141,6 @@ class Fit:
                     raise KeyboardInterrupt
             if self.cluster.workers == 1 and stop_requested():  # it came during the last validation
                 raise KeyboardInterrupt
-            board.hyperparameters(self.experiment.model_dump(), float(self.best_dice))
 
     def export(self, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         """Exports the weights with the best validation Dice, in float32; returns the model card."""
