@@ -94,11 +94,17 @@ def export_model(model: keras.Model, card: dict[str, Any], folder: Path) -> dict
 
     archive = keras.export.ExportArchive()
     archive.track(model)
-    archive.add_endpoint("serving_default", segment, [voxels, spacing])
-    archive.add_endpoint("segment", segment, [voxels, spacing])
-    archive.add_endpoint("prepare", prepare, [voxels, spacing])
-    archive.add_endpoint("infer", infer, [stacks])
-    archive.add_endpoint("restore", restore, [probabilities, shape, spacing])
+    def traced(function: Any, *signature: tf.TensorSpec) -> Any:
+        graph = tf.function(function, input_signature=signature, autograph=False)
+        graph.get_concrete_function()  # Keras takes graphs that it does not have to make itself as they are
+        return graph
+
+    whole = traced(segment, voxels, spacing)
+    archive.add_endpoint("serving_default", whole)
+    archive.add_endpoint("segment", whole)
+    archive.add_endpoint("prepare", traced(prepare, voxels, spacing))
+    archive.add_endpoint("infer", traced(infer, stacks))
+    archive.add_endpoint("restore", traced(restore, probabilities, shape, spacing))
     with command.atomic(folder) as temporary:
         with contextlib.redirect_stdout(io.StringIO()):  # Keras lists every endpoint there
             archive.write_out(str(temporary))

@@ -78,7 +78,7 @@ class Fit:
         self.manager = tf.train.CheckpointManager(self.checkpoint, str(run / "checkpoints"), max_to_keep=2)
         self._restore()
         self._agree()
-        self.infer = tf.function(self._infer)
+        self.infer = tf.function(self._infer, autograph=False)
 
     @property
     def best_weights(self) -> Path:
@@ -232,7 +232,7 @@ class Fit:
         total = self._total(share)
         return np.asarray(self.cluster.strategy.experimental_local_results(total)[0])
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(autograph=False, reduce_retracing=True)
     def _total(self, values: tf.Tensor) -> Any:
         def reduced(own: tf.Tensor) -> tf.Tensor:
             return tf.distribute.get_replica_context().all_reduce(

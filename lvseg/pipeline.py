@@ -79,6 +79,7 @@ ALONE = Share()
 Deform = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
+@tf.autograph.experimental.do_not_convert
 def training_batches(
     files: Sequence[Path],
     slices: int,
@@ -180,6 +181,7 @@ def volumes_together(volumes: int, slices: int, shuffle_slices: int) -> int:
     return min(volumes, max(MIXED_VOLUMES, math.ceil(shuffle_slices * volumes / slices)))
 
 
+@tf.autograph.experimental.do_not_convert
 def volume_samples(name: tf.Tensor, reading: Reading) -> tf.data.Dataset:
     """A dataset of one element: all slices of a shard's volume, in order, as `Samples` with B = S."""
 

@@ -54,7 +54,7 @@ def statistics(voxels: tf.Tensor, percentiles: bool = True) -> Statistics:
     return Statistics(tf.reduce_min(slice_minimum), tf.reduce_max(slice_maximum), slice_minimum, slice_maximum, table)
 
 
-@tf.function(reduce_retracing=True)
+@tf.function(autograph=False, reduce_retracing=True)
 def _of_rank(values: tf.Tensor, ranks: tf.Tensor) -> tf.Tensor:
     """The values of these ranks (0 for the least), exactly: float32 [N] and int32 [K] to float32 [K].
 
@@ -277,7 +277,7 @@ def _between(lower: tf.Tensor, upper: tf.Tensor, weight: tf.Tensor) -> tf.Tensor
     return lower + (upper - lower) * weight
 
 
-@tf.function(reduce_retracing=True)
+@tf.function(autograph=False, reduce_retracing=True)
 def _harmonise(values: tf.Tensor, spacing_mm: tf.Tensor, target_mm: tf.Tensor, size: int, fill: tf.Tensor) -> tf.Tensor:
     return _resample(values, *_harmonised_lines(tf.shape(values), spacing_mm, target_mm, size), fill)
 
@@ -301,7 +301,7 @@ def _resample(values: tf.Tensor, rows: _Line, columns: _Line, fill: tf.Tensor) -
     return tf.reshape(blocks, [-1, tf.size(rows.lower), tf.size(columns.lower)])[:count]
 
 
-@tf.function(jit_compile=True, reduce_retracing=True)
+@tf.function(autograph=False, jit_compile=True, reduce_retracing=True)
 def _resample_block(values: tf.Tensor, rows: _Line, columns: _Line, fill: tf.Tensor) -> tf.Tensor:
     """Not by multiplying matrices, which GPUs may round to 10 bits (TF32); XLA makes one pass of the gathers."""
     at_rows = _between(
@@ -313,7 +313,7 @@ def _resample_block(values: tf.Tensor, rows: _Line, columns: _Line, fill: tf.Ten
     return tf.where(rows.inside[:, None] & columns.inside, inside, fill)
 
 
-@tf.function(reduce_retracing=True)
+@tf.function(autograph=False, reduce_retracing=True)
 def _harmonise_labels(labels: tf.Tensor, spacing_mm: tf.Tensor, target_mm: tf.Tensor, size: int) -> tf.Tensor:
     rows, columns = _harmonised_lines(tf.shape(labels), spacing_mm, target_mm, size)
     # The labels of the four voxels around each pixel. Whole rows are gathered and the image is turned for the columns:

@@ -82,9 +82,9 @@ class Step:
         }
         self._intensity = {name: settings[name] for name in INTENSITY if settings[name]}
         # Compiled by XLA by themselves: on a GPU their indices otherwise visit the host; on a CPU it is faster.
-        self.move = tf.function(self._move, jit_compile=True)
-        self.change = tf.function(self._change, jit_compile=True)
-        self._run = tf.function(self._on_all, reduce_retracing=True, jit_compile=train.jit_compile)
+        self.move = tf.function(self._move, autograph=False, jit_compile=True)
+        self.change = tf.function(self._change, autograph=False, jit_compile=True)
+        self._run = tf.function(self._on_all, autograph=False, reduce_retracing=True, jit_compile=train.jit_compile)
 
     @property
     def state(self) -> dict[str, Any]:
