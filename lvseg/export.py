@@ -94,6 +94,7 @@ def export_model(model: keras.Model, card: dict[str, Any], folder: Path) -> dict
 
     archive = keras.export.ExportArchive()
     archive.track(model)
+
     def traced(function: Any, *signature: tf.TensorSpec) -> Any:
         graph = tf.function(function, input_signature=signature, autograph=False)
         graph.get_concrete_function()  # Keras takes graphs that it does not have to make itself as they are
