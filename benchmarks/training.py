@@ -67,7 +67,6 @@ def set_up(inter: int | None, intra: int | None, keep_memory: bool = True) -> No
 
     if keep_memory:
         devices.keep_memory()
-
     if inter is not None and intra is not None:
         tf.config.threading.set_inter_op_parallelism_threads(inter)
         tf.config.threading.set_intra_op_parallelism_threads(intra)

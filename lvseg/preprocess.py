@@ -289,7 +289,7 @@ def _resample(values: tf.Tensor, rows: _Line, columns: _Line, fill: tf.Tensor) -
     """
     count = tf.shape(values)[0]
     missing = -count % _BLOCK_SLICES
-    # Not an `if`: where Keras 3 exports a function that calls this, nothing makes graph operations of Python's.
+    # Not an `if`: graphs are traced without AutoGraph, so nothing makes graph operations of Python's.
     values = tf.cond(
         missing > 0, lambda: tf.concat([values, tf.repeat(values[-1:], missing, axis=0)], 0), lambda: values
     )
