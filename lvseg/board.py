@@ -14,6 +14,8 @@ TAGS = {
     "loss": "loss/training",
     "dice": "dice/training",
     "validation_dice": "dice/validation",
+    "validation_volume_error_percent": "error/volume_percent",
+    "validation_fat_error_points": "error/fat_points",
     "learning_rate": "learning_rate",
     "loss_scale": "loss_scale",
     "input_wait_share": "time/input_wait_share",

@@ -1,4 +1,4 @@
-"""Command: a run's model on the scans of its held-out patients -> Dice and liver volume, on each scan's own grid.
+"""Command: a run's model on the scans of its held-out patients -> overlap, biomarkers and agreement, with a report.
 
 python -m lvseg.evaluate --run runs/volume/best-fold0 --split test
 """
@@ -9,116 +9,402 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lvseg import biomarkers, command, figures, metrics
+from lvseg import agreement, biomarkers, command, figures, metrics, overlays, quality, report, waterfat
 from lvseg.cards import Scan, read_image, read_labels
 from lvseg.config import load_experiment
+from lvseg.degrade import KINDS, degrade
 from lvseg.errors import InputError
 from lvseg.keys import read_yaml
+from lvseg.postprocess import STEPS
 from lvseg.predict import Segmenter
 from lvseg.prepare import dataset_scans
-from lvseg.volume import Volume
+from lvseg.surfaces import TOLERANCES_MM, surface_distances
+from lvseg.volume import Array, Volume
 
 SPLITS = ("validation", "test")
+REPORT = "report"
+CALIBRATION = "quality.json"
+OVERLAP = ("dice", "precision", "recall")
+DISTANCES = ("hausdorff_95_mm", "mean_surface_distance_mm")
 
 
-def evaluate_run(run: Path, split: str) -> dict[str, Any]:
-    """Segments a run's validation or test patients and writes its report folder; returns the summary.
+@dataclass(frozen=True)
+class Options:
+    """How an evaluation is done.
 
-    Writes `report/patients.csv` (a row a scan), `report/summary.json`, and `report/overlay_<scanner>.png` of the scan
-    with the median Dice of each scanner. Dice is of the first class of the card.
+    Args:
+        tolerances_mm: of the surface Dice; grades_percent: mean fat fractions at which steatosis grades begin.
+        postprocessing: steps, None for what the model's card says; quality: whether to expect a Dice of every scan.
+        seed: of the bootstrap and of the scans made worse for the calibration.
+    """
+
+    tolerances_mm: Sequence[float] = TOLERANCES_MM
+    grades_percent: Sequence[float] = (biomarkers.STEATOSIS_PERCENT,)
+    postprocessing: Sequence[str] | None = None
+    quality: bool = True
+    seed: int = 0
+
+
+@dataclass
+class Study:
+    """A run's model and the scans of one part of its split.
+
+    Args:
+        run: folder; split: which part; scans: of its patients; segmenter: the model; manifest: of the run.
+    """
+
+    run: Path
+    split: str
+    scans: list[Scan]
+    segmenter: Segmenter
+    manifest: dict[str, Any]
+    classes: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.classes = list(self.segmenter.info["labels"][1:])
+
+
+def open_study(run: Path, split: str, model: Path | None = None) -> Study:
+    """Loads a run's model, or another one, with the scans of the run's validation or test patients.
 
     Raises:
-        InputError: NOT_FOUND if the run has no model.
+        InputError: NOT_FOUND if the run has no model or no such patients; BAD_SPLIT if another model was trained on
+            them.
     """
     experiment = load_experiment(run / "config.yaml")
-    manifest = run / "manifest.json"
-    if not (run / "model" / "model.json").is_file() or not manifest.is_file():
+    path = run / "manifest.json"
+    if not (run / "model" / "model.json").is_file() or not path.is_file():
         raise InputError("NOT_FOUND", f"Expected a trained run, received {run} without its model; train it first.")
-    made = read_yaml(manifest)
-    patients = set(made["split"][split])
+    manifest = read_yaml(path)
+    patients = set(manifest["split"][split])
     scans = [scan for scan in dataset_scans(experiment.data) if scan.patient in patients]
     if not scans:
-        raise InputError("NOT_FOUND", f"Expected scans of {split} patients, received none in the split of {manifest}.")
-    segmenter = Segmenter(run / "model")
+        raise InputError("NOT_FOUND", f"Expected scans of {split} patients, received none in the split of {path}.")
+    segmenter = Segmenter(model or run / "model")
+    for member in segmenter.info.get("members", [segmenter.info]):
+        seen = set(member.get("provenance", {}).get("split", {}).get("train", ()))
+        if split == "test":
+            seen |= set(member.get("provenance", {}).get("split", {}).get("validation", ()))
+        if seen & patients:
+            raise InputError(
+                "BAD_SPLIT",
+                f"Expected patients that the model has not seen, received {min(seen & patients)}, on whom"
+                f" {model or run} was trained or chosen.",
+            )
+    return Study(run, split, scans, segmenter, manifest)
 
-    rows = [_row(scan, segmenter) for scan in command.progress(scans, f"evaluating {split}")]
-    summary = {"split": split, "encoder_weights": made.get("encoder_weights"), **summarise(rows)}
-    summary["by_scanner"] = {
-        scanner: summarise([row for row in rows if row["scanner"] == scanner])
-        for scanner in sorted({row["scanner"] for row in rows})
-    }
-    with command.atomic(run / "report") as report:
-        report.mkdir()
-        (report / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        with (report / "patients.csv").open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
-        for scanner in summary["by_scanner"]:
-            _overlay(scans, rows, scanner, segmenter, report / f"overlay_{scanner}.png")
+
+def evaluate_run(
+    run: Path, split: str, options: Options | None = None, model: Path | None = None, out: Path | None = None
+) -> dict[str, Any]:
+    """Segments a run's validation or test patients and writes a report folder; returns the summary.
+
+    Writes `patients.csv` (a row a scan and class), `summary.json`, `report.html`, charts, and overlays of the worst,
+    the median and the best scan of each scanner, into the run's `report`. Memory does not grow with the number of
+    scans beyond their rows.
+
+    Args:
+        run: folder; split: of `SPLITS`; options: None for the defaults.
+        model: another model than the run's, such as an ensemble; out: another folder than the run's own.
+
+    Raises:
+        InputError: see `open_study`.
+    """
+    options = options or Options()
+    study = open_study(run, split, model)
+    calibration = _calibration(study, options) if options.quality else None
+    folder = out or run / REPORT
+    rows: list[dict[str, Any]] = []
+    with command.atomic(folder) as temporary:
+        (temporary / "pictures").mkdir(parents=True)
+        with (temporary / "patients.csv").open("w", newline="", encoding="utf-8") as file:
+            for own in command.progress(
+                _measured(study, options, calibration, temporary / "pictures"), f"evaluating {split}", len(study.scans)
+            ):
+                if not rows:
+                    table = csv.DictWriter(file, list(own[0]))
+                    table.writeheader()
+                table.writerows(own)
+                file.flush()
+                rows += own
+        summary = _summary(study, options, rows, calibration)
+        (temporary / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False), encoding="utf-8")
+        _draw(study, rows, summary, options, temporary)
+        report.write(temporary, summary, rows, _provenance(study))
     return summary
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Dice and agreement of volumes over scans; bias and limits are predicted minus true, in ml."""
-    dice = np.array([row["dice"] for row in rows])
+def _measured(
+    study: Study, options: Options, calibration: dict[str, Any] | None, pictures: Path
+) -> Iterator[list[dict[str, Any]]]:
+    """Of each scan its rows, one a class; draws its picture."""
+    for scan in study.scans:
+        image = read_image(scan)
+        answer = study.segmenter.segment(image, postprocessing=options.postprocessing, keep=calibration is not None)
+        true = read_labels(scan, image)
+        review: dict[str, Any] = {}
+        if calibration is not None:
+            value, reasons = quality.expected(calibration, quality.features(study.segmenter, answer))
+            review = {"expected_dice": round(value, 4), "check": "; ".join(reasons)}
+        name = f"{scan.patient}_{scan.study}_{scan.card.scanner}.jpg".replace("/", "_")
+        overlays.strip(image, answer.mask, true, pictures / name)
+        rows = []
+        for label, organ in enumerate(study.classes, start=1):
+            mask, truth = answer.mask.canonical(), true.canonical()
+            rows.append(
+                {
+                    "patient": scan.patient,
+                    "study": scan.study,
+                    "scanner": scan.card.scanner,
+                    "class": organ,
+                    **overlap_row(mask.voxels == label, truth.voxels == label, mask.spacing_mm, options.tolerances_mm),
+                    **_biomarker_row(image, answer.mask, true, label, options.grades_percent),
+                    **review,
+                    "flags": "; ".join(answer.measurements["flags"]),
+                    "picture": f"pictures/{name}",
+                }
+            )
+        yield rows
+
+
+def overlap_row(
+    predicted: Array, true: Array, spacing_mm: Sequence[float], tolerances_mm: Sequence[float]
+) -> dict[str, Any]:
+    """Overlap and surface distances of one class.
+
+    Args:
+        predicted, true: bool [S, H, W]; spacing_mm: (slice, row, column); tolerances_mm: of the surface Dice.
+
+    Returns:
+        dice, precision, recall (`metrics.Overlap`), voxel_error_percent (the share of the scan's voxels that are
+        wrong: the mean absolute error a voxel), and those of `surfaces.surface_distances`.
+    """
+    counts = metrics.overlap_counts(predicted, true)
+    wrong = counts.false_positive + counts.false_negative
     return {
-        "patients": len({row["patient"] for row in rows}),
-        "scans": len(rows),
-        "dice": {"mean": float(dice.mean()), "median": float(np.median(dice)), "minimum": float(dice.min())},
-        "volume_ml": biomarkers.agreement(
-            [row["predicted_volume_ml"] for row in rows], [row["true_volume_ml"] for row in rows]
-        ),
+        "dice": counts.dice,
+        "precision": counts.precision,
+        "recall": counts.recall,
+        "voxel_error_percent": 100 * wrong / predicted.size,
+        **surface_distances(predicted, true, spacing_mm, tolerances_mm),
     }
 
 
-def _row(scan: Scan, segmenter: Segmenter) -> dict[str, Any]:
-    predicted, true = _answer(scan, segmenter)
-    predicted_ml, true_ml = biomarkers.volume_ml(predicted), biomarkers.volume_ml(true)
+def _biomarker_row(
+    image: Volume, mask: Volume, truth: Volume, label: int, grades_percent: Sequence[float]
+) -> dict[str, Any]:
+    """Volumes and, in images of fat fractions, fat, predicted and true."""
+    row: dict[str, Any] = {}
+    for name, volume in (("predicted", mask), ("true", truth)):
+        row[f"{name}_voxels"] = int(np.count_nonzero(volume.voxels == label))
+        row[f"{name}_volume_ml"] = round(biomarkers.volume_ml(volume, label), 3)
+    true_ml = row["true_volume_ml"]
+    row["volume_error_percent"] = round(100 * (row["predicted_volume_ml"] - true_ml) / true_ml, 3) if true_ml else None
+    if image.metadata.get("units") == "percent":
+        for name, volume in (("predicted", mask), ("true", truth)):
+            fat = waterfat.fat_fraction_percent(image, volume, label)
+            row |= {f"{name}_fat_{key}_percent": value for key, value in fat.items()}
+            mean = fat["mean"]
+            row[f"{name}_steatosis_grade"] = None if mean is None else biomarkers.steatosis_grade(mean, grades_percent)
+    edges = {name: biomarkers.touches_edge(volume, label) for name, volume in (("predicted", mask), ("true", truth))}
+    row["incomplete"] = "; ".join(edges["predicted"])  # the number is kept, but part of the organ may lie outside
+    row["true_incomplete"] = "; ".join(edges["true"])
+    return row
+
+
+def summarise(rows: Sequence[dict[str, Any]], options: Options | None = None) -> dict[str, Any]:
+    """Overlap and agreement of one class over scans, with 95 % intervals (`agreement`)."""
+    options = options or Options()
+    patients = [row["patient"] for row in rows]
+    bootstrap = agreement.Bootstrap(patients, options.seed)
+    shares = [*OVERLAP, *(f"surface_dice_{tolerance:g}mm" for tolerance in options.tolerances_mm)]
+    summary: dict[str, Any] = {"patients": bootstrap.patients, "scans": len(rows)}
+    for name in (*shares, *DISTANCES, "voxel_error_percent"):
+        known = [(row[name], row["patient"]) for row in rows if row[name] is not None]
+        if not known:
+            summary[name] = None
+            continue
+        values, names = zip(*known, strict=True)
+        own = bootstrap if len(known) == len(rows) else agreement.Bootstrap(names, options.seed)
+        summary[name] = {
+            "scans": len(known), **agreement.average(values, own, 0, 1 if name in shares else np.inf),
+        }  # fmt: skip
+    for name in ("volume_ml", "voxels"):
+        predicted, true = ([row[f"{kind}_{name}"] for row in rows] for kind in ("predicted", "true"))
+        summary[name] = agreement.agreement(predicted, true, patients, options.seed)
+    summary["incomplete"] = sum(bool(row["incomplete"]) for row in rows)
+    if "true_fat_mean_percent" in rows[0]:
+        summary |= _fat(rows, options)
+    return summary
+
+
+def _fat(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any]:
+    known = [row for row in rows if None not in (row["predicted_fat_mean_percent"], row["true_fat_mean_percent"])]
+    if not known:
+        return {"fat_fraction_percent": None, "fat_fraction_median_percent": None, "steatosis": None}
+    patients = [row["patient"] for row in known]
+    (mean, true_mean), (median, true_median) = (
+        ([row[f"{kind}_fat_{key}_percent"] for row in known] for kind in ("predicted", "true"))
+        for key in ("mean", "median")
+    )
     return {
-        "patient": scan.patient,
-        "study": scan.study,
-        "scanner": scan.card.scanner,
-        "dice": metrics.dice(predicted.voxels, true.voxels),
-        "predicted_volume_ml": round(predicted_ml, 3),
-        "true_volume_ml": round(true_ml, 3),
-        "volume_error_percent": round(100 * (predicted_ml - true_ml) / true_ml, 3) if true_ml else None,
-        "flags": "; ".join(f"touches {edge}" for edge in biomarkers.touches_edge(predicted)),
+        # Percent of a percentage would mislead: errors are in points of fat fraction, the relative ones stay named so.
+        "fat_fraction_percent": agreement.agreement(mean, true_mean, patients, options.seed),
+        "fat_fraction_median_percent": agreement.agreement(median, true_median, patients, options.seed),
+        "steatosis": [agreement.detection(mean, true_mean, grade) for grade in options.grades_percent],
     }
 
 
-def _answer(scan: Scan, segmenter: Segmenter) -> tuple[Volume, Volume]:
-    """The model's mask and the true one on the scan's canonical grid, both with 1 for the card's first class."""
-    image = read_image(scan)
-    mask, true = segmenter.segment(image).mask.canonical(), read_labels(scan, image).canonical()
-    return mask.with_voxels((mask.voxels == 1).astype(np.uint8)), mask.with_voxels((true.voxels == 1).astype(np.uint8))
+def _summary(
+    study: Study, options: Options, rows: Sequence[dict[str, Any]], calibration: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The first class's numbers on top, as most cards have but one, those of the others under `classes`."""
+    of_class = {organ: [row for row in rows if row["class"] == organ] for organ in study.classes}
+    first = of_class[study.classes[0]]
+    summary: dict[str, Any] = {
+        "task": study.segmenter.info["task"],
+        "name": study.segmenter.info.get("name"),
+        "split": study.split,
+        "class": study.classes[0],
+        "encoder_weights": study.manifest.get("encoder_weights"),
+        "postprocessing": list(options.postprocessing or study.segmenter.info.get("postprocessing", [])),
+        "grades_percent": list(options.grades_percent),
+        **summarise(first, options),
+    }
+    summary["by_scanner"] = {
+        scanner: summarise([row for row in first if row["scanner"] == scanner], options)
+        for scanner in sorted({row["scanner"] for row in first})
+    }
+    if len(study.classes) > 1:
+        summary["classes"] = {organ: summarise(of_class[organ], options) for organ in study.classes[1:]}
+    if calibration is not None:
+        errors = [abs(row["expected_dice"] - row["dice"]) for row in first]
+        summary["quality"] = {
+            "mean_absolute_error": float(np.mean(errors)),
+            **{key: calibration[key] for key in ("scans", "patients", "left_out_mean_absolute_error")},
+        }
+    return summary
 
 
-def _overlay(
-    scans: Sequence[Scan], rows: Sequence[dict[str, Any]], scanner: str, segmenter: Segmenter, path: Path
+def _calibration(study: Study, options: Options) -> dict[str, Any] | None:
+    """What features say of Dice, fitted once on the run's validation patients and kept beside its model."""
+    path = study.run / CALIBRATION
+    weights = study.segmenter.info["weights_sha256"]
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["weights_sha256"] == weights and kept["seed"] == options.seed:
+            return kept["calibration"]
+    validation = open_study(study.run, "validation").scans
+    found, dice, patients, original = [], [], [], []
+    label = f"calibrating the expected Dice on {len(validation)} validation scans"
+    for number, scan in enumerate(command.progress(validation, label)):
+        image = read_image(scan)
+        for worse_image, worse_truth, kind in versions(image, read_labels(scan, image), options.seed + number):
+            answer = study.segmenter.segment(worse_image, keep=True)
+            found.append(quality.features(study.segmenter, answer))
+            dice.append(metrics.dice(answer.mask.voxels > 0, worse_truth.voxels > 0))
+            patients.append(scan.patient)
+            original.append(kind is None)
+    calibration = quality.fit(found, dice, patients, original)
+    with command.atomic(path) as temporary:
+        kept = {"weights_sha256": weights, "seed": options.seed, "calibration": calibration}
+        temporary.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    return calibration
+
+
+def versions(image: Volume, truth: Volume, seed: int) -> Iterator[tuple[Volume, Volume, str | None]]:
+    """A scan and its truth as they are (kind None), and once of each kind of `degrade`, the strength drawn."""
+    yield image, truth, None
+    for number, kind in enumerate(KINDS):
+        strength = float(np.random.default_rng([seed, number, 1]).uniform(0.2, 1))
+        yield *degrade(image, truth, kind, strength, seed), kind
+
+
+def _draw(
+    study: Study, rows: Sequence[dict[str, Any]], summary: dict[str, Any], options: Options, folder: Path
 ) -> None:
-    chosen = sorted((row["dice"], index) for index, row in enumerate(rows) if row["scanner"] == scanner)
-    dice, index = chosen[len(chosen) // 2]
-    predicted, true = _answer(scans[index], segmenter)
-    title = f"{rows[index]['patient']}, {scanner}: Dice {dice:.3f} (the median of {len(chosen)})"
-    figures.overlay_figure(read_image(scans[index]).canonical(), predicted, true, path, title)
+    """Charts of the first class, and overlays of the worst, the median and the best scan of each scanner."""
+    organ = study.classes[0]
+    first = [row for row in rows if row["class"] == organ]
+    for key, columns, what, unit, name in (
+        ("volume_ml", "volume_ml", f"{organ} volume", "ml", "volume"),
+        ("fat_fraction_percent", "fat_mean_percent", f"mean fat fraction of the {organ}", "%", "fat_fraction"),
+    ):
+        if summary.get(key):
+            points = [
+                {**row, "predicted": row[f"predicted_{columns}"], "true": row[f"true_{columns}"]}
+                for row in first
+                if None not in (row[f"predicted_{columns}"], row[f"true_{columns}"])
+            ]
+            figures.predicted_against_true(points, what, unit, folder / f"{name}_predicted")
+            figures.bland_altman(points, summary[key], what, unit, folder / f"{name}_bland_altman")
+    if "quality" in summary:
+        expected = [row["expected_dice"] for row in first]
+        figures.risk_coverage(expected, [row["dice"] for row in first], folder / "risk_coverage")
+        points = [{**row, "predicted": row["expected_dice"], "true": row["dice"]} for row in first]
+        figures.expected_against_true_dice(points, folder / "expected_dice")
+    for scanner in summary["by_scanner"]:
+        order = sorted((row["dice"], index) for index, row in enumerate(first) if row["scanner"] == scanner)
+        chosen = {"median": order[len(order) // 2], "worst": order[0], "best": order[-1]}
+        drawn: set[int] = set()
+        for word, (dice, index) in chosen.items():
+            if index in drawn:
+                continue
+            drawn.add(index)
+            image = read_image(study.scans[index])
+            mask = study.segmenter.segment(image, postprocessing=options.postprocessing).mask
+            title = f"{first[index]['patient']}, {scanner}: Dice {dice:.3f} (the {word} of {len(order)})"
+            name = f"overlay_{scanner}.png" if word == "median" else f"overlay_{scanner}_{word}.png"
+            overlays.overlay_figure(image, mask, read_labels(study.scans[index], image), folder / name, title)
+
+
+def _provenance(study: Study) -> dict[str, Any]:
+    info = study.segmenter.info
+    return {
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {key: info.get(key) for key in ("task", "name", "version", "weights_sha256", "spacing_mm", "size")},
+        "run": {
+            key: study.manifest.get(key)
+            for key in (
+                "config_sha256",
+                "shards_sha256",
+                "split_sha256",
+                "code_sha256",
+                "encoder_weights",
+                "seed",
+                "versions",
+                "hardware",
+                "started",
+                "finished_at",
+            )
+        },
+        "datasets": study.manifest["datasets"],
+        "split": {name: len(patients) for name, patients in study.manifest["split"].items()},
+    }
 
 
 def print_summary(summary: dict[str, Any]) -> None:
     """Prints a summary as a table, a line a scanner."""
-    print(f"{'scanner':<20}{'patients':>9}{'Dice':>8}{'lowest':>8}{'volume bias ml':>16}{'error %':>9}")
+    fat = summary.get("fat_fraction_percent") is not None
+    head = f"{'fat bias points':>17}" if fat else ""
+    print(f"{'scanner':<20}{'patients':>9}{'Dice':>8}{'lowest':>8}{'volume bias ml':>16}{'error %':>9}{head}")
     for name, part in [*summary["by_scanner"].items(), ("all", summary)]:
         volume = part["volume_ml"]
         percent = volume["mean_absolute_error_percent"]
+        fat_bias = (part.get("fat_fraction_percent") or {}).get("bias")
+        own = "" if not fat else f"{'-':>17}" if fat_bias is None else f"{fat_bias:>17.2f}"
         print(
             f"{name:<20}{part['patients']:>9}{part['dice']['mean']:>8.3f}{part['dice']['minimum']:>8.3f}"
             f"{volume['bias']:>16.1f}{'-' if percent is None else f'{percent:.2f}':>9}"
+            f"{own}"
         )
 
 
@@ -131,10 +417,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--run", type=Path, required=True, help="run folder")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which patients (default: test)")
+    parser.add_argument("--model", type=Path, help="another model than the run's, such as an ensemble")
+    parser.add_argument("-o", "--out", type=Path, help="another folder than the run's report")
+    parser.add_argument(
+        "--tolerances-mm", type=float, nargs="+", default=list(TOLERANCES_MM), help="of the surface Dice"
+    )
+    parser.add_argument(
+        "--grades-percent", type=float, nargs="+", default=[biomarkers.STEATOSIS_PERCENT],
+        help="mean fat fractions at which steatosis grades begin, ascending (default: 5.56)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--postprocessing", choices=STEPS, nargs="*", help="steps instead of those of the model's card; none for none"
+    )
+    parser.add_argument(
+        "--no-quality", action="store_true", help="leave out the expected Dice, and three of four passes of the network"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
 
     def body(arguments: argparse.Namespace) -> None:
-        print_summary(evaluate_run(arguments.run, arguments.split))
-        print(f"report: {arguments.run / 'report'}")
+        grades, tolerances = arguments.grades_percent, arguments.tolerances_mm
+        if sorted(set(grades)) != grades or min(grades) <= 0:
+            raise InputError("BAD_ARGUMENT", f"Expected --grades-percent above 0 and ascending, received {grades}.")
+        if min(tolerances) < 0:
+            raise InputError("BAD_ARGUMENT", f"Expected --tolerances-mm of 0 or more, received {tolerances}.")
+        if arguments.model is not None and arguments.out is None:
+            raise InputError("BAD_ARGUMENT", "Expected --out with --model, since the run's report is of its own model.")
+        options = Options(tolerances, grades, arguments.postprocessing, not arguments.no_quality, arguments.seed)
+        print_summary(evaluate_run(arguments.run, arguments.split, options, arguments.model, arguments.out))
+        print(f"report: {(arguments.out or arguments.run / REPORT) / 'report.html'}")
 
     return command.run(parser, body, argv)
 

@@ -12,7 +12,7 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,60 @@ import tensorflow as tf
 
 from lvseg import command, preprocess
 from lvseg.errors import InputError
-from lvseg.predict import VERSION
+from lvseg.postprocess import STEPS
+from lvseg.predict import VERSION, Segmenter
+
+
+# What the members of an ensemble must agree on.
+SHARED = (
+    "task", "labels", "axis", "spacing_mm", "size", "neighbours", "normalisation", "clip_percentiles", "global_bounds",
+)  # fmt: skip
+Network = Callable[[tf.Tensor], tf.Tensor]
 
 
 def export_model(model: keras.Model, card: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Writes a network, of `models.unet`, as `export_network` says."""
+
+    def network(stacks: tf.Tensor) -> tf.Tensor:
+        return model([stacks, tf.zeros([tf.shape(stacks)[0], 2], tf.int64)], training=False)
+
+    return export_network(network, [model], card, folder)
+
+
+def export_ensemble(models: Sequence[Path], folder: Path) -> dict[str, Any]:
+    """Writes one model that answers with the mean of several models' probabilities.
+
+    Args:
+        models: SavedModel folders that `export_network` wrote, such as those of a study's folds.
+        folder: as `export_network`.
+
+    Returns:
+        The card: the first one's, with the members' cards under `members`.
+
+    Raises:
+        InputError: MODEL_UNAVAILABLE; BAD_ENSEMBLE if they do not see scans alike or do not answer alike.
+    """
+    members = [Segmenter(path) for path in models]
+    cards = [member.info for member in members]
+    for path, card in zip(models, cards, strict=True):
+        for key in SHARED:
+            if card.get(key) != cards[0].get(key):
+                raise InputError(
+                    "BAD_ENSEMBLE",
+                    f"Expected models of one {key}, received {cards[0].get(key)} in {models[0]} and {card.get(key)} in"
+                    f" {path}.",
+                )
+
+    def network(stacks: tf.Tensor) -> tf.Tensor:
+        answers = [member.infer(stacks=stacks)["probabilities"] for member in members]
+        return tf.add_n(answers) / len(answers)
+
+    own = {key: value for key, value in cards[0].items() if key not in ("measured", "provenance", "version")}
+    card = {**own, "name": " + ".join(dict.fromkeys(card["name"] for card in cards)), "members": cards}
+    return export_network(network, [member.loaded for member in members], card, folder)
+
+
+def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Writes the network with its preprocessing as a SavedModel of four signatures, and `model.json` beside it.
 
     Signatures: `prepare` (voxels float32 [S,H,W], spacing_mm float32 [3]) -> slices float32 [S,size,size]; `infer`
@@ -33,7 +83,8 @@ def export_model(model: keras.Model, card: dict[str, Any], folder: Path) -> dict
     batch, so that its memory beyond the scan's does not grow with S.
 
     Args:
-        model: of `models.unet`.
+        network: stacks float32 [B, size, size, 2n+1] -> probabilities float32 [B, size, size, C].
+        tracked: what holds its weights.
         card: what `model.json` says: size, neighbours, spacing_mm, normalisation, batch_size and the rest of it.
         folder: written whole or not at all; replaced if there.
 
@@ -53,9 +104,6 @@ def export_model(model: keras.Model, card: dict[str, Any], folder: Path) -> dict
     ) -> tf.Tensor:
         slices = preprocess.harmonise(planes, spacing_mm, target_mm, size, fill)
         return preprocess.normalise(slices, low[:, None, None], high[:, None, None], normalisation)
-
-    def network(stacks: tf.Tensor) -> tf.Tensor:
-        return model([stacks, tf.zeros([tf.shape(stacks)[0], 2], tf.int64)], training=False)
 
     def prepare(voxels: tf.Tensor, spacing_mm: tf.Tensor) -> dict[str, tf.Tensor]:
         fill, low, high = bounds(voxels)
@@ -93,7 +141,8 @@ def export_model(model: keras.Model, card: dict[str, Any], folder: Path) -> dict
     shape = tf.TensorSpec([3], tf.int32, "shape")
 
     archive = keras.export.ExportArchive()
-    archive.track(model)
+    for each in tracked:
+        archive.track(each)
 
     def traced(function: Any, *signature: tf.TensorSpec) -> Any:
         graph = tf.function(function, input_signature=signature, autograph=False)
@@ -122,21 +171,33 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def publish(run: Path, out: Path) -> Path:
-    """Copies a run's model to the next free version folder under `out` and returns it.
+def publish(runs: Sequence[Path], out: Path, postprocessing: Sequence[str] | None = None) -> Path:
+    """Writes a run's model, or the ensemble of several runs', to the next free version folder and returns it.
+
+    Args:
+        runs: folders; out: models/<task>, the version folder is made in it.
+        postprocessing: of `postprocess.STEPS`, which whoever uses the model applies; None for what its card says.
 
     Raises:
-        InputError: NOT_FOUND if the run has no model yet.
+        InputError: NOT_FOUND if a run has no model yet; see `export_ensemble`.
     """
-    model = run / "model"
-    if not (model / "model.json").is_file():
-        raise InputError(
-            "NOT_FOUND", f"Expected a trained model in {model}, received none; train the run to its end first."
-        )
+    models = [run / "model" for run in runs]
+    for model in models:
+        if not (model / "model.json").is_file():
+            raise InputError(
+                "NOT_FOUND", f"Expected a trained model in {model}, received none; train the run to its end first."
+            )
     versions = [int(path.name) for path in out.iterdir() if VERSION.fullmatch(path.name)] if out.is_dir() else []
     folder = out / str(max(versions, default=0) + 1)
     with command.atomic(folder) as temporary:
-        shutil.copytree(model, temporary)
+        if len(models) > 1:
+            export_ensemble(models, temporary)
+        else:
+            shutil.copytree(models[0], temporary)
+        if postprocessing is not None:
+            path = temporary / "model.json"
+            card = json.loads(path.read_text(encoding="utf-8")) | {"postprocessing": list(postprocessing)}
+            path.write_text(json.dumps(card, indent=1), encoding="utf-8")
     return folder
 
 
@@ -144,14 +205,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(
         prog="lvseg.export",
-        description="Copies a run's model to the next version folder, from which predict and the server load it.",
+        description="Writes a run's model to the next version folder, from which predict and the server load it; of"
+        " several runs, such as the folds of one, a model that answers with the mean of their probabilities.",
         epilog="Example: python -m lvseg.export --run runs/volume/best-fold0 --out models/volume",
     )
-    parser.add_argument("--run", type=Path, required=True, help="run folder")
+    parser.add_argument("--run", type=Path, required=True, nargs="+", action="extend", help="run folders")
     parser.add_argument("--out", type=Path, required=True, help="models/<task>; the version folder is made in it")
+    parser.add_argument(
+        "--postprocessing", choices=STEPS, nargs="*", help="what whoever uses the model does with its masks"
+    )
 
     def body(arguments: argparse.Namespace) -> None:
-        print(publish(arguments.run, arguments.out))
+        print(publish(arguments.run, arguments.out, arguments.postprocessing))
 
     return command.run(parser, body, argv)
 

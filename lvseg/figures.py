@@ -1,156 +1,257 @@
-"""Pictures of a segmentation over its scan, in the report's colours.
+"""Charts of runs and of agreement; as a command, learning curves of several runs.
 
-Axes. Pictures show canonical volumes [slice, row, column] as radiologists look at them, from the feet and from the
-front: the patient's right is on the left of the picture. Axial: rows downwards (front at the top), columns to the
-right. Coronal: slices upwards (head at the top), columns to the right. Both in millimetres, at one scale.
+    python -m lvseg.figures runs/volume/base-fold0 runs/volume/base-fold1 runs/volume/best-fold0 -o figures
+
+Every chart is written twice, as .svg and as .png. Colours are Okabe and Ito's, told apart by colour-blind readers, and
+every series also has a line style or a marker of its own, so that charts can be read in grey.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
-from matplotlib.patheffects import withStroke
 
-from lvseg.command import atomic
-from lvseg.volume import Volume
+from lvseg.agreement import CLOSE_PERCENT
+from lvseg.command import atomic, run
+from lvseg.errors import InputError
 
-Array = npt.NDArray[Any]
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+WIDTH_INCH, HEIGHT_INCH = 6.4, 4.4
+MOST_NAMED = 12  # outliers; more names than this cannot be read
+# Of metrics.csv: column, name of the file, and what the axis says.
+CURVES = (
+    ("validation_dice", "dice", "Dice of validation patients"),
+    ("validation_volume_error_percent", "volume_error", "mean absolute volume error of validation patients (%)"),
+    ("validation_fat_error_points", "fat_error", "mean absolute fat-fraction error (percentage points)"),
+)
+FOLD = re.compile(r"-fold\d+$")
+# Text stays text in SVG; the salt and the missing date make the same chart the same file.
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "lvseg", "font.size": 10, "axes.spines.top": False,
+         "axes.spines.right": False}  # fmt: skip
 
-# The report's figures 7 and 12: purple is overlap, red under-segmentation, blue over-segmentation.
-AGREEMENT_RGB = (170, 0, 200)
-UNDER_RGB = (255, 40, 40)
-OVER_RGB = (40, 110, 255)
-OPACITY = 0.5
-# Intensities between these percentiles spread over the grey levels, so that a few bright vessels do not darken all.
-WINDOW_PERCENTILES = (0.5, 99.5)
-AXIAL_AT = (0.25, 0.5, 0.75)  # of the organ's extent
-SCALE_BAR_MM = 50.0
-PANEL_WIDTH_INCH = 3.2
-TALLEST_PANEL = 3.0  # times its width; a scan of few columns would make a picture of any height
 
-
-def overlay_rgb(
-    slice_image: Array, predicted: Array, true: Array, window: tuple[float, float] | None = None
-) -> npt.NDArray[np.uint8]:
-    """Colours a prediction and the truth over a grey slice: purple agreement, red missed, blue too much.
+def learning_curves(
+    runs: Mapping[str, Sequence[Sequence[Mapping[str, str]]]], column: str, label: str, path: Path
+) -> bool:
+    """Draws a column of metrics.csv over training steps: the mean over folds with the range of the folds around it.
 
     Args:
-        slice_image: real [..., H, W].
-        predicted: bool [..., H, W].
-        true: bool [..., H, W].
-        window: intensities shown black and white; None takes the 0.5 and 99.5 percentiles of each [H, W] by itself.
+        runs: of each name its folds, each the rows of a metrics.csv.
+        column: of metrics.csv; label: of the axis.
+        path: without suffix.
 
     Returns:
-        uint8 [..., H, W, 3].
-
-    Raises:
-        ValueError: for shapes that differ.
+        Whether any run has that column; nothing is drawn otherwise.
     """
-    if not slice_image.shape == predicted.shape == true.shape:
-        raise ValueError(
-            f"Expected one shape, received {slice_image.shape} (image), {predicted.shape} (predicted) and"
-            f" {true.shape} (true)."
-        )
-    image = np.asarray(slice_image, np.float32)
-    if window is None:
-        low, high = np.percentile(image, WINDOW_PERCENTILES, axis=(-2, -1), keepdims=True)
-    else:
-        low, high = np.float32(window[0]), np.float32(window[1])
-    width = np.where(high > low, high - low, 1)  # an image of one intensity has no window, and is black
-    rgb = np.repeat(255 * np.clip((image - low) / width, 0, 1)[..., np.newaxis], 3, axis=-1)
-    predicted, true = predicted.astype(bool), true.astype(bool)
-    for where, colour in (
-        (predicted & true, AGREEMENT_RGB),
-        (~predicted & true, UNDER_RGB),
-        (predicted & ~true, OVER_RGB),
-    ):
-        rgb[where] = (1 - OPACITY) * rgb[where] + OPACITY * np.array(colour)
-    return np.rint(rgb).astype(np.uint8)
+    figure, axes = _chart("training step", label)
+    for number, (name, folds) in enumerate(runs.items()):
+        curves = [
+            {int(row["step"]): float(row[column]) for row in rows if row.get(column) not in (None, "")}
+            for rows in folds
+        ]
+        curves = [curve for curve in curves if curve]
+        if not curves:
+            continue
+        steps = sorted({step for curve in curves for step in curve})
+        values = [[curve[step] for curve in curves if step in curve] for step in steps]
+        colour = COLOURS[number % len(COLOURS)]
+        folds_of = f" ({len(curves)} folds)" if len(curves) > 1 else ""
+        axes.plot(
+            steps, [np.mean(each) for each in values], color=colour, linestyle=LINES[number % len(LINES)],
+            label=f"{name}{folds_of}",
+        )  # fmt: skip
+        if len(curves) > 1:
+            axes.fill_between(steps, [min(each) for each in values], [max(each) for each in values],
+                              color=colour, alpha=0.18, linewidth=0)  # fmt: skip
+    if not axes.lines:
+        return False
+    axes.legend(frameon=False)
+    _save(figure, path)
+    return True
 
 
-def overlay_figure(image: Volume, predicted: Volume, true: Volume, path: Path, title: str, label: int = 1) -> None:
-    """Writes one picture of a patient: three axial slices and a coronal one, with prediction and truth over the scan.
-
-    The axial slices lie at 25, 50 and 75 % of the organ's extent, the coronal one at 50 %; the organ is what either
-    mask calls so, and the whole scan where neither does.
+def predicted_against_true(rows: Sequence[Mapping[str, Any]], what: str, unit: str, path: Path) -> None:
+    """Draws predicted over true numbers with the lines of 5 % error, and names the scans beyond them.
 
     Args:
-        image: the scan, in any orientation.
-        predicted: the predicted mask on the scan's grid, integer or bool.
-        true: the true mask on the scan's grid, integer or bool.
-        path: the PNG; written whole or not at all, folders made as needed.
-        title: stands above the picture.
-        label: the class that is shown.
-
-    Raises:
-        ValueError: for masks on another grid than the scan's.
+        rows: patient, scanner, predicted and true of each scan.
+        what: is measured; unit: of it.
+        path: without suffix.
     """
-    for name, mask in (("predicted", predicted), ("true", true)):
-        if mask.shape != image.shape or not np.allclose(mask.affine, image.affine, atol=1e-3):
-            raise ValueError(
-                f"Expected masks on the scan's grid, shape={image.shape} and affine={image.affine.tolist()}, received"
-                f" {name} with shape={mask.shape} and affine={mask.affine.tolist()}."
-            )
-    scan = image.canonical()
-    found, truth = predicted.canonical().voxels == label, true.canonical().voxels == label
-    slice_mm, row_mm, column_mm = scan.spacing_mm
-    low, high = np.percentile(scan.voxels, WINDOW_PERCENTILES)
-    window = (float(low), float(high))
+    figure, axes = _chart(f"true {what} ({unit})", f"predicted {what} ({unit})")
+    true, predicted = _columns(rows)
+    top = 1.08 * max(float(true.max()), float(predicted.max()), 1e-9)
+    ends = np.array([0.0, top])
+    axes.plot(ends, ends, color="black", linewidth=0.8, label="equal")
+    for sign, name in ((1, f"{CLOSE_PERCENT:g} % error"), (-1, None)):
+        axes.plot(
+            ends, ends * (1 + sign * CLOSE_PERCENT / 100), color="grey", linestyle="--", linewidth=0.8, label=name
+        )
+    _scatter(axes, rows, true, predicted)
+    error = np.abs(predicted - true)
+    _name(axes, rows, true, predicted, np.where(error >= CLOSE_PERCENT / 100 * true, error, 0))
+    low = max(0.0, min(float(true.min()), float(predicted.min())) - 0.08 * top)
+    axes.set(xlim=(low, top), ylim=(low, top), aspect="equal")
+    axes.legend(frameon=False, loc="upper left", fontsize="small")
+    _save(figure, path)
 
-    organ = found | truth
-    slices, row = _at_extent(organ, 0, AXIAL_AT), _at_extent(organ, 1, (0.5,))[0]
-    panels = [(f"slice {index + 1} of {scan.shape[0]}", np.s_[index], row_mm) for index in slices] + [
-        (f"coronal, row {row + 1} of {scan.shape[1]}", np.s_[::-1, row], slice_mm)
-    ]
 
-    heights = [scan.voxels[where].shape[0] * pixel_mm for _, where, pixel_mm in panels]
-    panel_height = PANEL_WIDTH_INCH * min(max(heights) / (scan.shape[2] * column_mm), TALLEST_PANEL)
-    figure = Figure(
-        figsize=(PANEL_WIDTH_INCH * len(panels), panel_height + 1.1), facecolor="black", layout="constrained"
+def bland_altman(
+    rows: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], what: str, unit: str, path: Path
+) -> None:
+    """Draws errors over true numbers with bias, limits of agreement and their 95 % intervals; names those outside.
+
+    The true number is on the axis, not the mean of both as where neither method is the truth (Krouwer, Stat Med 2008,
+    27:778).
+
+    Args:
+        rows: patient, scanner, predicted and true of each scan.
+        limits: of `agreement.agreement`.
+        what: is measured; unit: of it and of the errors.
+        path: without suffix.
+    """
+    figure, axes = _chart(f"true {what} ({unit})", f"predicted minus true ({unit})")
+    true, predicted = _columns(rows)
+    errors = predicted - true
+    _scatter(axes, rows, true, errors)
+    axes.axhline(0, color="black", linewidth=0.6)
+    for name, style, said in (
+        ("bias", "-", "bias"),
+        ("limit_of_agreement_upper", "--", "95 % limits"),
+        ("limit_of_agreement_lower", "--", None),
+    ):
+        value, interval = limits[name], limits["intervals"][name]
+        if value is None:
+            continue
+        axes.axhline(value, color=COLOURS[0], linestyle=style, linewidth=1.2, label=said)
+        axes.annotate(f"{value:+.3g}", (1.0, value), xycoords=("axes fraction", "data"), xytext=(3, 0),
+                      textcoords="offset points", va="center", fontsize="small", annotation_clip=False)  # fmt: skip
+        if interval is not None:
+            axes.axhspan(*interval, color=COLOURS[0], alpha=0.12, linewidth=0)
+    lower, upper = limits["limit_of_agreement_lower"], limits["limit_of_agreement_upper"]
+    if lower is not None:
+        _name(axes, rows, true, errors, np.where((errors < lower) | (errors > upper), np.abs(errors), 0))
+    axes.legend(frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def risk_coverage(expected: npt.ArrayLike, dice: npt.ArrayLike, path: Path) -> None:
+    """Draws the mean Dice error of the scans that are kept when those of the lowest expected Dice are checked by hand.
+
+    Args:
+        expected: float [scans]; dice: float [scans], the truth; path: without suffix.
+    """
+    figure, axes = _chart("scans kept without a look (%)", "their mean Dice")
+    quality, truth = np.asarray(expected, float), np.asarray(dice, float)
+    count = np.arange(1, truth.size + 1)
+    share = 100 * count / truth.size
+    for order, colour, style, name in (
+        (np.argsort(-quality, kind="stable"), COLOURS[0], "-", "by expected Dice"),
+        (np.argsort(-truth, kind="stable"), COLOURS[2], ":", "by true Dice (the best possible)"),
+    ):
+        axes.plot(share, np.cumsum(truth[order]) / count, color=colour, linestyle=style, label=name)
+    axes.axhline(truth.mean(), color="grey", linestyle="--", linewidth=0.8, label="at random")
+    axes.legend(frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def expected_against_true_dice(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws the Dice that was expected without the truth over the true one.
+
+    Args:
+        rows: patient, scanner, predicted (the expected Dice) and true of each scan; path: without suffix.
+    """
+    figure, axes = _chart("true Dice", "expected Dice")
+    true, expected = _columns(rows)
+    low = max(0.0, min(float(true.min()), float(expected.min())) - 0.02)
+    axes.plot([low, 1], [low, 1], color="black", linewidth=0.8, label="equal")
+    _scatter(axes, rows, true, expected)
+    axes.set(xlim=(low, 1.005), ylim=(low, 1.005), aspect="equal")
+    axes.legend(frameon=False, loc="upper left", fontsize="small")
+    _save(figure, path)
+
+
+def _chart(across: str, up: str) -> tuple[Figure, Axes]:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_INCH, HEIGHT_INCH), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+        axes.grid(color="0.92", linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    true, predicted = (np.array([row[key] for row in rows], np.float64) for key in ("true", "predicted"))
+    return true, predicted
+
+
+def _scatter(axes: Axes, rows: Sequence[Mapping[str, Any]], x: npt.NDArray[Any], y: npt.NDArray[Any]) -> None:
+    scanners = np.array([row["scanner"] for row in rows])
+    for number, scanner in enumerate(sorted(set(scanners))):
+        chosen = scanners == scanner
+        label = f"{scanner} (n = {chosen.sum()})"
+        axes.scatter(x[chosen], y[chosen], s=26, color=COLOURS[number % len(COLOURS)], alpha=0.85,
+                     marker=MARKERS[number % len(MARKERS)], linewidths=0, label=label)  # fmt: skip
+
+
+def _name(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], x: npt.NDArray[Any], y: npt.NDArray[Any], size: npt.NDArray[Any]
+) -> None:
+    """Writes the patient beside the points of the largest sizes above zero."""
+    for index in np.argsort(-size, kind="stable")[:MOST_NAMED]:
+        if size[index] > 0:
+            axes.annotate(str(rows[index]["patient"]), (x[index], y[index]), xytext=(5, 3), textcoords="offset points",
+                          fontsize=7, parse_math=False)  # fmt: skip
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with mpl.rc_context(STYLE):
+        for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
+            with atomic(path.with_name(path.name + suffix)) as temporary:
+                figure.savefig(temporary, **options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="lvseg.figures",
+        description="Draws Dice and errors over training steps for several runs, folds of one name together.",
+        epilog="Example: python -m lvseg.figures runs/volume/base-fold* runs/volume/best-fold* -o figures",
     )
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, color="white", parse_math=False)  # a "$" in a file's name is no formula
-    for axes, (name, where, pixel_mm) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        rgb = overlay_rgb(scan.voxels[where], found[where], truth[where], window)
-        _show(axes, rgb, pixel_mm, column_mm, name)
-    colours = [("agreement", AGREEMENT_RGB), ("under-segmentation", UNDER_RGB), ("over-segmentation", OVER_RGB)]
-    figure.legend(
-        handles=[Patch(color=(red / 255, green / 255, blue / 255), label=name) for name, (red, green, blue) in colours],
-        loc="outside lower center",
-        ncols=len(colours),
-        frameon=False,
-        labelcolor="white",
-    )
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the charts")
+
+    def body(arguments: argparse.Namespace) -> None:
+        runs: dict[str, list[list[dict[str, str]]]] = {}
+        for folder in arguments.runs:
+            path = folder / "metrics.csv"
+            if not path.is_file():
+                raise InputError("NOT_FOUND", f"Expected a run folder with metrics.csv, received none at {path}.")
+            with path.open(newline="", encoding="utf-8") as file:
+                runs.setdefault(FOLD.sub("", folder.resolve().name), []).append(list(csv.DictReader(file)))
+        for column, name, label in CURVES:
+            if learning_curves(runs, column, label, arguments.out / name):
+                print(f"{arguments.out / name}.svg, .png")
+
+    return run(parser, body, argv)
 
 
-def _at_extent(organ: npt.NDArray[np.bool_], axis: int, fractions: tuple[float, ...]) -> list[int]:
-    """Indices along an axis at fractions of the organ's extent; of the whole axis where there is no organ."""
-    others = tuple({0, 1, 2} - {axis})
-    inside = np.flatnonzero(organ.any(axis=others))
-    first, last = (inside[0], inside[-1]) if inside.size else (0, organ.shape[axis] - 1)
-    return [round(first + fraction * (last - first)) for fraction in fractions]
-
-
-def _show(axes: Axes, rgb: npt.NDArray[np.uint8], down_mm: float, across_mm: float, name: str) -> None:
-    """Draws one picture [H, W, 3] in mm, with its sides named and a scale bar."""
-    height_mm, width_mm = rgb.shape[0] * down_mm, rgb.shape[1] * across_mm
-    axes.imshow(rgb, extent=(0, width_mm, height_mm, 0), interpolation="nearest")
-    axes.set_title(name, color="white", fontsize="small")
-    axes.axis("off")
-    # White with a black edge is readable over air and over fat.
-    style: dict[str, Any] = {"color": "white", "path_effects": [withStroke(linewidth=2, foreground="black")]}
-    for side, x, align in (("R", 0.02, "left"), ("L", 0.98, "right")):
-        axes.text(x, 0.97, side, ha=align, va="top", transform=axes.transAxes, **style)
-    margin_mm, thickness_mm = 0.04 * width_mm, 0.012 * width_mm
-    corner_mm = (margin_mm, height_mm - margin_mm)
-    axes.add_patch(Rectangle(corner_mm, SCALE_BAR_MM, thickness_mm, facecolor="white", edgecolor="none"))
-    axes.text(margin_mm, height_mm - 1.3 * margin_mm, f"{SCALE_BAR_MM / 10:g} cm", fontsize="small", **style)
+if __name__ == "__main__":
+    sys.exit(main())

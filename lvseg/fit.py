@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from lvseg import augment, command, export, figures, metrics, pipeline
+from lvseg import augment, command, export, metrics, overlays, pipeline
 from lvseg.board import Board
 from lvseg.config import Experiment
 from lvseg.devices import Cluster
@@ -27,7 +27,10 @@ LOG_EVERY = 25
 OVERLAYS = 4
 # Slices a batch of validation and serving; one fixed number, so nothing is traced twice.
 INFER_SLICES = 8
-METRICS = ("step", "loss", "dice", "validation_dice", "learning_rate", "input_wait_share", "step_seconds", "seconds")
+METRICS = (
+    "step", "loss", "dice", "validation_dice", "validation_volume_error_percent", "validation_fat_error_points",
+    "learning_rate", "input_wait_share", "step_seconds", "seconds",
+)  # fmt: skip
 
 
 class Fit:
@@ -118,7 +121,7 @@ class Fit:
                     seconds = time.monotonic() - since
                     row |= {"input_wait_share": waited / seconds, "step_seconds": seconds / steps}
                     if validates:
-                        row["validation_dice"] = self._validate(number, board)
+                        row |= self._validate(number, board)
                         row["seconds"] = round(time.monotonic() - started, 1)
                         rows.append({name: row.get(name) for name in METRICS})
                         if self.cluster.is_chief:
@@ -285,11 +288,16 @@ class Fit:
         seeds = tf.zeros([tf.shape(stacks)[0], 2], tf.int64)
         return tf.cast(tf.argmax(self.step.model([stacks, seeds], training=False), axis=-1), tf.uint8)
 
-    def _validate(self, number: int, board: Board) -> float:
-        """Mean over patients of the foreground's Dice on the harmonised grid; keeps the weights if it is the best."""
+    def _validate(self, number: int, board: Board) -> dict[str, float]:
+        """Means over patients on the harmonised grid; keeps the weights if their Dice is the best so far.
+
+        Returns:
+            validation_dice, of the foreground's classes; validation_volume_error_percent, absolute, of the first class;
+            validation_fat_error_points, absolute, of its mean fat fraction where that is the task.
+        """
         # The same patients every time, spread over the datasets, so that every scanner is seen.
         shown = set(np.linspace(0, len(self.validation) - 1, OVERLAYS).round().astype(int).tolist())
-        scores = np.zeros(len(self.validation))
+        scores = np.zeros((3, len(self.validation)))
         for place, (row, file) in enumerate(self.validation):
             is_own = place % self.cluster.workers == self.cluster.worker
             is_shown = place in shown and self.cluster.is_chief
@@ -299,15 +307,21 @@ class Fit:
             predicted = np.concatenate([self.infer(part).numpy() for part in _parts(volume)])[: len(volume.stack)]
             true = volume.mask.numpy()[..., 0]
             if is_own:
-                scores[place] = np.mean([metrics.dice(predicted, true, c) for c in range(1, len(self.classes))])
+                overlap = np.mean([metrics.dice(predicted, true, c) for c in range(1, len(self.classes))])
+                scores[:, place] = overlap, *self._errors(predicted, true, volume)
             if is_shown:
                 study = f" {row['study']}" if row["study"] else ""
                 largest = int(np.argmax(np.count_nonzero(true, axis=(1, 2))))
                 grey = volume.stack[largest, self.reading.neighbours].numpy()
-                picture = figures.overlay_rgb(grey, predicted[largest] > 0, true[largest] > 0)
+                picture = overlays.overlay_rgb(grey, predicted[largest] > 0, true[largest] > 0)
                 board.image(f"validation/{row['patient']}{study} {row['scanner']}", picture, number)
         scores = self._over_machines(scores)
-        dice = float(np.mean([np.mean(scores[places]) for places in self._patients().values()]))
+        dice, *errors = (
+            float(np.mean([np.mean(kind[places]) for places in self._patients().values()])) for kind in scores
+        )
+        found = {"validation_dice": dice, "validation_volume_error_percent": errors[0]}
+        if self.experiment.task == "fatfraction":
+            found["validation_fat_error_points"] = errors[1]
         if self.experiment.train.histograms and self.cluster.is_chief:
             names = [
                 variable.path if hasattr(variable, "path") else variable.name for variable in self.step.model.weights
@@ -326,7 +340,22 @@ class Fit:
             self.validations_since.assign(0)
         else:
             self.validations_since.assign_add(1)
-        return dice
+        return found
+
+    def _errors(
+        self, predicted: np.ndarray[Any, Any], true: np.ndarray[Any, Any], volume: Samples
+    ) -> tuple[float, float]:
+        """Absolute errors of the first class: volume in percent (of 1 voxel where there is none), fat in points."""
+        found, organ = predicted == 1, true == 1
+        count = int(organ.sum())
+        error = 100 * abs(int(found.sum()) - count) / max(count, 1)
+        if self.experiment.task != "fatfraction" or not count:
+            return error, 0.0
+        own = self.reading.neighbours  # the slice itself among its neighbours
+        slope, intercept = volume.scale.numpy()[:, own, :2].T[..., None, None]
+        percent = volume.stack[:, own].numpy() * slope + intercept
+        fat = float(percent[found].mean()) if found.any() else 0.0  # nothing found is reported as no fat
+        return error, abs(fat - float(percent[organ].mean()))
 
     def _patients(self) -> dict[str, list[int]]:
         """Of each validation patient the places of the scans, since some have several studies."""

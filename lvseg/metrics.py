@@ -38,6 +38,18 @@ class Overlap:
         voxels = 2 * self.true_positive + self.false_positive + self.false_negative
         return 2 * self.true_positive / voxels if voxels else 1.0
 
+    @property
+    def precision(self) -> float | None:
+        """TP / (TP + FP), the share of what was found that is so; None where nothing was found."""
+        found = self.true_positive + self.false_positive
+        return self.true_positive / found if found else None
+
+    @property
+    def recall(self) -> float | None:
+        """TP / (TP + FN), the share of what is so that was found; None where there was nothing to find."""
+        there = self.true_positive + self.false_negative
+        return self.true_positive / there if there else None
+
 
 def overlap_counts(prediction: Array, truth: Array, label: int = 1) -> Overlap:
     """Counts the voxels of one class on which two masks agree and disagree.

@@ -17,18 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import PIL.Image
 from scipy import ndimage
 
-from lvseg import command, workers
+from lvseg import command, page, workers
 from lvseg.errors import InputError
 from lvseg.volume import Array
 from lvseg.workers import Engine
 
 PAGE, TABLE = "summary.html", "summary.csv"
-TEMPLATE = Path(__file__).with_name("overview.html")
 PICTURE_PX = 256  # about; small grids are enlarged by a whole factor
 JPEG_QUALITY = 85
 # Contours of the classes, in turn; bright against grey levels and told apart by colour-blind readers.
@@ -190,12 +188,12 @@ def unusual(entries: Sequence[Mapping[str, Any]], quantities: Sequence[Quantity]
             continue
         median = statistics.median(usable)
         spread = max(MAD_TO_SD * statistics.median(abs(value - median) for value in usable), quantity.floor)
-        shown = _number(math.exp(median) if quantity.logarithm else median, quantity.digits)
+        shown = page.number(math.exp(median) if quantity.logarithm else median, quantity.digits)
         for own, entry, value in zip(reasons, entries, values, strict=True):
             if value is not None and abs(value - median) > UNUSUAL_Z * spread:
                 z, unit = (value - median) / spread, quantity.unit
                 own.append(
-                    f"The {quantity.name} of {_number(entry[quantity.key], quantity.digits)} {unit} is unusual for"
+                    f"The {quantity.name} of {page.number(entry[quantity.key], quantity.digits)} {unit} is unusual for"
                     f" {scanner}, whose median is {shown} {unit} (robust z {z:+.1f})."
                 )
     return reasons
@@ -329,23 +327,15 @@ def _comparable(value: Any, quantity: Quantity) -> float | None:
     return math.log(value) if quantity.logarithm else float(value)
 
 
-def _number(value: float | None, digits: int = 0) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
-
-
 def _page(
     manifest: Mapping[str, Any],
     entries: Sequence[dict[str, Any]],
     quantities: Sequence[Quantity],
     common: Mapping[str, int],
 ) -> str:
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["number"] = _number
     labels = list(manifest["card"]["labels"])
     patients = {entry["patient"] for entry in entries}
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return page.template("overview.html").render(
         card=manifest["card"],
         made_by=manifest["made_by"],
         versions=manifest["versions"],

@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 from lvseg import biomarkers, command, waterfat
 from lvseg.errors import InputError
 from lvseg.formats import read_volume, stem, write_volume
+from lvseg.postprocess import postprocess
 from lvseg.volume import Array, Volume, as_float32
 
 FORMATS = ("vtk", "nii.gz", "vti", "nrrd", "mha")
@@ -32,10 +33,18 @@ TISSUE_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Segmentation:
-    """A scan's mask, uint8 on the scan's own grid, and what was measured in it (JSON-able, units in the names)."""
+    """A scan's mask, uint8 on the scan's own grid, and what was measured in it (JSON-able, units in the names).
+
+    Args:
+        mask, measurements: as said.
+        slices: float32 [S, size, size], what the network saw; foreground: float32 [S, size, size], the probability of
+            any class there. Both None unless `segment` was told to keep them.
+    """
 
     mask: Volume
     measurements: dict[str, Any]
+    slices: Array | None = None
+    foreground: Array | None = None
 
 
 def newest_version(model: Path) -> Path:
@@ -72,9 +81,9 @@ class Segmenter:
             self.info: dict[str, Any] = dict(json.loads((folder / "model.json").read_text(encoding="utf-8")))
             for key in CARD_KEYS:
                 self.info[key]
-            self._loaded = tf.saved_model.load(str(folder))
-            signatures = self._loaded.signatures
-            self._prepare, self._infer, self._restore = (signatures[name] for name in ("prepare", "infer", "restore"))
+            self.loaded = tf.saved_model.load(str(folder))
+            signatures = self.loaded.signatures
+            self._prepare, self.infer, self._restore = (signatures[name] for name in ("prepare", "infer", "restore"))
         except (OSError, ValueError, TypeError, LookupError, tf.errors.OpError) as error:
             raise InputError(
                 "MODEL_UNAVAILABLE",
@@ -83,20 +92,28 @@ class Segmenter:
             ) from error
         self.info.setdefault("version", int(folder.name) if VERSION.fullmatch(folder.name) else None)
 
-    def segment(self, scan: Volume, on_progress: Callable[[int, int], None] | None = None) -> Segmentation:
+    def segment(
+        self,
+        scan: Volume,
+        on_progress: Callable[[int, int], None] | None = None,
+        postprocessing: Sequence[str] | None = None,
+        keep: bool = False,
+    ) -> Segmentation:
         """Segments one scan.
 
         Args:
             scan: any real dtype, any orientation; for a model of fat fractions, one in any unit that
                 `waterfat.from_series` can tell.
             on_progress: called with (slices done, slices in all) after every batch.
+            postprocessing: of `postprocess.STEPS`; None for what the model's card says.
+            keep: whether to keep what the network saw and answered.
 
         Raises:
             InputError: NONFINITE_VOXELS, EMPTY_IMAGE, UNKNOWN_SCALE.
         """
         import tensorflow as tf
 
-        from lvseg.preprocess import AXIS_PERMUTATIONS, stack_neighbours
+        from lvseg.preprocess import AXIS_PERMUTATIONS
 
         image = waterfat.from_series(scan) if self.info["task"] == FAT_FRACTION_TASK else scan
         canonical = image.canonical()
@@ -105,22 +122,45 @@ class Segmenter:
         spacing_mm = tf.constant([canonical.spacing_mm[axis] for axis in permutation], tf.float32)
 
         prepared = self._prepare(voxels=tf.constant(voxels), spacing_mm=spacing_mm)["slices"]
-        count, neighbours, batch_size = len(prepared), self.info["neighbours"], self.info["batch_size"]
         labels = np.empty(voxels.shape, np.uint8)
-        for first in range(0, count, batch_size):
-            # The last batch is padded with the last slice: one shape of batch, so nothing is traced anew.
-            chosen = tf.minimum(tf.range(first, first + batch_size), count - 1)
-            stacks = stack_neighbours(prepared, neighbours, chosen)
-            probabilities = self._infer(stacks=stacks)["probabilities"]
+        foreground = np.empty(prepared.shape, np.float32) if keep else None
+        for first, last, probabilities in self._batches(prepared):
             restored = self._restore(
                 probabilities=probabilities, shape=tf.constant(voxels.shape, tf.int32), spacing_mm=spacing_mm
             )["labels"].numpy()
-            last = min(first + batch_size, count)
             labels[first:last] = restored[: last - first]
+            if foreground is not None:
+                foreground[first:last] = 1 - probabilities[: last - first, :, :, 0].numpy()
             if on_progress is not None:
-                on_progress(last, count)
+                on_progress(last, len(prepared))
+        steps = self.info.get("postprocessing", []) if postprocessing is None else postprocessing
+        if steps:
+            labels = postprocess(labels, steps)
         mask = scan.from_canonical(labels.transpose(np.argsort(permutation)))
-        return Segmentation(mask, self._measure(image, mask, cut_tissue(voxels, spacing_mm.numpy(), self.info)))
+        measurements = self._measure(image, mask, cut_tissue(voxels, spacing_mm.numpy(), self.info))
+        return Segmentation(mask, measurements, prepared.numpy() if keep else None, foreground)
+
+    def foreground(self, slices: Array) -> Array:
+        """The probability of any class, float32 [S, size, size], for slices as the network sees them, of that shape."""
+        import tensorflow as tf
+
+        answers = np.empty(slices.shape, np.float32)
+        for first, last, probabilities in self._batches(tf.constant(np.ascontiguousarray(slices, np.float32))):
+            answers[first:last] = 1 - probabilities[: last - first, :, :, 0].numpy()
+        return answers
+
+    def _batches(self, prepared: Any) -> Iterator[tuple[int, int, Any]]:
+        """First and last slice (exclusive) of each batch, and its probabilities [batch_size, size, size, C]."""
+        import tensorflow as tf
+
+        from lvseg.preprocess import stack_neighbours
+
+        count, batch_size = len(prepared), self.info["batch_size"]
+        for first in range(0, count, batch_size):
+            # The last batch is padded with the last slice: one shape of batch, so nothing is traced anew.
+            chosen = tf.minimum(tf.range(first, first + batch_size), count - 1)
+            stacks = stack_neighbours(prepared, self.info["neighbours"], chosen)
+            yield first, min(first + batch_size, count), self.infer(stacks=stacks)["probabilities"]
 
     def _measure(self, scan: Volume, mask: Volume, cut: bool) -> dict[str, Any]:
         volumes, voxels, flags = {}, {}, []

@@ -51,7 +51,7 @@ def train(experiment: Experiment) -> None:
 
 def _train(experiment: Experiment, run: Path, cluster: Cluster) -> None:
     from lvseg import prepare, provenance
-    from lvseg.evaluate import evaluate_run
+    from lvseg.evaluate import Options, evaluate_run
     from lvseg.fit import Fit
 
     for path in experiment.data.datasets:
@@ -76,7 +76,7 @@ def _train(experiment: Experiment, run: Path, cluster: Cluster) -> None:
         return
     exported = fit.export(run / "model", manifest)
 
-    evaluate_run(run, "validation")
+    evaluate_run(run, "validation", Options(quality=False))
     finished = provenance.finished(manifest, exported["weights_sha256"])
     provenance.write(run, finished)
     print(f"trained: {run} (model in {run / 'model'}, look with: tensorboard --logdir {run.parent})")

@@ -65,7 +65,7 @@ def run(study, folder, task, neighbours, combination, weights_file):
     assert (card["task"], card["neighbours"]) == (task, neighbours if stacked else 0)
     segmenter = Segmenter(folder / "model")
     stacks = tf.random.stateless_uniform([8, 32, 32, 2 * card["neighbours"] + 1], [1, 2]) * 200
-    exported = segmenter._infer(stacks=stacks)["probabilities"]
+    exported = segmenter.infer(stacks=stacks)["probabilities"]
     own = fit.step.model([stacks, tf.zeros([8, 2], tf.int64)])
     np.testing.assert_allclose(exported, own, atol=1e-4)
     for dataset in ("a", "b"):

@@ -1,11 +1,10 @@
 import itertools
-import json
 import math
 
 import numpy as np
 import pytest
 
-from lvseg.biomarkers import agreement, touches_edge, volume_ml
+from lvseg.biomarkers import steatosis_grade, touches_edge, volume_ml
 from lvseg.volume import Volume
 
 # Canonical [slice, row, column] to LPS: slices go up z, rows up y, columns up x.
@@ -81,64 +80,7 @@ def test_a_single_slice_is_both_lowest_and_highest():
     assert touches_edge(on_grid(voxels)) == ["lowest slice", "highest slice"]
 
 
-def test_agreement_by_hand():
-    # Errors +10, -20, +40, -10: mean 5, squares of what is left 25 + 625 + 1225 + 225 = 2100, sd sqrt(2100 / 3).
-    # In percent of the truth: 1, 2, 10, 0.5.
-    found = agreement(predicted=[1010, 980, 440, 1990], true=[1000, 1000, 400, 2000])
-    sd = math.sqrt(700)
-    assert found == pytest.approx(
-        {
-            "n": 4,
-            "bias": 5.0,
-            "sd": sd,
-            "limit_of_agreement_lower": 5 - 1.96 * sd,
-            "limit_of_agreement_upper": 5 + 1.96 * sd,
-            "mean_absolute_error": 20.0,
-            "n_percent": 4,
-            "mean_absolute_error_percent": 3.375,
-            "largest_error_percent": 10.0,
-            "share_within_5_percent": 0.75,
-        }
-    )
-
-
-def test_too_much_is_positive():
-    assert agreement([110], [100])["bias"] == 10.0
-
-
-def test_an_error_of_exactly_five_percent_is_not_within():
-    assert agreement([105, 95, 104], [100, 100, 100])["share_within_5_percent"] == pytest.approx(1 / 3)
-
-
-def test_one_patient_has_no_spread():
-    found = agreement([1100.0], [1000.0])
-    assert found["n"] == 1
-    assert found["bias"] == 100.0
-    assert found["mean_absolute_error_percent"] == pytest.approx(10.0)
-    for name in ("sd", "limit_of_agreement_lower", "limit_of_agreement_upper"):
-        assert found[name] is None
-
-
-def test_a_true_number_of_zero_has_no_percentage():
-    found = agreement([1.0, 11.0], [0.0, 10.0])
-    assert found["n"] == 2
-    assert found["mean_absolute_error"] == 1.0
-    assert found["n_percent"] == 1
-    assert found["mean_absolute_error_percent"] == pytest.approx(10.0)
-    assert agreement([1.0], [0.0])["mean_absolute_error_percent"] is None
-
-
-def test_agreement_goes_into_json():
-    found = agreement(np.array([1.0, 2.0], np.float32), np.array([1.0, 3.0], np.float32))
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-
-
-@pytest.mark.parametrize(("predicted", "true"), [([], []), ([1.0], [1.0, 2.0]), ([[1.0]], [[1.0]])])
-def test_lists_that_do_not_pair_up_are_refused(predicted, true):
-    with pytest.raises(ValueError, match="Expected two numbers for each patient"):
-        agreement(predicted, true)
-
-
-def test_numbers_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match="Expected finite numbers"):
-        agreement([math.nan], [1.0])
+def test_a_steatosis_grade_begins_at_its_threshold():
+    assert [steatosis_grade(percent) for percent in (0.0, 5.55, 5.56, 40.0)] == [0, 0, 1, 1]
+    grades = (5.56, 16.3, 21.7)
+    assert [steatosis_grade(percent, grades) for percent in (5.0, 5.56, 16.29, 16.3, 21.7, 30.0)] == [0, 1, 1, 2, 3, 3]

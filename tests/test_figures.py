@@ -1,200 +1,113 @@
+"""Charts: what they show is read back from the axes and from the SVG, as a reader of the page would see it."""
+
+import csv
+import re
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
 from lvseg import figures
-from lvseg.figures import overlay_figure, overlay_rgb
-from lvseg.volume import Volume
+from lvseg.agreement import agreement
 
-Patient = tuple[Volume, Volume, Volume]
-
-CANONICAL = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]], float)
-SPACING_MM = (5.0, 2.0, 2.0)
-ON_BLACK = [tuple(round(channel / 2) for channel in rgb) for rgb in (figures.AGREEMENT_RGB, figures.UNDER_RGB)]
-PURPLE, RED = ON_BLACK
+ROWS = [
+    {"patient": f"p{index:02}", "scanner": "ge" if index % 2 else "philips", "true": 1000.0 + 50 * index,
+     "predicted": 1000.0 + 50 * index + error}
+    for index, error in enumerate([10, -20, 5, 0, 15, -5, 12, -8, 3, 250])
+]  # fmt: skip
 
 
-def on_grid(voxels: np.ndarray) -> Volume:
-    return Volume(voxels, CANONICAL @ np.diag([*SPACING_MM, 1.0]))
+def texts(path: Path) -> str:
+    return " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text()))
 
 
-def turned(volume: Volume, order: tuple[int, ...], flips: tuple[bool, ...]) -> Volume:
-    """The same voxels at the same places, as a file with its axes in another order and direction has them."""
-    voxels, affine = np.transpose(volume.voxels, order), volume.affine[:, [*order, 3]].copy()
-    for axis in np.flatnonzero(flips):
-        voxels = np.flip(voxels, axis)
-        affine[:3, 3] += affine[:3, axis] * (voxels.shape[axis] - 1)
-        affine[:3, axis] *= -1
-    return Volume(voxels, affine)
+def write_run(folder: Path, dice: dict[int, float], **columns: dict[int, float]) -> Path:
+    folder.mkdir(parents=True)
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, ["step", "validation_dice", *columns])
+        table.writeheader()
+        for step, value in dice.items():
+            table.writerow(
+                {"step": step, "validation_dice": value} | {name: own[step] for name, own in columns.items()}
+            )
+    return folder
 
 
-def patient(organ: tuple[slice, slice, slice], missed: tuple[slice, slice, slice] | None = None) -> Patient:
-    """A black scan of 200 x 200 x 200 mm, its predicted and its true mask."""
-    scan, truth = np.zeros((40, 100, 100), np.float32), np.zeros((40, 100, 100), np.uint8)
-    truth[organ] = 1
-    predicted = truth.copy()
-    if missed:
-        predicted[missed] = 0
-    return on_grid(scan), on_grid(predicted), on_grid(truth)
+def test_scans_beyond_five_percent_are_named_and_no_others(tmp_path):
+    figures.predicted_against_true(ROWS, "liver volume", "ml", tmp_path / "volume")
+    shown = texts(tmp_path / "volume.svg")
+    assert "p09" in shown and "p01" not in shown
+    assert "philips (n = 5)" in shown and "ge (n = 5)" in shown and "true liver volume (ml)" in shown
 
 
-def picture(volumes: Patient, path: Path) -> np.ndarray:
-    """uint8 [rows, columns, 3] of the written file."""
-    overlay_figure(*volumes, path, "a patient")
-    return np.rint(255 * matplotlib.image.imread(path)[..., :3]).astype(np.uint8)
+def test_bland_altman_shows_bias_and_limits_and_names_who_is_outside(tmp_path):
+    limits = agreement([row["predicted"] for row in ROWS], [row["true"] for row in ROWS])
+    figures.bland_altman(ROWS, limits, "liver volume", "ml", tmp_path / "errors")
+    shown = texts(tmp_path / "errors.svg")
+    for name in ("bias", "limit_of_agreement_lower", "limit_of_agreement_upper"):
+        assert f"{limits[name]:+.3g}".replace("-", "") in shown.replace("\N{MINUS SIGN}", "").replace("-", "")
+    assert "p09" in shown and "p03" not in shown
 
 
-def panels(pixels: np.ndarray) -> list[np.ndarray]:
-    """The four pictures side by side: three axial, one coronal."""
-    return np.array_split(pixels, 4, axis=1)
+def test_one_patient_has_a_chart_too(tmp_path):
+    figures.bland_altman(ROWS[:1], agreement([1.0], [2.0]), "volume", "ml", tmp_path / "one")
+    assert (tmp_path / "one.png").stat().st_size > 5000
 
 
-def where(pixels: np.ndarray, rgb: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns that have this colour, give or take the rounding of blending."""
-    rows, columns = np.nonzero((np.abs(pixels.astype(int) - rgb) <= 1).all(axis=-1))
-    return rows, columns
+def test_folds_of_one_name_are_a_line_with_the_range_around_it(tmp_path, monkeypatch, capsys):
+    runs = [
+        write_run(tmp_path / "runs/base-fold0", {100: 0.6, 200: 0.8}),
+        write_run(tmp_path / "runs/base-fold1", {100: 0.8, 200: 0.9}),
+        write_run(
+            tmp_path / "runs/best-fold0", {100: 0.7, 200: 0.95}, validation_volume_error_percent={100: 9, 200: 3}
+        ),
+    ]
+    drawn, filled = {}, []
+    plot, fill = Axes.plot, Axes.fill_between
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, y, **style: drawn.update({style["label"]: (x, y)}) or plot(self, x, y, **style)
+    )
+    monkeypatch.setattr(
+        Axes, "fill_between", lambda self, *band, **style: filled.append(band) or fill(self, *band, **style)
+    )
+    assert figures.main([*map(str, runs), "-o", str(tmp_path / "figures")]) == 0
+    steps, means = drawn["base (2 folds)"]
+    assert steps == [100, 200] and means == pytest.approx([0.7, 0.85])
+    assert drawn["best"][1] in ([0.7, 0.95], [9.0, 3.0])
+    assert filled == [([100, 200], [0.6, 0.8], [0.8, 0.9])]
+    assert capsys.readouterr().out.count("\n") == 2  # no run has errors of fat
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "dice.svg", "dice.png", "volume_error.svg", "volume_error.png",
+    }  # fmt: skip
 
 
-def test_colours_at_known_pixels():
-    image = np.array([[0.0, 100.0, 100.0, 100.0]])
-    rgb = overlay_rgb(image, np.array([[0, 1, 0, 1]], bool), np.array([[0, 1, 1, 0]], bool), window=(0, 200))
-    grey = 127.5
-    assert rgb.dtype == np.uint8
-    assert rgb.shape == (1, 4, 3)
-    np.testing.assert_array_equal(rgb[0, 0], [0, 0, 0])
-    for column, colour in [(1, figures.AGREEMENT_RGB), (2, figures.UNDER_RGB), (3, figures.OVER_RGB)]:
-        np.testing.assert_allclose(rgb[0, column], (np.array(colour) + grey) / 2, atol=0.51)
+def test_a_folder_that_is_no_run_is_told(tmp_path, capsys):
+    assert figures.main([str(tmp_path), "-o", str(tmp_path / "figures")]) == 2
+    assert "Expected a run folder with metrics.csv" in capsys.readouterr().err
+    assert not (tmp_path / "figures").exists()
 
 
-def test_colours_are_the_reports():
-    both, under, over = figures.AGREEMENT_RGB, figures.UNDER_RGB, figures.OVER_RGB
-    assert max(under) == under[0] > 2 * max(under[1:])  # red
-    assert max(over) == over[2] > 2 * max(over[:2])  # blue
-    assert min(both[0], both[2]) > 2 * both[1]  # purple
+def test_keeping_only_the_best_by_a_perfect_estimate_is_the_best_possible(tmp_path, monkeypatch):
+    drawn = {}
+    plot = Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, y, **style: drawn.update({style["label"]: y}) or plot(self, x, y, **style)
+    )
+    dice = [0.5, 0.9, 0.7]
+    figures.risk_coverage(dice, dice, tmp_path / "chart")
+    by_expected, best = drawn["by expected Dice"], drawn["by true Dice (the best possible)"]
+    np.testing.assert_allclose(by_expected, [0.9, 0.8, 0.7])
+    np.testing.assert_allclose(best, by_expected)
+    figures.risk_coverage([0.9, 0.5, 0.7], dice, tmp_path / "chart")
+    np.testing.assert_allclose(drawn["by expected Dice"], [0.5, 0.6, 0.7])
 
 
-def test_each_slice_has_its_own_window_and_outliers_do_not_darken_it():
-    ramp = np.linspace(0, 1, 10_000, dtype=np.float32).reshape(100, 100)
-    stack = np.stack([ramp, 1000 * ramp + 5])
-    stack[1, 0, 0] = 1e6
-    nothing = np.zeros(stack.shape, bool)
-    rgb = overlay_rgb(stack, nothing, nothing)
-    assert (rgb[..., 0] == rgb[..., 1]).all()
-    assert (rgb[..., 0] == rgb[..., 2]).all()
-    np.testing.assert_allclose(rgb[:, 50, 0, 0], 127.5, atol=1.5)
-    assert rgb[0, -1, -1, 0] == 255
-    assert rgb[0, 0, 0, 0] == 0
-
-
-def test_a_stack_is_coloured_as_its_slices_are():
-    random = np.random.default_rng(0)
-    stack, (predicted, true) = random.random((2, 3, 16, 17)), random.random((2, 2, 3, 16, 17)) > 0.5
-    together = overlay_rgb(stack, predicted, true)
-    for index in np.ndindex(2, 3):
-        np.testing.assert_array_equal(together[index], overlay_rgb(stack[index], predicted[index], true[index]))
-
-
-def test_inputs_stay_as_they_were():
-    image, mask = np.random.default_rng(0).random((8, 8), np.float32), np.eye(8, dtype=bool)
-    before = image.copy()
-    overlay_rgb(image, mask, mask)
-    np.testing.assert_array_equal(image, before)
-
-
-def test_an_image_of_one_intensity_is_black():
-    nothing = np.zeros((4, 4), bool)
-    assert overlay_rgb(np.full((4, 4), 7), nothing, nothing).max() == 0
-
-
-def test_shapes_that_differ_are_refused():
-    with pytest.raises(ValueError, match="Expected one shape"):
-        overlay_rgb(np.zeros((4, 4)), np.zeros((4, 4), bool), np.zeros((4, 5), bool))
-
-
-def test_the_patients_right_is_left_front_and_head_are_up(tmp_path):
-    front_right_head = (slice(25, 40), slice(5, 30), slice(5, 30))
-    for panel in panels(picture(patient(front_right_head), tmp_path / "p.png")):
-        rows, columns = where(panel, PURPLE)
-        assert rows.size > 500
-        pixels_per_mm = np.ptp(columns) / 50
-        middle_column = panel.shape[1] / 2
-        assert columns.max() < middle_column
-        # The organ begins 10 mm (front) or 0 mm (head) below the top of the picture, which is 200 mm high; were it
-        # upside down it would end there, and the scale bar in the lowest tenth would come before it.
-        bar_row = where(panel, (255, 255, 255))[0].max()
-        assert (bar_row - rows.max()) / pixels_per_mm > 80
-
-
-def test_missed_parts_are_red_and_slices_follow_the_organ(tmp_path):
-    organ = (slice(20, 41), slice(30, 70), slice(30, 70))
-    only_in_the_highest_panel = (slice(34, 36), slice(30, 70), slice(30, 70))
-    lowest, middle, highest, coronal = panels(picture(patient(organ, only_in_the_highest_panel), tmp_path / "p.png"))
-    assert where(highest, RED)[0].size > 500
-    assert where(highest, PURPLE)[0].size == 0
-    for panel in (lowest, middle):
-        assert where(panel, RED)[0].size == 0
-        assert where(panel, PURPLE)[0].size > 500
-    assert where(coronal, RED)[0].size > 100
-    assert where(coronal, PURPLE)[0].size > where(coronal, RED)[0].size
-
-
-def test_lengths_are_true_in_every_panel(tmp_path):
-    organ_100_mm_wide_60_mm_deep_80_mm_high = (slice(10, 26), slice(20, 50), slice(25, 75))
-    for panel, height_mm in zip(
-        panels(picture(patient(organ_100_mm_wide_60_mm_deep_80_mm_high), tmp_path / "p.png")),
-        (60, 60, 60, 80),
-        strict=True,
-    ):
-        rows, columns = where(panel, PURPLE)
-        pixels_per_mm = (np.ptp(columns) + 1) / 100
-        assert np.ptp(rows) + 1 == pytest.approx(height_mm * pixels_per_mm, abs=3)
-        white_rows, white_columns = where(panel, (255, 255, 255))
-        bar = white_columns[white_rows == np.bincount(white_rows).argmax()]
-        assert np.ptp(bar) + 1 == pytest.approx(50 * pixels_per_mm, abs=3)
-
-
-@pytest.mark.parametrize(
-    ("order", "flips"),
-    [((2, 1, 0), (False, False, False)), ((1, 0, 2), (True, False, True)), ((0, 1, 2), (True, True, True))],
-)
-def test_the_files_orientation_does_not_matter(order, flips, tmp_path):
-    volumes = patient((slice(8, 30), slice(20, 60), slice(10, 55)), (slice(8, 30), slice(20, 25), slice(10, 55)))
-    volumes[0].voxels[:] = np.random.default_rng(0).random(volumes[0].shape)
-    scan, predicted, true = (turned(volume, order, flips) for volume in volumes)
-    own = picture((scan, predicted, true), tmp_path / "own.png")
-    np.testing.assert_array_equal(own, picture(volumes, tmp_path / "canonical.png"))
-
-
-def test_a_patient_without_any_organ_still_has_a_picture(tmp_path):
-    nothing = (slice(0, 0), slice(0, 0), slice(0, 0))
-    pixels = picture(patient(nothing), tmp_path / "deeper" / "p.png")
-    assert where(pixels, PURPLE)[0].size == 0
-    assert len(where(pixels, (255, 255, 255))[0]) > 100
-
-
-def test_a_scan_of_one_column_and_a_title_with_dollars_make_a_picture(tmp_path):
-    volumes = [on_grid(np.ones((40, 100, 1), dtype)) for dtype in (np.float32, np.uint8, np.uint8)]
-    overlay_figure(volumes[0], volumes[1], volumes[2], tmp_path / "p.png", "a $patient_{ of $2")
-    assert matplotlib.image.imread(tmp_path / "p.png").shape[0] < 2000
-
-
-def test_masks_on_another_grid_are_refused(tmp_path):
-    scan, predicted, true = patient((slice(8, 30), slice(20, 60), slice(10, 55)))
-    moved = Volume(true.voxels, true.affine + np.eye(4, k=3))
-    with pytest.raises(ValueError, match="received true with"):
-        overlay_figure(scan, predicted, moved, tmp_path / "p.png", "a patient")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    def stop_half_way(self, path, **_):
-        Path(path).write_bytes(b"\x89PNG half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Figure, "savefig", stop_half_way)
-    with pytest.raises(OSError, match="disk full"):
-        overlay_figure(*patient((slice(8, 30), slice(20, 60), slice(10, 55))), tmp_path / "p.png", "a patient")
-    assert list(tmp_path.iterdir()) == []
+def test_the_same_chart_is_the_same_file_and_reads_in_grey(tmp_path):
+    for name in ("one", "other"):
+        figures.predicted_against_true(ROWS, "volume", "ml", tmp_path / name)
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "other.svg").read_bytes()
+    assert matplotlib.image.imread(tmp_path / "one.png").shape[2] == 4
+    styles = [(figures.LINES[index], figures.MARKERS[index]) for index in range(len(figures.COLOURS))]
+    assert len({str(line) for line, _ in styles}) == len({marker for _, marker in styles}) == len(styles)

@@ -141,14 +141,14 @@ def test_the_best_weights_are_kept_and_exported_not_the_last(fit, tmp_path):
     one, board = fit(), Board(None)
     best = [weights.copy() for weights in one.step.model.get_weights()]
     one.infer = lambda part: part.mask[..., 0]
-    assert one._validate(2, board) == 1.0
+    assert one._validate(2, board)["validation_dice"] == 1.0
     one.step.model.set_weights([weights + 0.5 for weights in best])
     one.infer = lambda part: tf.zeros_like(part.mask[..., 0])
-    assert one._validate(4, board) < 0.5
+    assert one._validate(4, board)["validation_dice"] < 0.5
     card = one.export(tmp_path / "model", {})
     assert card["measured"]["validation_dice"] == 1.0
     stacks = tf.random.stateless_uniform([8, 32, 32, 3], [1, 2]) * 200
-    infer = Segmenter(tmp_path / "model")._infer(stacks=stacks)["probabilities"]
+    infer = Segmenter(tmp_path / "model").infer(stacks=stacks)["probabilities"]
     one.step.model.set_weights(best)
     np.testing.assert_allclose(infer, one.step.model([stacks, tf.zeros([8, 2], tf.int64)]), atol=1e-5)
 
@@ -258,7 +258,7 @@ def test_mixed_precision_resumes_and_exports_in_float32(fit, tmp_path, precision
     assert (float(resumed.step.optimiser.loss_scale.numpy()) > 1) == (precision == "mixed_float16")
     resumed.export(tmp_path / "model", {})
     stacks = tf.random.stateless_uniform([8, 32, 32, 3], [1, 2]) * 200
-    exported = Segmenter(tmp_path / "model")._infer(stacks=stacks)["probabilities"]
+    exported = Segmenter(tmp_path / "model").infer(stacks=stacks)["probabilities"]
     assert exported.dtype == tf.float32
     np.testing.assert_allclose(exported, resumed.step.model([stacks, tf.zeros([8, 2], tf.int64)]), atol=0.02)
 

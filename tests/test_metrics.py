@@ -70,3 +70,14 @@ def test_shapes_that_differ_are_refused():
 def test_probabilities_are_refused():
     with pytest.raises(ValueError, match="received dtype=float32"):
         dice(PREDICTION.astype(np.float32), TRUTH)
+
+
+def test_precision_and_recall_by_hand():
+    counts = Overlap(true_positive=6, false_positive=2, false_negative=4)
+    assert counts.precision == 0.75 and counts.recall == 0.6
+    assert 2 / (1 / counts.precision + 1 / counts.recall) == pytest.approx(counts.dice)  # their harmonic mean
+
+
+def test_nothing_found_has_no_precision_and_nothing_there_no_recall():
+    assert Overlap(false_negative=3).precision is None and Overlap(false_negative=3).recall == 0.0
+    assert Overlap(false_positive=3).recall is None and Overlap(false_positive=3).precision == 0.0

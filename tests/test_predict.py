@@ -245,10 +245,10 @@ def test_a_model_folder_means_its_newest_version(exported, tmp_path):
 def test_export_takes_the_next_version(exported, tmp_path):
     run, out = tmp_path / "run", tmp_path / "models"
     shutil.copytree(exported, run / "model")
-    assert [publish(run, out).name for _ in range(3)] == ["1", "2", "3"]
+    assert [publish([run], out).name for _ in range(3)] == ["1", "2", "3"]
     assert weights_sha256(out / "3") == weights_sha256(exported)
     with pytest.raises(InputError, match="no-run"):
-        publish(tmp_path / "no-run", out)
+        publish([tmp_path / "no-run"], out)
 
 
 def test_damaged_models_are_refused_by_name(exported, tmp_path):

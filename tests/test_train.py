@@ -184,7 +184,7 @@ def test_the_overlay_shows_the_scan_the_answer_and_the_truth(trained, in_study, 
     def note(image, predicted, true, path, title):
         shown[path.stem] = (image, predicted, true, title)
 
-    monkeypatch.setattr("lvseg.figures.overlay_figure", note)
+    monkeypatch.setattr("lvseg.overlays.overlay_figure", note)
     shutil.copytree(trained / "report", in_study / "kept")
     try:
         evaluate_run(Path("runs/volume/small-fold0"), "test")
@@ -195,9 +195,9 @@ def test_the_overlay_shows_the_scan_the_answer_and_the_truth(trained, in_study, 
     for scanner in "ab":
         image, predicted, true, title = shown[f"overlay_{scanner}"]
         own, truth = scan(scanner, 1)
-        np.testing.assert_array_equal(image.voxels, own.canonical().voxels)
-        np.testing.assert_array_equal(true.voxels, truth.canonical().voxels)
-        np.testing.assert_array_equal(predicted.voxels, segmenter.segment(own).mask.canonical().voxels)
+        np.testing.assert_array_equal(image.canonical().voxels, own.canonical().voxels)
+        np.testing.assert_array_equal(true.canonical().voxels, truth.canonical().voxels)
+        np.testing.assert_array_equal(predicted.canonical().voxels, segmenter.segment(own).mask.canonical().voxels)
         assert f"{scanner}-001" in title
 
 

@@ -68,7 +68,7 @@ def answers(folder: Path) -> Arrays:
         worker.warm_up(segmenter)
         found[f"{name} labels"] = segmenter.segment(scan).mask.voxels
         stacks = random.uniform(size=(4, SIZE, SIZE, 2 * neighbours + 1)).astype(np.float32)
-        found[f"{name} probabilities"] = segmenter._infer(stacks=tf.constant(stacks))["probabilities"].numpy()
+        found[f"{name} probabilities"] = segmenter.infer(stacks=tf.constant(stacks))["probabilities"].numpy()
     return found
 
 

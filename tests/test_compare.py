@@ -1,0 +1,51 @@
+import csv
+import json
+
+import pytest
+
+from lvseg import compare
+
+FIELDS = ("patient", "study", "scanner", "class", "dice", "hausdorff_95_mm", "volume_error_percent")
+
+
+def write(folder, dice, errors=None, patients=None):
+    folder.mkdir(parents=True)
+    with (folder / "patients.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(FIELDS)
+        for index, value in enumerate(dice):
+            name = patients[index] if patients else f"p{index}"
+            table.writerow(
+                [name, "1", "ge", "liver", value, "" if index == 0 else 5.0, errors[index] if errors else ""]
+            )
+    return folder
+
+
+def test_differences_are_second_minus_first_patient_by_patient(tmp_path, capsys):
+    first = write(tmp_path / "a/report", [0.90, 0.92, 0.95, 0.97, 0.93, 0.94], [-4, 2, 1, -1, 3, 5])
+    second = write(tmp_path / "b", [0.93, 0.94, 0.95, 0.96, 0.95, 0.97], [2, 2, 1, 1, -2, 5])
+    assert compare.main([str(first.parent), str(second), "--json", str(tmp_path / "found.json")]) == 0
+    found = {result["measure"]: result for result in json.loads((tmp_path / "found.json").read_text())}
+    assert set(found) == {"dice", "hausdorff_95_mm", "volume_error_percent"}
+    assert found["dice"]["mean_difference"] == pytest.approx(0.09 / 6)
+    assert found["dice"]["better"] == 4 and found["dice"]["worse"] == 1
+    assert found["hausdorff_95_mm"]["n"] == 5  # the first patient has none
+    # By size: 4, 2, 1, 1, 3, 5 against 2, 2, 1, 1, 2, 5.
+    assert found["volume_error_percent"]["mean_difference"] == pytest.approx(-3 / 6)
+    assert "liver, Dice" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("patients", [["p0", "p1"], ["p0", "p1", "p9"]])
+def test_other_scans_are_refused(tmp_path, capsys, patients):
+    first = write(tmp_path / "a", [0.9, 0.9, 0.9])
+    second = write(tmp_path / "b", [0.9] * len(patients), patients=patients)
+    assert compare.main([str(first), str(second)]) == 2
+    assert "Expected two evaluations of the same scans, received p" in capsys.readouterr().err
+
+
+def test_what_was_not_evaluated_is_told(tmp_path, capsys):
+    assert compare.main([str(tmp_path), str(tmp_path)]) == 2
+    assert "run lvseg.evaluate first" in capsys.readouterr().err
+    (tmp_path / "patients.csv").write_text("a,b\n1,2\n")
+    assert compare.main([str(tmp_path), str(tmp_path)]) == 2
+    assert "Expected rows that lvseg.evaluate wrote" in capsys.readouterr().err
