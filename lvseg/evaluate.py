@@ -251,15 +251,17 @@ def _fat(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any]:
     if not known:
         return {"fat_fraction_percent": None, "fat_fraction_median_percent": None, "steatosis": None}
     patients = [row["patient"] for row in known]
-    (mean, true_mean), (median, true_median) = (
-        ([row[f"{kind}_fat_{key}_percent"] for row in known] for kind in ("predicted", "true"))
+    found = {
+        f"{kind}_{key}": [row[f"{kind}_fat_{key}_percent"] for row in known]
+        for kind in ("predicted", "true")
         for key in ("mean", "median")
-    )
+    }
+    means, medians = ((found[f"predicted_{key}"], found[f"true_{key}"]) for key in ("mean", "median"))
     return {
         # Percent of a percentage would mislead: errors are in points of fat fraction, the relative ones stay named so.
-        "fat_fraction_percent": agreement.agreement(mean, true_mean, patients, options.seed),
-        "fat_fraction_median_percent": agreement.agreement(median, true_median, patients, options.seed),
-        "steatosis": [agreement.detection(mean, true_mean, grade) for grade in options.grades_percent],
+        "fat_fraction_percent": agreement.agreement(*means, patients=patients, seed=options.seed),
+        "fat_fraction_median_percent": agreement.agreement(*medians, patients=patients, seed=options.seed),
+        "steatosis": [agreement.detection(*means, threshold=grade) for grade in options.grades_percent],
     }
 
 

@@ -24,7 +24,6 @@ from lvseg.errors import InputError
 from lvseg.postprocess import STEPS
 from lvseg.predict import VERSION, Segmenter
 
-
 # What the members of an ensemble must agree on.
 SHARED = (
     "task", "labels", "axis", "spacing_mm", "size", "neighbours", "normalisation", "clip_percentiles", "global_bounds",
@@ -70,7 +69,7 @@ def export_ensemble(models: Sequence[Path], folder: Path) -> dict[str, Any]:
         return tf.add_n(answers) / len(answers)
 
     own = {key: value for key, value in cards[0].items() if key not in ("measured", "provenance", "version")}
-    card = {**own, "name": " + ".join(dict.fromkeys(card["name"] for card in cards)), "members": cards}
+    card = {**own, "name": " + ".join(dict.fromkeys(card.get("name", "unnamed") for card in cards)), "members": cards}
     return export_network(network, [member.loaded for member in members], card, folder)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from bad_files import bad_scans
+from scipy import ndimage
 from small_study import command, scan
 
 from lvseg import metrics, pipeline, predict, preprocess, records, waterfat
@@ -16,6 +17,7 @@ from lvseg.errors import InputError
 from lvseg.export import export_model, publish, weights_sha256
 from lvseg.formats import read_volume, write_volume
 from lvseg.models.unet import unet
+from lvseg.postprocess import postprocess
 from lvseg.predict import Segmenter, newest_version
 from lvseg.volume import Volume
 
@@ -249,6 +251,60 @@ def test_export_takes_the_next_version(exported, tmp_path):
     assert weights_sha256(out / "3") == weights_sha256(exported)
     with pytest.raises(InputError, match="no-run"):
         publish([tmp_path / "no-run"], out)
+
+
+def test_an_ensemble_answers_with_the_mean_of_its_members(exported, tmp_path):
+    export_model(unet(32, 3, 2, 2, seed=2), card(name="other"), tmp_path / "other/model")
+    shutil.copytree(exported, tmp_path / "one/model")
+    done = command(
+        tmp_path, "lvseg.export", "--run", "one", "other", "--out", "models", "--postprocessing", "fill_holes"
+    )
+    assert done.returncode == 0, done.stderr
+    members = [Segmenter(tmp_path / name / "model") for name in ("one", "other")]
+    ensemble = Segmenter(tmp_path / "models")
+    stacks = tf.random.stateless_uniform([4, 32, 32, 3], [1, 2])
+    answers = [each.infer(stacks=stacks)["probabilities"].numpy() for each in (*members, ensemble)]
+    assert np.abs(answers[0] - answers[1]).max() > 0.01
+    np.testing.assert_allclose(answers[2], (answers[0] + answers[1]) / 2, atol=1e-6)
+    assert [each["weights_sha256"] for each in ensemble.info["members"]] == [
+        each.info["weights_sha256"] for each in members
+    ]
+    assert ensemble.info["weights_sha256"] == weights_sha256(tmp_path / "models/1")
+    assert ensemble.info["postprocessing"] == ["fill_holes"]
+    # One call of the whole scan answers as the batches do.
+    image = scan("a", 1)[0]
+    labels = ensemble.loaded.signatures["segment"](
+        voxels=tf.constant(image.canonical().voxels.astype(np.float32)), spacing_mm=tf.constant(image.spacing_mm)
+    )["labels"].numpy()
+    np.testing.assert_array_equal(labels, ensemble.segment(image, postprocessing=[]).mask.canonical().voxels)
+
+
+def test_an_ensemble_of_models_that_see_scans_unlike_is_refused(exported, tmp_path):
+    export_model(unet(32, 3, 2, 2, seed=2), card(normalisation="slice"), tmp_path / "other/model")
+    shutil.copytree(exported, tmp_path / "one/model")
+    with pytest.raises(InputError, match="Expected models of one normalisation, received patient"):
+        publish([tmp_path / "one", tmp_path / "other"], tmp_path / "models")
+    assert not list((tmp_path / "models").glob("*"))
+
+
+def test_postprocessing_is_what_the_card_or_the_caller_asks_for(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "run/model")
+    segmenter = Segmenter(publish([tmp_path / "run"], tmp_path / "models", ["largest_component"]))
+    image = scan("a", 1)[0]
+    plain = segmenter.segment(image, postprocessing=[]).mask.canonical().voxels
+    assert ndimage.label(plain)[1] > 1  # of a network that learnt nothing
+    cleaned = segmenter.segment(image).mask.canonical().voxels
+    np.testing.assert_array_equal(cleaned, postprocess(plain, ["largest_component"]))
+    assert ndimage.label(cleaned)[1] == 1
+
+
+def test_what_the_network_saw_and_answered_is_kept_on_request(exported):
+    segmenter = Segmenter(exported)
+    image = scan("a", 1)[0]
+    answer = segmenter.segment(image, keep=True)
+    assert answer.slices.shape == answer.foreground.shape == (image.shape[0], 32, 32)
+    np.testing.assert_allclose(segmenter.foreground(answer.slices), answer.foreground, atol=1e-6)
+    assert segmenter.segment(image).slices is None
 
 
 def test_damaged_models_are_refused_by_name(exported, tmp_path):
