@@ -17,16 +17,16 @@ demo: .venv/.demo
 	$(BIN)/python experiments/demo.py
 
 test: .venv/.dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Counting lines makes TensorFlow's tracing of graphs half as slow again.
 coverage: .venv/.dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 # Where the stack of make test is at hand too, each must serve what the other exported.
 test-current: .venv-current/.done
 	LVSEG_OTHER_PYTHON="$(if $(wildcard .venv/.demo),$(CURDIR)/$(BIN)/python)" \
-		.venv-current/bin/python -m pytest --numprocesses 2 --dist loadfile
+		.venv-current/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .

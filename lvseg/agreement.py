@@ -329,7 +329,8 @@ def agreement(
     limits = limits_of_agreement(x - y, names)
     lin, icc = concordance(x, y), icc_a1(x, y)
     above = np.flatnonzero(y > 0)
-    relative = _relative(100 * (x - y)[above] / y[above], Bootstrap([names[index] for index in above], seed, resamples))
+    own = bootstrap if above.size == x.size else Bootstrap([names[index] for index in above], seed, resamples)
+    relative = _relative(100 * (x - y)[above] / y[above], own)
     intervals = {
         **limits.pop("intervals"),
         "mean_absolute_error": bootstrap.t_interval(mean_of(np.abs(x - y)), low=0),

@@ -10,6 +10,8 @@ import contextlib
 import json
 import os
 import re
+import signal
+import sys
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -22,6 +24,9 @@ Devices = Literal["auto", "cpu", "gpu", "all"]
 LOST_AFTER_S = 300.0
 # Two jobs on a node need other ports; each takes one a task. All lie below those that systems hand out themselves.
 SLURM_FIRST_PORT, SLURM_STEPS, SLURM_TASKS_A_NODE = 10_000, 687, 32
+
+
+HOST = re.compile(r"[^\s:]+:[0-9]{1,5}|\[[0-9A-Fa-f:.]+\]:[0-9]{1,5}")  # name, IPv4 or [IPv6], with its port
 
 
 class Cluster(NamedTuple):
@@ -57,10 +62,9 @@ def cluster(devices: Devices, batch_size: int) -> Cluster:
     if devices == "gpu" and not gpus:
         raise InputError("BAD_CONFIG", "Expected a GPU for train.devices=gpu, received none; set it to auto or cpu.")
     resolver = _resolver()
+    strategy: tf.distribute.Strategy
     if resolver is not None:
-        strategy: tf.distribute.Strategy = tf.distribute.MultiWorkerMirroredStrategy(
-            resolver, tf.distribute.experimental.CommunicationOptions(timeout_seconds=LOST_AFTER_S)
-        )
+        strategy = _joined(resolver)
         workers = len(resolver.cluster_spec().as_dict().get("worker", [])) + (
             1 if "chief" in resolver.cluster_spec().as_dict() else 0
         )
@@ -87,6 +91,30 @@ def cluster(devices: Devices, batch_size: int) -> Cluster:
             f"Expected train.batch_size to be a multiple of the {shares} devices that share it, received {batch_size}.",
         )
     return found
+
+
+def _joined(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> tf.distribute.Strategy:
+    """The strategy of all machines, once they have met.
+
+    While one waits for the others, signals end it at once: nothing is open yet, and Python's handlers would only be
+    called when TensorFlow's wait is over.
+    """
+    print(f"waiting for all machines of {resolver.cluster_spec().as_dict()}", file=sys.stderr, flush=True)
+    kept = {}
+    with contextlib.suppress(ValueError):  # signals belong to the main thread
+        kept = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy(
+            resolver, tf.distribute.experimental.CommunicationOptions(timeout_seconds=LOST_AFTER_S)
+        )
+    except tf.errors.OpError as error:
+        raise RunError(
+            f"Expected to meet all machines of {resolver.cluster_spec().as_dict()}, received"
+            f" '{error.message.splitlines()[0]}'; are the names right and the ports free?"
+        ) from error
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def keep_memory() -> None:
@@ -124,7 +152,9 @@ def _resolver() -> tf.distribute.cluster_resolver.ClusterResolver | None:
             config = json.loads(os.environ["TF_CONFIG"])
             task, hosts = config["task"], config["cluster"][config["task"]["type"]]
             known = task["type"] in ("chief", "worker") and set(config["cluster"]) <= {"chief", "worker"}
-            named = isinstance(hosts, list) and all(isinstance(host, str) for host in hosts)
+            named = isinstance(hosts, list) and all(
+                HOST.fullmatch(host) for each in config["cluster"].values() for host in each
+            )
             if not (known and named and 0 <= int(task["index"]) < len(hosts)):
                 raise ValueError
         except (ValueError, LookupError, TypeError) as error:
@@ -135,10 +165,37 @@ def _resolver() -> tf.distribute.cluster_resolver.ClusterResolver | None:
             ) from error
         return tf.distribute.cluster_resolver.TFConfigClusterResolver()
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        # Each task takes the GPUs that SLURM shows it (--gpus-per-task). Their numbers only have to be consistent here:
-        # without them TensorFlow would ask nvidia-smi, which not every machine has.
-        tasks = max(int(number) for number in re.findall(r"\d+", os.environ["SLURM_STEP_TASKS_PER_NODE"]))
-        return tf.distribute.cluster_resolver.SlurmClusterResolver(
-            port_base=_slurm_port(), gpus_per_node=tasks, gpus_per_task=1, auto_set_gpu=False
+        # Each task takes the GPUs that SLURM shows it (--gpus-per-task). TensorFlow's own resolver sorts the nodes by
+        # name, node10 before node9, while SLURM numbers its tasks in the order of its list.
+        nodes, tasks = os.environ["SLURM_STEP_NODELIST"], os.environ["SLURM_STEP_TASKS_PER_NODE"]
+        first = _slurm_port()
+        workers = [
+            f"{host}:{first + task}"
+            for host, count in zip(slurm_hosts(nodes), _slurm_counts(tasks), strict=True)
+            for task in range(count)
+        ]
+        return tf.distribute.cluster_resolver.SimpleClusterResolver(
+            tf.train.ClusterSpec({"worker": workers}),
+            task_type="worker",
+            task_id=int(os.environ["SLURM_PROCID"]),
+            num_accelerators={"GPU": len(tf.config.get_visible_devices("GPU"))},
+            rpc_layer="grpc",
         )
     return None
+
+
+def slurm_hosts(text: str) -> list[str]:
+    """The nodes of SLURM's list, "gpu1,node[08-10,12]", in its order: gpu1, node08, node09, node10, node12."""
+    hosts = []
+    for prefix, ranges, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\]([^,\[\]]*))?", text):
+        if not ranges:
+            hosts.append(prefix)
+        for part in filter(None, ranges.split(",")):
+            low, _, high = part.partition("-")
+            hosts += [f"{prefix}{n:0{len(low)}d}{suffix}" for n in range(int(low), int(high or low) + 1)]
+    return hosts
+
+
+def _slurm_counts(text: str) -> list[int]:
+    """Tasks of every node: "2(x3),1" is 2, 2, 2, 1."""
+    return [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]

@@ -79,15 +79,12 @@ def open_study(run: Path, split: str, model: Path | None = None) -> Study:
         InputError: NOT_FOUND if the run has no model or no such patients; BAD_SPLIT if another model was trained on
             them.
     """
-    experiment = load_experiment(run / "config.yaml")
     path = run / "manifest.json"
     if not (run / "model" / "model.json").is_file() or not path.is_file():
         raise InputError("NOT_FOUND", f"Expected a trained run, received {run} without its model; train it first.")
     manifest = read_yaml(path)
     patients = set(manifest["split"][split])
-    scans = [scan for scan in dataset_scans(experiment.data) if scan.patient in patients]
-    if not scans:
-        raise InputError("NOT_FOUND", f"Expected scans of {split} patients, received none in the split of {path}.")
+    scans = _scans(run, split, manifest)
     segmenter = Segmenter(model or run / "model")
     for member in segmenter.info.get("members", [segmenter.info]):
         seen = set(member.get("provenance", {}).get("split", {}).get("train", ()))
@@ -102,6 +99,14 @@ def open_study(run: Path, split: str, model: Path | None = None) -> Study:
     return Study(run, split, scans, segmenter, manifest)
 
 
+def _scans(run: Path, split: str, manifest: dict[str, Any]) -> list[Scan]:
+    patients = set(manifest["split"][split])
+    scans = [scan for scan in dataset_scans(load_experiment(run / "config.yaml").data) if scan.patient in patients]
+    if not scans:
+        raise InputError("NOT_FOUND", f"Expected scans of {split} patients, received none of those of {run}.")
+    return scans
+
+
 def evaluate_run(
     run: Path, split: str, options: Options | None = None, model: Path | None = None, out: Path | None = None
 ) -> dict[str, Any]:
@@ -113,14 +118,15 @@ def evaluate_run(
 
     Args:
         run: folder; split: of `SPLITS`; options: None for the defaults.
-        model: another model than the run's, such as an ensemble; out: another folder than the run's own.
+        model: another model than the run's, such as an ensemble, without the expected Dice, since members may have been
+            trained on the validation patients; out: another folder than the run's own.
 
     Raises:
         InputError: see `open_study`.
     """
     options = options or Options()
     study = open_study(run, split, model)
-    calibration = _calibration(study, options) if options.quality else None
+    calibration = calibrate(study, options) if options.quality and model is None else None
     folder = out or run / REPORT
     rows: list[dict[str, Any]] = []
     with command.atomic(folder) as temporary:
@@ -296,7 +302,7 @@ def _summary(
     return summary
 
 
-def _calibration(study: Study, options: Options) -> dict[str, Any] | None:
+def calibrate(study: Study, options: Options) -> dict[str, Any] | None:
     """What features say of Dice, fitted once on the run's validation patients and kept beside its model."""
     path = study.run / CALIBRATION
     weights = study.segmenter.info["weights_sha256"]
@@ -304,7 +310,7 @@ def _calibration(study: Study, options: Options) -> dict[str, Any] | None:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["weights_sha256"] == weights and kept["seed"] == options.seed:
             return kept["calibration"]
-    validation = open_study(study.run, "validation").scans
+    validation = _scans(study.run, "validation", study.manifest)
     found, dice, patients, original = [], [], [], []
     label = f"calibrating the expected Dice on {len(validation)} validation scans"
     for number, scan in enumerate(command.progress(validation, label)):

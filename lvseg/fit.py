@@ -16,14 +16,16 @@ from lvseg import augment, command, export, metrics, overlays, pipeline
 from lvseg.board import Board
 from lvseg.config import Experiment
 from lvseg.devices import Cluster
-from lvseg.errors import InputError
-from lvseg.keys import digest
+from lvseg.errors import InputError, RunError
+from lvseg.keys import digest, read_yaml
+from lvseg.models.vgg import EncoderWeights
 from lvseg.pipeline import Samples
 from lvseg.prepare import ShardSet
 from lvseg.split import Split
 from lvseg.step import Step, network
 
 LOG_EVERY = 25
+AGREE_EVERY = 5  # steps; a step may take seconds, and SLURM kills half a minute after it asks
 OVERLAYS = 4
 # Slices a batch of validation and serving; one fixed number, so nothing is traced twice.
 INFER_SLICES = 8
@@ -31,6 +33,11 @@ METRICS = (
     "step", "loss", "dice", "validation_dice", "validation_volume_error_percent", "validation_fat_error_points",
     "learning_rate", "input_wait_share", "step_seconds", "seconds",
 )  # fmt: skip
+
+
+def is_started(run: Path) -> bool:
+    """Whether a run folder has a checkpoint to go on from; until then another config may replace the first."""
+    return (run / "config.yaml").is_file() and (run / "checkpoints" / "checkpoint").is_file()
 
 
 class Fit:
@@ -54,18 +61,22 @@ class Fit:
         self.validation = [(row, file) for row, file in rows if row["patient"] in split.validation]
         self.files = [file for _, file in self.training]
         self.slices = sum(row["shape"][0] for row, _ in self.training)
-        bounds, scaled = pipeline.training_bounds(self.files, data.size, data.clip_percentiles)
+        bounds, scaled = pipeline.training_bounds(self.files, data.size, data.clip_percentiles, split.train)
         self.global_bounds = bounds if data.normalise == "global" else None
         self.reading = pipeline.Reading(
-            data.size, data.neighbours, data.normalise, data.clip_percentiles, self.global_bounds
-        )
+            data.size, data.neighbours, data.normalise, data.clip_percentiles, self.global_bounds,
+            (*split.train, *split.validation),
+        )  # fmt: skip
         if data.normalise == "none" and not scaled[0] < scaled[1]:
             raise InputError(
                 "BAD_SCANS",
                 f"Expected training scans of more than one intensity, received {scaled[0]:g} for both their 0.5th and"
                 " 99.5th percentiles (medians); look at the page that lvseg.prepare writes, or set data.normalise.",
             )
-        self.step = Step(experiment, cluster, len(self.classes), *(scaled if data.normalise == "none" else (0.0, 1.0)))
+        # What a checkpoint goes on from, it holds: the encoder's first weights need not be at hand any more.
+        known = read_yaml(run / "manifest.json").get("encoder_weights") if is_started(run) else None
+        dark, bright = scaled if data.normalise == "none" else (0.0, 1.0)
+        self.step = Step(experiment, cluster, len(self.classes), dark, bright, known and EncoderWeights(**known))
         self.best_dice = tf.Variable(-1.0, dtype=tf.float64, trainable=False)
         self.best_step = tf.Variable(0, dtype=tf.int64, trainable=False)
         # What early stopping wants beaten by min_delta, and how often it was not.
@@ -82,6 +93,11 @@ class Fit:
         self._restore()
         self._agree()
         self.infer = tf.function(self._infer, autograph=False)
+
+    @property
+    def first_step(self) -> int:
+        """How many steps are done."""
+        return int(self.step.number.numpy())
 
     @property
     def best_weights(self) -> Path:
@@ -224,7 +240,8 @@ class Fit:
         """Whether to stop after this step; several machines agree on it now and then, since none can go on alone."""
         if self.cluster.workers == 1:
             return requested()
-        return number % LOG_EVERY == 0 and self._over_machines(np.array([float(requested())]))[0] > 0
+        agrees = number % AGREE_EVERY == 0 or number == self.experiment.train.steps
+        return agrees and self._over_machines(np.array([float(requested())]))[0] > 0
 
     def _over_machines(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Sum of every machine's numbers, float64 [N]."""
@@ -366,7 +383,15 @@ class Fit:
 
     def _save(self, number: int) -> None:
         """Writes a checkpoint, and only then forgets the weights that an older one called the best."""
-        self.manager.save(checkpoint_number=number)
+        try:
+            self.manager.save(checkpoint_number=number)
+        except tf.errors.OpError as error:
+            kept = self.manager.latest_checkpoint
+            raise RunError(
+                f"Expected to write a checkpoint into {self.run_folder / 'checkpoints'}, received"
+                f" '{error.message.splitlines()[0]}'; the same command goes on from"
+                f" {Path(kept).name if kept else 'the start'} when there is room."
+            ) from error
         for path in self.best_weights.parent.glob("best-*.npz"):
             if path != self.best_weights:
                 path.unlink()

@@ -21,13 +21,14 @@ WAITING_SLICES = 16
 
 
 class Reading(NamedTuple):
-    """The choices made while reading, which need no new shards."""
+    """The choices made while reading, which need no new shards; volumes of other patients than `patients` fail."""
 
     size: int
     neighbours: int
     normalisation: Normalisation
     clip_percentiles: Sequence[float] | None
     global_bounds: Sequence[float] | None
+    patients: Sequence[str] | None = None
 
 
 class Samples(NamedTuple):
@@ -195,7 +196,7 @@ def volume_samples(name: tf.Tensor, reading: Reading) -> tf.data.Dataset:
 
 
 def _volume(record: tf.Tensor, reading: Reading) -> _Volume:
-    volume = records.decode(record, reading.size)
+    volume = records.decode(record, reading.size, reading.patients)
     low, high = preprocess.intensity_bounds(
         volume.statistics, reading.normalisation, reading.clip_percentiles, reading.global_bounds
     )
@@ -213,7 +214,10 @@ def intensities(samples: Samples, normalisation: Normalisation) -> tf.Tensor:
 
 
 def training_bounds(
-    files: Sequence[Path], size: int, clip_percentiles: Sequence[float] | None
+    files: Sequence[Path],
+    size: int,
+    clip_percentiles: Sequence[float] | None,
+    patients: Sequence[str] | None = None,
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Constants of the training patients: bounds for "global" normalisation, and the range that is scaled to 0..1.
 
@@ -222,7 +226,7 @@ def training_bounds(
     """
     lows, highs, dark, bright = [], [], [], []
     for serialised in tf.data.TFRecordDataset([str(file) for file in files]):
-        scan = records.decode(serialised, size).statistics
+        scan = records.decode(serialised, size, patients).statistics
         low, high = scan.minimum, scan.maximum
         if clip_percentiles is not None:
             low, high = (preprocess.percentile(scan.percentiles, percent) for percent in clip_percentiles)

@@ -44,6 +44,18 @@ def pretrain(experiment: Experiment, out: Path) -> None:
             "Expected data.neighbours to be 1 for pretraining, since VGG11 has three channels, received"
             f" {experiment.data.neighbours}.",
         )
+    if experiment.model.encoder_input == "projection":
+        raise InputError(
+            "BAD_CONFIG",
+            "Expected model.encoder_input to be spread for pretraining, since a learned projection is no part of VGG11,"
+            " received projection.",
+        )
+    if experiment.model.freeze_encoder_steps >= experiment.train.steps:
+        raise InputError(
+            "BAD_CONFIG",
+            f"Expected model.freeze_encoder_steps below train.steps={experiment.train.steps} for pretraining, received"
+            f" {experiment.model.freeze_encoder_steps}: the encoder would learn nothing.",
+        )
     if out.suffix != SUFFIX or out.is_dir():
         raise InputError("BAD_ARGUMENT", f"Expected --out to be a {SUFFIX} file, received {out}.")
     out.parent.mkdir(parents=True, exist_ok=True)  # before the hours, not after them

@@ -36,7 +36,7 @@ def manifest(
 ) -> dict[str, Any]:
     """Everything that a run's result depends on, JSON-able; equal hashes mean equal inputs."""
     shards = {shards.card.name: [row["shard_sha256"] for row in shards.rows] for shards in sets}
-    return {
+    made = {
         "config_sha256": digest(experiment.model_dump()),
         "shards_sha256": digest(shards),
         "split_sha256": digest(asdict(split)),
@@ -58,10 +58,18 @@ def manifest(
         },
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    return {**made, "sessions": [session(made, 0)]}
 
 
-def check_unchanged(run: Path, new: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a run that goes on: the new one, with the time the run was started.
+def continued(run: Path, new: dict[str, Any], step: int) -> dict[str, Any]:
+    """The manifest of a run that goes on: the new one, with the start of the run and all its sessions.
+
+    Args:
+        run: folder; new: of `manifest`; step: the run goes on from.
+
+    Returns:
+        `new` with `started` of the first session and `sessions`, one a start of the command, each with the step it
+        began at, its time, code, versions and hardware.
 
     Raises:
         InputError: CHANGED_DATA if shards or split are no longer those that the run was started with.
@@ -78,7 +86,17 @@ def check_unchanged(run: Path, new: dict[str, Any]) -> dict[str, Any]:
                 f"Expected the {what} that the run was started with, received others than in {run / 'manifest.json'};"
                 " give the experiment another name.",
             )
-    return {**new, "started": old.get("started")}
+    sessions = old.get("sessions", [])
+    last = sessions[-1] if sessions else old
+    changed = [key for key in ("code_sha256", "versions", "hardware") if last.get(key) != new[key]]
+    if changed:
+        print(f"note: {', '.join(changed)} changed since the run was last worked on; manifest.json keeps both")
+    return {**new, "started": old.get("started"), "sessions": [*sessions, session(new, step)]}
+
+
+def session(manifest: dict[str, Any], step: int) -> dict[str, Any]:
+    """What one start of the command adds to a run's `sessions`."""
+    return {"first_step": step, **{key: manifest[key] for key in ("started", "code_sha256", "versions", "hardware")}}
 
 
 def finished(manifest: dict[str, Any], weights_sha256: str) -> dict[str, Any]:

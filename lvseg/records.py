@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,13 +118,26 @@ def encode(volume: Harmonised) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
-def decode(serialised: tf.Tensor, size: int) -> Slices:
+def decode(serialised: tf.Tensor, size: int, patients: Sequence[str] | None = None) -> Slices:
     """Parses a serialised volume inside a TensorFlow graph.
 
     Args:
         serialised: string scalar, from `encode`.
         size: pixels of a side of the slices.
+        patients: whose volumes may be read, so that training cannot see a test patient whatever file it is given; None
+            for anybody's.
+
+    Raises:
+        tf.errors.InvalidArgumentError: for a volume of somebody else.
     """
+    if patients is not None:
+        owner, _ = tf.io.parse_single_sequence_example(
+            serialised, context_features={"patient": tf.io.FixedLenFeature([], tf.string)}
+        )
+        allowed = tf.reduce_any(tf.equal(owner["patient"], tf.constant(list(patients), tf.string)))
+        refused = tf.debugging.Assert(allowed, ["Expected a patient of this split, received", owner["patient"]])
+        with tf.control_dependencies([] if refused is None else [refused]):
+            serialised = tf.identity(serialised)
     scalar = tf.io.FixedLenFeature([], tf.float32)
     extreme = tf.io.FixedLenSequenceFeature([], tf.float32)
     planes = tf.io.FixedLenSequenceFeature([], tf.string)

@@ -63,7 +63,7 @@ def split_patients(
             )
     rest = [patient for patient in patients if patient not in test]
     if folds_file is not None:
-        assigned = _read_folds(Path(folds_file), folds, rest)
+        assigned = _read_folds(Path(folds_file), folds, patients, test)
     else:
         assigned = {patient: int(uniform(patient, "fold") * folds) for patient in rest}
     for number in range(folds):
@@ -80,15 +80,17 @@ def split_patients(
     )
 
 
-def _read_folds(path: Path, folds: int, patients: Sequence[str]) -> dict[str, int]:
+def _read_folds(path: Path, folds: int, everybody: Sequence[str], test: set[str]) -> dict[str, int]:
+    """The fold of every patient outside the test set; test patients may be listed, as in a file for all of a study."""
+    patients = [patient for patient in everybody if patient not in test]
     lists = read_yaml(path).get("folds")
     if not isinstance(lists, list) or len(lists) != folds or not all(isinstance(ids, list) for ids in lists):
         raise InputError("BAD_SPLIT", f"Expected a key folds with {folds} lists of patient ids in {path}.")
     assigned: dict[str, int] = {}
     for number, ids in enumerate(lists):
-        _known(ids, patients, str(path))
+        _known(ids, everybody, str(path))
         for patient in ids:
-            if assigned.setdefault(patient, number) != number:
+            if patient not in test and assigned.setdefault(patient, number) != number:
                 raise InputError("BAD_SPLIT", f"Expected each patient once, received {patient} in two folds in {path}.")
     missing = [patient for patient in patients if patient not in assigned]
     if missing:
@@ -98,5 +100,10 @@ def _read_folds(path: Path, folds: int, patients: Sequence[str]) -> dict[str, in
 
 def _known(ids: Sequence[str], patients: Sequence[str], where: str) -> None:
     for patient in ids:
+        if not isinstance(patient, str):
+            raise InputError(
+                "BAD_SPLIT",
+                f"Expected patient ids in quotes, received the {type(patient).__name__} {patient} in {where}.",
+            )
         if patient not in patients:
             raise InputError("BAD_SPLIT", f"Expected ids of patients at hand, received {patient} in {where}.")

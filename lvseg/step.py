@@ -35,13 +35,28 @@ class Step:
     Args:
         experiment: the config; cluster: the devices; classes: with the background.
         dark, bright: intensities of the training patients that the network sees as about 0 and 1.
+        known_weights: what the encoder of a run that goes on started from, which then need not be at hand.
 
     Raises:
         InputError: encoder weights that cannot be had; BAD_CONFIG for class weights of another number of classes.
     """
 
-    def __init__(self, experiment: Experiment, cluster: Cluster, classes: int, dark: float, bright: float) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        cluster: Cluster,
+        classes: int,
+        dark: float,
+        bright: float,
+        known_weights: vgg.EncoderWeights | None = None,
+    ) -> None:
         model, train = experiment.model, experiment.train
+        if train.jit_compile and cluster.workers * cluster.replicas > 1:
+            raise InputError(
+                "BAD_CONFIG",
+                "Expected train.jit_compile on one device, received it with"
+                f" {cluster.workers * cluster.replicas}; set it to null.",
+            )
         if train.class_weights is not None and len(train.class_weights) != classes:
             raise InputError(
                 "BAD_CONFIG",
@@ -55,7 +70,7 @@ class Step:
         self._a_device = train.batch_size // (cluster.workers * cluster.replicas)
         with cluster.strategy.scope():
             self.model = network(experiment, classes, self.offset, self.scale, train.precision)
-            self.encoder_weights = vgg.load_encoder(self.model, model.encoder_weights) if model.encoder else None
+            self.encoder_weights = self._load_encoder(known_weights) if model.encoder else None
             self._logits = keras.Model(self.model.inputs, self.model.get_layer("logits").output)
             self._variables = self.model.trainable_variables
             encoder = {id(variable) for variable in encoder_variables(self.model)} if model.encoder else set()
@@ -85,6 +100,14 @@ class Step:
         self.move = tf.function(self._move, autograph=False, jit_compile=True)
         self.change = tf.function(self._change, autograph=False, jit_compile=True)
         self._run = tf.function(self._on_all, autograph=False, reduce_retracing=True, jit_compile=train.jit_compile)
+
+    def _load_encoder(self, known: vgg.EncoderWeights | None) -> vgg.EncoderWeights:
+        try:
+            return vgg.load_encoder(self.model, self.experiment.model.encoder_weights)
+        except InputError as error:
+            if known is None or error.code != "WEIGHTS_UNAVAILABLE":
+                raise
+            return known
 
     @property
     def state(self) -> dict[str, Any]:

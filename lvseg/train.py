@@ -13,6 +13,7 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,7 @@ def train(experiment: Experiment) -> None:
 def _train(experiment: Experiment, run: Path, cluster: Cluster) -> None:
     from lvseg import prepare, provenance
     from lvseg.evaluate import Options, evaluate_run
-    from lvseg.fit import Fit
+    from lvseg.fit import Fit, is_started
 
     for path in experiment.data.datasets:
         card, _ = load_card(Path(path))
@@ -62,12 +63,13 @@ def _train(experiment: Experiment, run: Path, cluster: Cluster) -> None:
             )
     sets = prepare.prepare(experiment.data)
     split = prepare.split(experiment.data, sets)
-    fit = Fit(experiment, [shards.of(split.train + split.validation) for shards in sets], split, run, cluster)
+    seen = split.train + split.validation
+    fit = Fit(experiment, [shards.of(seen) for shards in sets], replace(split, test=()), run, cluster)
     manifest = provenance.manifest(experiment, sets, split, fit.step.encoder_weights, cluster)
-    if _is_started(run):
-        manifest = provenance.check_unchanged(run, manifest)
+    going_on = is_started(run)
+    manifest = provenance.continued(run, manifest, fit.first_step) if going_on else manifest
     if cluster.is_chief:
-        _remove_left_overs(run)
+        _remove_left_overs(run, going_on)
         with command.atomic(run / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(experiment.model_dump(), sort_keys=False), encoding="utf-8")
         provenance.write(run, manifest)
@@ -82,8 +84,12 @@ def _train(experiment: Experiment, run: Path, cluster: Cluster) -> None:
     print(f"trained: {run} (model in {run / 'model'}, look with: tensorboard --logdir {run.parent})")
 
 
-def _remove_left_overs(run: Path) -> None:
-    """Removes what a killed process had begun to write under a temporary name."""
+def _remove_left_overs(run: Path, going_on: bool) -> None:
+    """Removes what a killed process had begun to write, and all of a run that did not come to a checkpoint."""
+    if not going_on:
+        shutil.rmtree(run / "logs", ignore_errors=True)
+        for path in [run / "metrics.csv", *(run / "checkpoints").glob("best-*.npz")]:
+            path.unlink(missing_ok=True)
     for path in [*run.rglob(".partial-*"), *(run / "checkpoints").glob("ckpt-*_temp*")]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -91,14 +97,9 @@ def _remove_left_overs(run: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _is_started(run: Path) -> bool:
-    """Whether there is a checkpoint to go on from; until then another config may replace the first."""
-    return (run / "config.yaml").is_file() and (run / "checkpoints" / "checkpoint").is_file()
-
-
 def _is_finished(run: Path, experiment: Experiment) -> bool:
     """Whether the run is done; InputError CHANGED_CONFIG if it belongs to another config."""
-    if not _is_started(run):
+    if not (run / "config.yaml").is_file() or not (run / "checkpoints" / "checkpoint").is_file():
         return False
     path = run / "config.yaml"
     keys = changed_keys(read_yaml(path), experiment.model_dump())

@@ -1,5 +1,6 @@
 """What several tests share: quiet TensorFlow, and one small study trained once."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,21 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Two processes of tests share the cores: a second thread of NumPy's would only wait for the first, at a core's cost.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Traced graphs are millions of objects that stay; looking through them for garbage is a sixth of a test's time.
+gc.set_threshold(100_000, 20, 20)
+
+# Files of tests that take minutes begin first, so that no process is left with one of them at the end.
+LONGEST = ("test_fit", "test_methods_volume", "test_methods_fatfraction", "test_train", "test_predict", "test_devices",
+           "test_demo", "test_two_tensorflows", "test_pretrain", "test_prepare")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts files by how long they take; tests of a file stay in their order."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 ROOT = Path(__file__).parents[1]
 

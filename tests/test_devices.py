@@ -190,6 +190,7 @@ def test_a_gpu_that_is_not_there_is_one_sentence():
         '{"cluster": {"boss": ["a:1"]}, "task": {"type": "boss", "index": 0}}',
         '{"cluster": {"worker": "a:1"}, "task": {"type": "worker", "index": 0}}',
         '{"cluster": {"worker": [3333]}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": ["a:1", "b"]}, "task": {"type": "worker", "index": 0}}',
     ],
 )
 def test_a_broken_tf_config_is_one_sentence(monkeypatch, config):
@@ -210,6 +211,64 @@ def test_slurm_s_variables_say_who_is_who(monkeypatch):
     port = devices.SLURM_FIRST_PORT + 7 * devices.SLURM_TASKS_A_NODE  # another for every job and step
     assert resolver.cluster_spec().as_dict() == {"worker": [f"node1:{port}", f"node1:{port + 1}", f"node2:{port}"]}
     assert (resolver.task_type, resolver.task_id) == ("worker", 2)
+
+
+def test_slurm_numbers_its_tasks_in_the_order_of_its_list_not_of_names(monkeypatch):
+    for name, value in (
+        ("JOB_ID", "1"), ("STEP_ID", "0"), ("STEP_NUM_TASKS", "2"), ("STEP_NODELIST", "node[9-10]"),
+        ("STEP_TASKS_PER_NODE", "1(x2)"), ("PROCID", "0"),
+    ):  # fmt: skip
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    resolver = devices._resolver()
+    hosts = [address.partition(":")[0] for address in resolver.cluster_spec().as_dict()["worker"]]
+    assert hosts == ["node9", "node10"] and resolver.task_id == 0
+    assert resolver.num_accelerators() == {"GPU": 0}  # none is visible here
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("gpu1", "gpu1"),
+        ("gpu1,gpu2", "gpu1 gpu2"),
+        ("node[08-10,12],login", "node08 node09 node10 node12 login"),
+        ("a[1-2]-ib,b3", "a1-ib a2-ib b3"),
+    ],
+)
+def test_slurm_lists_of_nodes(text, hosts):
+    assert devices.slurm_hosts(text) == hosts.split()
+
+
+def waiting(study, name, addresses):
+    """Starts the first of several machines, of which the others are not there."""
+    config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lvseg.train", *arguments(name)], cwd=study, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(config)},
+    )  # fmt: skip
+
+
+def test_a_machine_that_waits_for_the_others_can_be_stopped(study):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    process = waiting(study, "waits", [f"localhost:{port}", "nobody.invalid:4444"])
+    try:
+        assert any(line.startswith("waiting for all machines") for line in process.stderr)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def test_a_port_in_use_is_one_sentence(study):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        process = waiting(study, "taken", [f"localhost:{taken.getsockname()[1]}", "localhost:1"])
+        _, error = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1 and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("lvseg.train: Expected to meet all machines of")
 
 
 @pytest.mark.parametrize("workers, replicas", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])

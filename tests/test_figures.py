@@ -20,7 +20,7 @@ ROWS = [
 
 
 def texts(path: Path) -> str:
-    return " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text()))
+    return " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text(encoding="utf-8")))
 
 
 def write_run(folder: Path, dice: dict[int, float], **columns: dict[int, float]) -> Path:

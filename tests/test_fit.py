@@ -17,11 +17,13 @@ from lvseg.board import Board
 from lvseg.command import alone as lock
 from lvseg.config import load_experiment
 from lvseg.devices import Cluster
-from lvseg.errors import InputError
+from lvseg.errors import InputError, RunError
 from lvseg.fit import Fit
 from lvseg.formats import read_volume, write_volume
+from lvseg.models import vgg
 from lvseg.models.unet import encoder_variables
 from lvseg.predict import Segmenter
+from lvseg.step import Step
 
 ALONE = Cluster(tf.distribute.get_strategy(), 0, 1, 1)
 
@@ -41,6 +43,55 @@ def test_training_opens_no_shard_of_a_test_patient(in_study, tmp_path, monkeypat
     assert not [name for name in opened if "-001" in name]
     trained_on = {path.name.split("+")[0] for path in fit.files}
     assert trained_on == set(split.train) and seen == [fit.files]  # constants come from training patients alone
+
+
+def test_a_test_patient_s_shard_cannot_be_read_by_training_even_where_it_is_named(in_study, tmp_path):
+    experiment = load_experiment(in_study / "experiment.yaml")
+    sets = prepare.prepare(experiment.data, jobs=1)
+    split = prepare.split(experiment.data, sets)
+    fit = Fit(experiment, sets, split, tmp_path, ALONE)
+    (shard,) = sets[0].files(["a-001"])
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"(?s)Expected a patient of this split.*a-001"):
+        list(pipeline.volume_samples(tf.constant(str(shard)), fit.reading))
+    fit.files[-1] = shard
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"(?s)Expected a patient of this split.*a-001"):
+        list(fit._batches(0).take(fit.slices))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"(?s)Expected a patient of this split.*a-001"):
+        pipeline.training_bounds([shard], 32, None, split.train)
+
+
+def test_xla_on_several_devices_is_refused_in_a_sentence(in_study):
+    experiment = load_experiment(in_study / "experiment.yaml", ["train.jit_compile=true", "train.deterministic=false"])
+    with pytest.raises(InputError, match=r"train\.jit_compile on one device, received it with 2"):
+        Step(experiment, Cluster(tf.distribute.get_strategy(), 0, 1, 2), 2, 0.0, 1.0)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_sentence(fit, monkeypatch):
+    one = fit()
+
+    def full(**_):
+        raise tf.errors.OutOfRangeError(None, None, "No space left on device\nmore")
+
+    monkeypatch.setattr(one.manager, "save", full)
+    with pytest.raises(RunError, match=r"Expected to write a checkpoint into .*'No space left on device'"):
+        one.run()
+
+
+def test_a_run_that_goes_on_does_not_need_the_weights_it_started_from(in_study, tmp_path, fit, capfd):
+    weights = tmp_path / "first.safetensors"
+    settings = ("model.encoder=vgg11", "model.width=2", f"model.encoder_weights={weights}", "train.steps=2",
+                "train.validate_every=2", "train.checkpoint_every=1", "train.deterministic=false")  # fmt: skip
+    started = fit(*(each for each in settings if "weights=" not in each), "model.encoder_weights=none")
+    vgg.save_encoder(started.step.model, weights, "made by a test", {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fit, "export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_command(tmp_path / "runs", *settings) == 1
+    weights.unlink()
+    assert run_command(tmp_path / "runs", *settings) == 0
+    manifest = json.loads((tmp_path / "runs/volume/small-fold0/manifest.json").read_text())
+    assert manifest["encoder_weights"]["name"] == "first.safetensors"
+    assert [each["first_step"] for each in manifest["sessions"]] == [0, 2]
+    assert run_command(tmp_path / "other", *settings) == 2  # one that begins needs them
 
 
 @pytest.fixture

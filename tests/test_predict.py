@@ -354,9 +354,11 @@ def test_one_bad_scan_of_several_costs_that_scan_alone(exported, tmp_path):
     assert first["error"]["code"] == "UNSUPPORTED_FORMAT" and "volume_ml" in second
 
 
-def test_bad_scans_get_one_sentence_that_names_the_file_and_exit_code_2(exported, tmp_path, capsys):
+def test_bad_scans_get_one_sentence_that_names_the_file_and_exit_code_2(exported, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "bad"
     folder.mkdir()
+    loaded = Segmenter(exported)  # once, not for every scan
+    monkeypatch.setattr(predict, "Segmenter", lambda _: loaded)
     for kind, (path, _) in bad_scans(folder).items():
         code = predict.main(["--model", str(exported), str(path), "-o", str(tmp_path / "out.vtk")])
         said = capsys.readouterr().err.strip()

@@ -132,6 +132,8 @@ def test_a_finished_run_is_only_written_again(folder, monkeypatch, capsys):
     ("given", "said"),
     [
         (["--set", "model.encoder=null"], "Expected model.encoder to be vgg11"),
+        (["--set", "model.encoder_input=projection"], "Expected model.encoder_input to be spread"),
+        (["--set", "model.freeze_encoder_steps=4"], "Expected model.freeze_encoder_steps below train.steps=4"),
         (["--set", "data.neighbours=4"], "Expected data.neighbours to be 1"),
         (["--out", "weights.npz"], "Expected --out to be a .safetensors file, received weights.npz"),
         (["--set", "train.learning_rate=1.0"], "train.learning_rate"),  # the run was another

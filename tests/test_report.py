@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_page_needs_nothing_else(folder):
-    text = (folder / "report.html").read_text()
+    text = (folder / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]", text)
     assert "default-src 'none'" in text
     assert text.count("data:image/jpeg;base64,") == len(DICE) and "data:image/svg+xml;base64," in text
@@ -70,7 +70,10 @@ def test_the_page_needs_nothing_else(folder):
 
 
 def test_the_page_has_the_numbers_of_the_summary(folder):
-    text, summary = (folder / "report.html").read_text(), json.loads((folder / "summary.json").read_text())
+    text, summary = (
+        (folder / "report.html").read_text(encoding="utf-8"),
+        json.loads((folder / "summary.json").read_text()),
+    )
     dice = summary["dice"]
     low, high = dice["intervals"]["mean"]
     assert f"{np.mean(DICE):.3f} ({low:.3f} to {high:.3f})" in text
@@ -86,8 +89,8 @@ def test_the_page_has_the_numbers_of_the_summary(folder):
 def browser(folder, tmp_path, script):
     """What a page's script leaves in the title after acting on the report as a reader would."""
     page = tmp_path / "page.html"
-    text = (folder / "report.html").read_text().replace("</body>", f"<script>{script}</script></body>")
-    page.write_text(text)
+    text = (folder / "report.html").read_text(encoding="utf-8").replace("</body>", f"<script>{script}</script></body>")
+    page.write_text(text, encoding="utf-8")
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
          "--virtual-time-budget=2000", "--dump-dom", page.as_uri()],

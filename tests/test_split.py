@@ -51,6 +51,20 @@ def test_folds_file_overrides_the_hash(tmp_path):
     assert (split.train, split.validation, split.test) == (("p1", "p2"), ("p3",), ("p4",))
 
 
+def test_a_folds_file_may_list_all_of_a_study(tmp_path):
+    path = tmp_path / "folds.yaml"
+    path.write_text(yaml.safe_dump({"folds": [["p1", "p2"], ["p3", "p4"]]}))
+    split = split_patients({"a": ["p1", "p2", "p3", "p4"]}, 2, 1, 0.1, ["p4"], str(path))
+    assert (split.train, split.validation, split.test) == (("p1", "p2"), ("p3",), ("p4",))
+
+
+def test_ids_that_yaml_takes_for_numbers_are_told(tmp_path):
+    path = tmp_path / "folds.yaml"
+    path.write_text("folds: [[1, 2], [3, 4]]")
+    with pytest.raises(InputError, match=r"Expected patient ids in quotes, received the int 1 in .*folds\.yaml"):
+        split_patients({"a": ["1", "2", "3", "4"]}, 2, 0, 0.0, None, str(path))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

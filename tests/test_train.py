@@ -149,6 +149,9 @@ def test_killed_and_interrupted_training_ends_with_the_weights_of_an_unbroken_on
     for name in names:
         np.testing.assert_array_equal(last[0].get_tensor(name), last[1].get_tensor(name))
     assert not list(resumed.rglob(".partial-*"))
+    sessions = json.loads((resumed / "manifest.json").read_text())["sessions"]
+    assert [each["first_step"] for each in sessions] == sorted(each["first_step"] for each in sessions)
+    assert len(sessions) >= 5 and {each["code_sha256"] for each in sessions} == {code_sha256()}
 
 
 def test_evaluation_measures_the_test_patients_on_their_own_grids(trained, study, in_study):
