@@ -84,6 +84,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
         temporary.write_text(json.dumps(summary, indent=1))
     table(summary)
     print(f"\nserved masks   {OUT / 'served'}/*.vtk (open them in 3D Slicer or ParaView)")
+    print(f"report         {run / 'report' / 'report.html'} (open it in a browser)")
     print(f"pictures       {run / 'report'}/overlay_*.png")
     print(f"numbers        {run / 'report'}/summary.json and patients.csv")
     print(f"TensorBoard    {Path(sys.executable).parent / 'tensorboard'} --logdir {run.parent}")

@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 from small_study import ROOT, command, rows
 
-from lvseg import devices, pipeline
+from lvseg import devices, fit, pipeline
 from lvseg.errors import InputError
 
 LIMIT_S = 500.0  # more than the machines' own patience with each other
@@ -130,7 +130,7 @@ def test_one_worker_s_sigterm_stops_both_at_one_checkpoint_from_which_a_single_m
     assert codes == [1, 1], errors
     newest = tf.train.latest_checkpoint(str(checkpoints))
     number = int(newest.rsplit("-", 1)[1])
-    assert number % 25 == 0
+    assert number % fit.AGREE_EVERY == 0
     done = subprocess.Popen(
         [sys.executable, "-m", "lvseg.train", *arguments("stopped", settings)],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
