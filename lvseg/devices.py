@@ -168,12 +168,12 @@ def _resolver() -> tf.distribute.cluster_resolver.ClusterResolver | None:
         # Each task takes the GPUs that SLURM shows it (--gpus-per-task). TensorFlow's own resolver sorts the nodes by
         # name, node10 before node9, while SLURM numbers its tasks in the order of its list.
         nodes, tasks = os.environ["SLURM_STEP_NODELIST"], os.environ["SLURM_STEP_TASKS_PER_NODE"]
-        first = _slurm_port()
-        workers = [
-            f"{host}:{first + task}"
-            for host, count in zip(slurm_hosts(nodes), _slurm_counts(tasks), strict=True)
-            for task in range(count)
-        ]
+        first, hosts, counts = _slurm_port(), slurm_hosts(nodes), _slurm_counts(tasks)
+        if len(hosts) != len(counts):
+            raise InputError(
+                "BAD_CONFIG", f"Expected tasks for every node of SLURM's list, received {nodes} with tasks of {tasks}."
+            )
+        workers = [f"{host}:{first + task}" for host, count in zip(hosts, counts, strict=True) for task in range(count)]
         return tf.distribute.cluster_resolver.SimpleClusterResolver(
             tf.train.ClusterSpec({"worker": workers}),
             task_type="worker",
@@ -186,13 +186,20 @@ def _resolver() -> tf.distribute.cluster_resolver.ClusterResolver | None:
 
 def slurm_hosts(text: str) -> list[str]:
     """The nodes of SLURM's list, "gpu1,node[08-10,12]", in its order: gpu1, node08, node09, node10, node12."""
+    return [host for part in re.split(r",(?![^\[]*\])", text) for host in _expanded(part)]
+
+
+def _expanded(part: str) -> list[str]:
+    """One part of such a list, which may have several brackets: "rack[1-2]node[1-4]"."""
+    brackets = re.search(r"\[([^\]]*)\]", part)
+    if brackets is None:
+        return [part]
     hosts = []
-    for prefix, ranges, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\]([^,\[\]]*))?", text):
-        if not ranges:
-            hosts.append(prefix)
-        for part in filter(None, ranges.split(",")):
-            low, _, high = part.partition("-")
-            hosts += [f"{prefix}{n:0{len(low)}d}{suffix}" for n in range(int(low), int(high or low) + 1)]
+    for numbers in brackets[1].split(","):
+        low, _, high = numbers.partition("-")
+        for number in range(int(low), int(high or low) + 1):
+            before = f"{part[: brackets.start()]}{number:0{len(low)}d}"
+            hosts += [before + after for after in _expanded(part[brackets.end() :])]
     return hosts
 
 

@@ -232,6 +232,7 @@ def test_slurm_numbers_its_tasks_in_the_order_of_its_list_not_of_names(monkeypat
         ("gpu1,gpu2", "gpu1 gpu2"),
         ("node[08-10,12],login", "node08 node09 node10 node12 login"),
         ("a[1-2]-ib,b3", "a1-ib a2-ib b3"),
+        ("r[1-2]n[09-10],x", "r1n09 r1n10 r2n09 r2n10 x"),
     ],
 )
 def test_slurm_lists_of_nodes(text, hosts):
