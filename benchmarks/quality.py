@@ -21,6 +21,7 @@ from scipy import stats
 
 from lvseg import command, evaluate, metrics, quality
 from lvseg.cards import read_image, read_labels
+from lvseg.degrade import KINDS
 
 BAD_DICE, BAD_SHARE, CHECKED, SETS = 0.9, 0.15, 0.2, 2000
 SEED = 7919  # far from those of the calibration
@@ -35,7 +36,7 @@ def measure(run: Path) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for number, scan in enumerate(command.progress(study.scans, "looking at test scans")):
         image = read_image(scan)
-        for worse, truth, kind in evaluate.versions(image, read_labels(scan, image), SEED + number):
+        for worse, truth, kind in evaluate.versions(image, read_labels(scan, image), KINDS, SEED + number):
             answer = study.segmenter.segment(worse, keep=True)
             expected, reasons = quality.expected(calibration, quality.features(study.segmenter, answer))
             dice = metrics.dice(answer.mask.voxels > 0, truth.voxels > 0)
