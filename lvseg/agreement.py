@@ -172,7 +172,7 @@ def concordance(predicted: npt.ArrayLike, true: npt.ArrayLike) -> float | None:
         None for one scan, or without any spread.
     """
     x, y = np.asarray(predicted, np.float64), np.asarray(true, np.float64)
-    if x.size < 2 or not (np.ptp(x) or np.ptp(y) or (x != y).any()):
+    if not _has_spread(x, y):
         return None
     return float(_concordance_of(*_centred(x, y))(np.ones((1, x.size)))[0][0])
 
@@ -187,11 +187,15 @@ def icc_a1(predicted: npt.ArrayLike, true: npt.ArrayLike) -> float | None:
         None for one scan, or without any spread.
     """
     x, y = np.asarray(predicted, np.float64), np.asarray(true, np.float64)
-    if x.size < 2 or not (np.ptp(x) or np.ptp(y) or (x != y).any()):
+    if not _has_spread(x, y):
         return None
     between, within = 2 * np.var((x + y) / 2, ddof=1), np.var(x - y, ddof=1) / 2
     raters = x.size * (x - y).mean() ** 2 / 2
     return float((between - within) / (between + within + 2 / x.size * (raters - within)))
+
+
+def _has_spread(x: Array, y: Array) -> bool:
+    return x.size > 1 and bool(np.ptp(x) or np.ptp(y) or (x != y).any())
 
 
 def _centred(x: Array, y: Array) -> tuple[Array, Array]:

@@ -123,9 +123,17 @@ def evaluate_run(
             trained on the validation patients; out: another folder than the run's own.
 
     Raises:
-        InputError: see `open_study`.
+        InputError: see `open_study`; BAD_OUTPUT for a folder of other files, which is left as it is.
     """
     options = options or Options()
+    if (
+        out is not None
+        and out.exists()
+        and not (out.is_dir() and ((out / report.PAGE).is_file() or not any(out.iterdir())))
+    ):
+        raise InputError(
+            "BAD_OUTPUT", f"Expected --out to be a new folder or an earlier report, which is replaced, received {out}."
+        )
     study = open_study(run, split, model)
     calibration = calibrate(study, options) if options.quality and model is None else None
     folder = out or run / REPORT

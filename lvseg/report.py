@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,8 @@ def write(
         folder: with the charts (.svg), overlays (overlay_*.png) and `pictures/`; summary: of summary.json; rows: of
             patients.csv; provenance: what made the model and the report.
     """
-    order = sorted(
-        (row for row in rows if "expected_dice" in row), key=lambda row: (row["expected_dice"], row["patient"])
-    )
-    seen: set[str] = set()
-    review = [row for row in order if not (row["picture"] in seen or seen.add(row["picture"]))]  # type: ignore[func-returns-value]
-    at_least = round(CHECK_SHARE * len(review) + 0.5) if review else 0
+    judged = [row for row in rows if row["class"] == summary["class"] and "expected_dice" in row]
+    review = sorted(judged, key=lambda row: (row["expected_dice"], row["patient"]))
     parts = [("all", summary), *summary["by_scanner"].items()]
     parts += [(f"class {name}", part) for name, part in summary.get("classes", {}).items()]
     stream = page.template(
@@ -79,7 +76,7 @@ def write(
         charts=[(page.data_uri(path), text) for name, text in CHARTS if (path := folder / f"{name}.svg").is_file()],
         overlays=[(path.stem.replace("_", " "), page.data_uri(path)) for path in sorted(folder.glob("overlay_*.png"))],
         picture=lambda row: page.data_uri(folder / row["picture"]),  # one at a time, whatever the number of scans
-        check=review[:at_least],
+        check=review[: math.ceil(CHECK_SHARE * len(review))],
         provenance=provenance,
     )
     path = folder / PAGE

@@ -92,7 +92,10 @@ def simulated(seed, scans):
     """Features and Dice of scans where the error shows in mirrored and doubt, with noise in everything."""
     random = np.random.default_rng(seed)
     error = np.exp(random.uniform(np.log(0.02), np.log(0.8), scans))
-    noisy = lambda value, spread: float(np.clip(value * np.exp(random.normal(0, spread)), 0, 1))  # noqa: E731
+
+    def noisy(value, spread):
+        return float(np.clip(value * np.exp(random.normal(0, spread)), 0, 1))
+
     found = [
         {
             "mirrored_dice": 1 - noisy(own, 0.3), "contrast_dice": 1 - noisy(0.05, 0.5),

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2 as plugin
 
 from lvseg import biomarkers, metrics
+from lvseg.errors import InputError
 from lvseg.evaluate import evaluate_run
 from lvseg.predict import Segmenter
 from lvseg.provenance import code_sha256
@@ -217,6 +218,13 @@ def test_a_step_compiled_by_xla_trains_as_one_that_is_not(study, tmp_path):
         assert done.returncode == 0, done.stderr
         losses.append([float(row["loss"]) for row in rows(tmp_path / compiled / "volume/small-fold0/metrics.csv")])
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_report_never_replaces_a_folder_of_other_files(trained, in_study, tmp_path):
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(InputError, match="Expected --out to be a new folder or an earlier report"):
+        evaluate_run(Path("runs/volume/small-fold0"), "test", out=tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "kept"
 
 
 def test_an_untrained_run_is_refused(study, tmp_path):
