@@ -11,12 +11,12 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import tensorflow as tf
 
+from lvseg import rendezvous
 from lvseg.errors import InputError, RunError
 
 Devices = Literal["auto", "cpu", "gpu", "all"]
@@ -62,16 +62,13 @@ def cluster(devices: Devices, batch_size: int) -> Cluster:
     if devices == "gpu" and not gpus:
         raise InputError("BAD_CONFIG", "Expected a GPU for train.devices=gpu, received none; set it to auto or cpu.")
     resolver = _resolver()
-    strategy: tf.distribute.Strategy
     if resolver is not None:
-        strategy = _joined(resolver)
-        workers = len(resolver.cluster_spec().as_dict().get("worker", [])) + (
-            1 if "chief" in resolver.cluster_spec().as_dict() else 0
-        )
-        worker = 0 if resolver.task_type == "chief" else int(resolver.task_id or 0)
-        if resolver.task_type == "worker" and "chief" in resolver.cluster_spec().as_dict():
-            worker += 1
-        found = Cluster(strategy, worker, workers, strategy.num_replicas_in_sync // workers)
+        tasks = resolver.cluster_spec().as_dict()
+        machines = [*tasks.get("chief", []), *tasks.get("worker", [])]
+        before = len(tasks.get("chief", [])) if resolver.task_type == "worker" else 0
+        worker = before + int(resolver.task_id or 0)
+        strategy = _joined(resolver, machines, worker)
+        found = Cluster(strategy, worker, len(machines), strategy.num_replicas_in_sync // len(machines))
     elif devices == "all" and (gpus or len(tf.config.list_logical_devices("CPU")) > 1):
         names = [device.name for device in tf.config.list_logical_devices("GPU" if gpus else "CPU")]
         strategy = tf.distribute.MirroredStrategy(names)
@@ -93,23 +90,21 @@ def cluster(devices: Devices, batch_size: int) -> Cluster:
     return found
 
 
-def _joined(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> tf.distribute.Strategy:
-    """The strategy of all machines, once they have met.
-
-    While one waits for the others, signals end it at once: nothing is open yet, and Python's handlers would only be
-    called when TensorFlow's wait is over.
-    """
-    print(f"waiting for all machines of {resolver.cluster_spec().as_dict()}", file=sys.stderr, flush=True)
+def _joined(
+    resolver: tf.distribute.cluster_resolver.ClusterResolver, machines: list[str], worker: int
+) -> tf.distribute.Strategy:
+    """The strategy of all machines, once they have met; until then signals end this process at once."""
     kept = {}
     with contextlib.suppress(ValueError):  # signals belong to the main thread
         kept = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        rendezvous.meet(machines, worker)
         return tf.distribute.MultiWorkerMirroredStrategy(
             resolver, tf.distribute.experimental.CommunicationOptions(timeout_seconds=LOST_AFTER_S)
         )
     except tf.errors.OpError as error:
         raise RunError(
-            f"Expected to meet all machines of {resolver.cluster_spec().as_dict()}, received"
+            f"Expected to meet all machines of {', '.join(machines)}, received"
             f" '{error.message.splitlines()[0]}'; are the names right and the ports free?"
         ) from error
     finally:

@@ -1,7 +1,9 @@
 """Training on several devices and several machines equals training on one; what cannot be shared is refused."""
 
+import contextlib
 import json
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -14,7 +16,7 @@ import pytest
 import tensorflow as tf
 from small_study import ROOT, command, rows
 
-from lvseg import devices, fit, pipeline
+from lvseg import devices, fit, pipeline, rendezvous
 from lvseg.errors import InputError
 
 LIMIT_S = 500.0  # more than the machines' own patience with each other
@@ -239,24 +241,33 @@ def test_slurm_lists_of_nodes(text, hosts):
     assert devices.slurm_hosts(text) == hosts.split()
 
 
-def waiting(study, name, addresses):
-    """Starts the first of several machines, of which the others are not there."""
-    config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
+def waiting(study, name, addresses, index=0):
+    """Starts one of several machines, of which the others are not there."""
+    config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
     return subprocess.Popen(
         [sys.executable, "-m", "lvseg.train", *arguments(name)], cwd=study, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(config)},
     )  # fmt: skip
 
 
-def test_a_machine_that_waits_for_the_others_can_be_stopped(study):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    process = waiting(study, "waits", [f"localhost:{port}", "nobody.invalid:4444"])
+def free_port():
+    """One below those that systems hand out: who knocks at one of these may be connected with himself."""
+    for port in range(20000 + os.getpid() % 10000, 32000):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("localhost", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_machine_that_waits_for_the_others_can_be_stopped(study, index, number):
+    addresses = [f"localhost:{free_port()}", "nobody.invalid:4444"]
+    process = waiting(study, "waits", addresses, index)
     try:
-        assert any(line.startswith("waiting for all machines") for line in process.stderr)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == -signal.SIGTERM
+        assert f"waiting for {addresses[1 - index]}\n" in process.stderr
+        process.send_signal(number)
+        assert process.wait(timeout=60) == -number
     finally:
         process.kill()
         process.stderr.close()
@@ -266,10 +277,68 @@ def test_a_port_in_use_is_one_sentence(study):
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
         taken.listen()
-        process = waiting(study, "taken", [f"localhost:{taken.getsockname()[1]}", "localhost:1"])
+        address = f"localhost:{taken.getsockname()[1]}"
+        process = waiting(study, "taken", [address, "localhost:1"])
         _, error = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 1 and "Traceback" not in error
-    assert error.splitlines()[-1].startswith("lvseg.train: Expected to meet all machines of")
+    assert error.splitlines()[-1].startswith(f"lvseg.train: Expected to wait for the other machines at {address}")
+
+
+def test_machines_meet_whoever_comes_first_and_strangers_are_sent_away(capsys):
+    port = free_port()
+    addresses = [f"localhost:{port}", "second:1", "third:1"]
+    met = queue.SimpleQueue()
+
+    def machine(own):
+        rendezvous.meet(addresses, own)
+        met.put(own)
+
+    threads = [threading.Thread(target=machine, args=(own,), daemon=True) for own in range(3)]
+    threads[1].start()  # nobody listens yet
+    threads[0].start()
+    for greeting in (b"GET / HTTP/1.1\r\n\r\n", b"lvseg 0003", b"lvseg 0000", b""):
+        stranger = connected(port)
+        stranger.sendall(greeting)
+        stranger.shutdown(socket.SHUT_WR)
+        assert rendezvous._received(stranger, 1) == b""
+        stranger.close()
+    assert met.empty()  # the third is not here
+    threads[2].start()
+    assert sorted(met.get(timeout=30) for _ in addresses) == [0, 1, 2]
+    with socket.create_server(("localhost", port)):  # TensorFlow may have it now
+        pass
+    assert "waiting for second:1, third:1\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_machine_that_died_while_waiting_may_come_again(closes):
+    port = free_port()
+    addresses = [f"localhost:{port}", "second:1", "third:1"]
+    first = threading.Thread(target=rendezvous.meet, args=(addresses, 0), daemon=True)
+    first.start()
+    dead = connected(port)
+    dead.sendall(b"lvseg 0001")
+    others = [threading.Thread(target=rendezvous.meet, args=(addresses, own), daemon=True) for own in (1, 2)]
+    if closes:
+        dead.close()
+    others[0].start()
+    if not closes:  # nobody heard it die; the newer one counts
+        dead.settimeout(30)
+        assert dead.recv(1) == b""
+        dead.close()
+    others[1].start()
+    for thread in (first, *others):
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+def connected(port):
+    """A connection to who is about to listen at a port."""
+    for _ in range(300):
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(("localhost", port), timeout=30)
+        time.sleep(0.05)
+    raise AssertionError(f"nobody listens at port {port}")
 
 
 @pytest.mark.parametrize("workers, replicas", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
