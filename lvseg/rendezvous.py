@@ -55,9 +55,9 @@ def _gather(addresses: Sequence[str]) -> None:
     found: dict[int, socket.socket] = {}
     with server:
         while True:
-            for place in [place for place, connection in found.items() if _readable([connection], 0.0)]:
-                found.pop(place).close()  # it has nothing more to say: it died while it waited, and may come again
-            missing = [address for place, address in enumerate(addresses) if place and place not in found]
+            for gone in [place for place, connection in found.items() if _readable([connection], 0.0)]:
+                found.pop(gone).close()  # it has nothing more to say: it died while it waited, and may come again
+            missing = [address for number, address in enumerate(addresses) if number and number not in found]
             if not missing:
                 break
             print(f"waiting for {', '.join(missing)}", file=sys.stderr, flush=True)
