@@ -58,7 +58,7 @@ def write(folder: Path, volumes: int) -> None:
     from prepare import write_study
     from volumes import write_shards
 
-    write_study(folder, volumes, (SLICES, SIZE, SIZE), (5.0, 1.75, 1.75), "nii")
+    write_study(folder, volumes, (SLICES, SIZE, SIZE), (5.0, 1.75, 1.75), "nii", [FEW, MANY])
     (folder / "shards").mkdir()
     write_shards(folder / "shards", volumes, SLICES, SIZE)
 

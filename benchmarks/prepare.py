@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from measure import Row, main, run_script
@@ -29,7 +30,7 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
         return []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_study(folder, VOLUMES, SHAPE, SPACING_MM, "nii.gz")
+        write_study(folder, VOLUMES, SHAPE, SPACING_MM, "nii.gz", [VOLUMES])
         rates: dict[int, list[float]] = {1: [], 2: []}
         for _ in range(arguments.rounds):
             for jobs, found in rates.items():
@@ -56,9 +57,14 @@ def prepare_volumes(folder: Path, volumes: int, jobs: int, size: int) -> float:
 
 
 def write_study(
-    folder: Path, volumes: int, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], suffix: str
+    folder: Path,
+    volumes: int,
+    shape: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float],
+    suffix: str,
+    cards: Sequence[int],
 ) -> None:
-    """Scans with masks of made-up patients, and cards of the first 40, 50 and 500 of them."""
+    """Scans with masks of made-up patients, and cards of the first so many of them."""
     import numpy as np
     import yaml
     from volumes import made_up
@@ -74,7 +80,7 @@ def write_study(
         write_volume(Volume(image.astype(np.int16), affine), patient / f"image.{suffix}")
         write_volume(Volume(mask, affine), patient / f"mask.{suffix}")
     (folder / "cards").mkdir()
-    for count in {VOLUMES, 50, 500} & set(range(volumes + 1)):
+    for count in cards:
         chosen = folder / f"raw{count}"
         chosen.mkdir()
         for number in range(count):

@@ -19,7 +19,8 @@ from pathlib import Path
 from measure import JSON_PREFIX, Row, run_script, table
 
 SCRIPTS = (
-    "harmonise.py", "pipeline.py", "prepare.py", "memory.py", "phantom.py", "swap.py", "elastic.py", "training.py",
+    "harmonise.py", "pipeline.py", "prepare.py", "memory.py", "phantom.py", "swap.py", "evaluation.py", "elastic.py",
+    "training.py",
 )  # fmt: skip
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"

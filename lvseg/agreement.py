@@ -414,6 +414,25 @@ def detection(predicted: npt.ArrayLike, true: npt.ArrayLike, threshold: float) -
     }
 
 
+def same_class(predicted: Sequence[int], true: Sequence[int], *, classes: int) -> dict[str, Any]:
+    """How often a class, such as a grade of steatosis, is the true one.
+
+    Args:
+        predicted: int [scans], from 0 to classes - 1; true: int [scans], same order; classes: number.
+
+    Returns:
+        counts (int [true class][predicted class]), share_equal, and `intervals` of it, which take scans as independent.
+    """
+    counts = np.zeros((classes, classes), int)
+    np.add.at(counts, (np.asarray(true, int), np.asarray(predicted, int)), 1)
+    equal = int(np.trace(counts))
+    return {
+        "counts": counts.tolist(),
+        "share_equal": equal / len(true) if len(true) else None,
+        "intervals": {"share_equal": wilson(equal, len(true))},
+    }
+
+
 def paired_difference(
     first: npt.ArrayLike,
     second: npt.ArrayLike,

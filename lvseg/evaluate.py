@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ SPLITS = ("validation", "test")
 REPORT = "report"
 CALIBRATION = "quality.json"
 CALIBRATION_KINDS = 3
+PROVENANCE = (
+    "config_sha256", "shards_sha256", "split_sha256", "code_sha256", "encoder_weights", "seed", "versions", "hardware",
+    "started",
+)  # fmt: skip
 OVERLAP = ("dice", "precision", "recall")
 DISTANCES = ("hausdorff_95_mm", "mean_surface_distance_mm")
 
@@ -44,7 +49,7 @@ class Options:
     Args:
         tolerances_mm: of the surface Dice; grades_percent: mean fat fractions at which steatosis grades begin.
         postprocessing: steps, None for what the model's card says; quality: whether to expect a Dice of every scan.
-        seed: of the bootstrap and of the scans made worse for the calibration.
+        seed: of the bootstrap and of the scans made worse for the calibration; palette: of `overlays.PALETTES`.
     """
 
     tolerances_mm: Sequence[float] = TOLERANCES_MM
@@ -52,6 +57,7 @@ class Options:
     postprocessing: Sequence[str] | None = None
     quality: bool = True
     seed: int = 0
+    palette: str = "report"
 
 
 @dataclass
@@ -170,7 +176,7 @@ def _measured(
             value, reasons = quality.expected(calibration, quality.features(study.segmenter, answer))
             review = {"expected_dice": round(value, 4), "check": "; ".join(reasons)}
         name = f"{scan.patient}_{scan.study}_{scan.card.scanner}.jpg".replace("/", "_")
-        overlays.strip(image, answer.mask, true, pictures / name)
+        overlays.strip(image, answer.mask, true, pictures / name, overlays.PALETTES[options.palette])
         rows = []
         for label, organ in enumerate(study.classes, start=1):
             mask, truth = answer.mask.canonical(), true.canonical()
@@ -264,7 +270,9 @@ def summarise(rows: Sequence[dict[str, Any]], options: Options | None = None) ->
 def _fat(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any]:
     known = [row for row in rows if None not in (row["predicted_fat_mean_percent"], row["true_fat_mean_percent"])]
     if not known:
-        return {"fat_fraction_percent": None, "fat_fraction_median_percent": None, "steatosis": None}
+        return dict.fromkeys(
+            ("fat_fraction_percent", "fat_fraction_median_percent", "steatosis", "steatosis_grades"), None
+        )
     patients = [row["patient"] for row in known]
     found = {
         f"{kind}_{key}": [row[f"{kind}_fat_{key}_percent"] for row in known]
@@ -272,11 +280,13 @@ def _fat(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any]:
         for key in ("mean", "median")
     }
     means, medians = ((found[f"predicted_{key}"], found[f"true_{key}"]) for key in ("mean", "median"))
+    grades = [[biomarkers.steatosis_grade(value, options.grades_percent) for value in values] for values in means]
     return {
         # Percent of a percentage would mislead: errors are in points of fat fraction, the relative ones stay named so.
         "fat_fraction_percent": agreement.agreement(*means, patients=patients, seed=options.seed),
         "fat_fraction_median_percent": agreement.agreement(*medians, patients=patients, seed=options.seed),
         "steatosis": [agreement.detection(*means, threshold=grade) for grade in options.grades_percent],
+        "steatosis_grades": agreement.same_class(*grades, classes=len(options.grades_percent) + 1),
     }
 
 
@@ -294,6 +304,7 @@ def _summary(
         "encoder_weights": study.manifest.get("encoder_weights"),
         "postprocessing": list(options.postprocessing or study.segmenter.info.get("postprocessing", [])),
         "grades_percent": list(options.grades_percent),
+        "palette": options.palette,
         **summarise(first, options),
     }
     summary["by_scanner"] = {
@@ -384,29 +395,22 @@ def _draw(
             mask = study.segmenter.segment(image, postprocessing=options.postprocessing).mask
             title = f"{first[index]['patient']}, {scanner}: Dice {dice:.3f} (the {word} of {len(order)})"
             name = f"overlay_{scanner}.png" if word == "median" else f"overlay_{scanner}_{word}.png"
-            overlays.overlay_figure(image, mask, read_labels(study.scans[index], image), folder / name, title)
+            true, palette = read_labels(study.scans[index], image), overlays.PALETTES[options.palette]
+            overlays.overlay_figure(image, mask, true, folder / name, title, palette=palette)
 
 
 def _provenance(study: Study) -> dict[str, Any]:
+    """What made the model, or each member of an ensemble, and on what data it was measured."""
     info = study.segmenter.info
+    made = [
+        {key: own.get(key) for key in PROVENANCE}
+        for own in (member["provenance"] for member in info.get("members", [info]))
+    ]
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "lvseg": metadata.version("lvseg"),
         "model": {key: info.get(key) for key in ("task", "name", "version", "weights_sha256", "spacing_mm", "size")},
-        "run": {
-            key: study.manifest.get(key)
-            for key in (
-                "config_sha256",
-                "shards_sha256",
-                "split_sha256",
-                "code_sha256",
-                "encoder_weights",
-                "seed",
-                "versions",
-                "hardware",
-                "started",
-                "finished_at",
-            )
-        },
+        "runs": made,
         "datasets": study.manifest["datasets"],
         "split": {name: len(patients) for name, patients in study.manifest["split"].items()},
     }
@@ -454,6 +458,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--no-quality", action="store_true", help="leave out the expected Dice, and three of four passes of the network"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--palette",
+        choices=list(overlays.PALETTES),
+        default="report",
+        help="colours of overlays (default: the report's)",
+    )
 
     def body(arguments: argparse.Namespace) -> None:
         grades, tolerances = arguments.grades_percent, arguments.tolerances_mm
@@ -463,7 +473,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError("BAD_ARGUMENT", f"Expected --tolerances-mm of 0 or more, received {tolerances}.")
         if arguments.model is not None and arguments.out is None:
             raise InputError("BAD_ARGUMENT", "Expected --out with --model, since the run's report is of its own model.")
-        options = Options(tolerances, grades, arguments.postprocessing, not arguments.no_quality, arguments.seed)
+        options = Options(
+            tolerances, grades, arguments.postprocessing, not arguments.no_quality, arguments.seed, arguments.palette
+        )
         print_summary(evaluate_run(arguments.run, arguments.split, options, arguments.model, arguments.out))
         print(f"report: {(arguments.out or arguments.run / REPORT) / 'report.html'}")
 

@@ -8,7 +8,7 @@ right. Coronal: slices upwards (head at the top), columns to the right. Both in 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +24,23 @@ from lvseg.volume import Volume
 
 Array = npt.NDArray[Any]
 
-# The report's figures 7 and 12: purple is overlap, red under-segmentation, blue over-segmentation.
-AGREEMENT_RGB = (170, 0, 200)
-UNDER_RGB = (255, 40, 40)
-OVER_RGB = (40, 110, 255)
+Rgb = tuple[int, int, int]
+
+
+class Palette(NamedTuple):
+    """Colours of a mask over the truth: where they agree, what the mask misses, and what it has too much."""
+
+    agreement: Rgb
+    missed: Rgb
+    excess: Rgb
+    names: tuple[str, str, str]
+
+
+# The report's figures 7 and 12; and those three of Okabe and Ito's that colour-blind readers tell apart best, and that
+# differ in lightness too.
+REPORT_COLOURS = Palette((170, 0, 200), (255, 40, 40), (40, 110, 255), ("purple", "red", "blue"))
+COLOUR_BLIND = Palette((86, 180, 233), (213, 94, 0), (240, 228, 66), ("light blue", "vermilion", "yellow"))
+PALETTES = {"report": REPORT_COLOURS, "colour_blind": COLOUR_BLIND}
 OPACITY = 0.5
 # Intensities between these percentiles spread over the grey levels, so that a few bright vessels do not darken all.
 WINDOW_PERCENTILES = (0.5, 99.5)
@@ -39,15 +52,20 @@ TALLEST_PANEL = 3.0  # times its width; a scan of few columns would make a pictu
 
 
 def overlay_rgb(
-    slice_image: Array, predicted: Array, true: Array, window: tuple[float, float] | None = None
+    slice_image: Array,
+    predicted: Array,
+    true: Array,
+    window: tuple[float, float] | None = None,
+    palette: Palette = REPORT_COLOURS,
 ) -> npt.NDArray[np.uint8]:
-    """Colours a prediction and the truth over a grey slice: purple agreement, red missed, blue too much.
+    """Colours a prediction and the truth over a grey slice: by default purple agreement, red missed, blue too much.
 
     Args:
         slice_image: real [..., H, W].
         predicted: bool [..., H, W].
         true: bool [..., H, W].
         window: intensities shown black and white; None takes the 0.5 and 99.5 percentiles of each [H, W] by itself.
+        palette: of `PALETTES`.
 
     Returns:
         uint8 [..., H, W, 3].
@@ -69,15 +87,23 @@ def overlay_rgb(
     rgb = np.repeat(255 * np.clip((image - low) / width, 0, 1)[..., np.newaxis], 3, axis=-1)
     predicted, true = predicted.astype(bool), true.astype(bool)
     for where, colour in (
-        (predicted & true, AGREEMENT_RGB),
-        (~predicted & true, UNDER_RGB),
-        (predicted & ~true, OVER_RGB),
+        (predicted & true, palette.agreement),
+        (~predicted & true, palette.missed),
+        (predicted & ~true, palette.excess),
     ):
         rgb[where] = (1 - OPACITY) * rgb[where] + OPACITY * np.array(colour)
     return np.rint(rgb).astype(np.uint8)
 
 
-def overlay_figure(image: Volume, predicted: Volume, true: Volume, path: Path, title: str, label: int = 1) -> None:
+def overlay_figure(
+    image: Volume,
+    predicted: Volume,
+    true: Volume,
+    path: Path,
+    title: str,
+    label: int = 1,
+    palette: Palette = REPORT_COLOURS,
+) -> None:
     """Writes one picture of a patient: three axial slices and a coronal one, with prediction and truth over the scan.
 
     The axial slices lie at 25, 50 and 75 % of the organ's extent, the coronal one at 50 %; the organ is what either
@@ -89,7 +115,7 @@ def overlay_figure(image: Volume, predicted: Volume, true: Volume, path: Path, t
         true: the true mask on the scan's grid, integer or bool.
         path: the PNG; written whole or not at all, folders made as needed.
         title: stands above the picture.
-        label: the class that is shown.
+        label: the class that is shown; palette: of `PALETTES`.
 
     Raises:
         ValueError: for masks on another grid than the scan's.
@@ -120,9 +146,10 @@ def overlay_figure(image: Volume, predicted: Volume, true: Volume, path: Path, t
     FigureCanvasAgg(figure)
     figure.suptitle(title, color="white", parse_math=False)  # a "$" in a file's name is no formula
     for axes, (name, where, pixel_mm) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        rgb = overlay_rgb(scan.voxels[where], found[where], truth[where], window)
+        rgb = overlay_rgb(scan.voxels[where], found[where], truth[where], window, palette)
         _show(axes, rgb, pixel_mm, column_mm, name)
-    colours = [("agreement", AGREEMENT_RGB), ("under-segmentation", UNDER_RGB), ("over-segmentation", OVER_RGB)]
+    names = ("agreement", "under-segmentation", "over-segmentation")
+    colours = list(zip(names, palette[:3], strict=True))
     figure.legend(
         handles=[Patch(color=(red / 255, green / 255, blue / 255), label=name) for name, (red, green, blue) in colours],
         loc="outside lower center",
@@ -134,12 +161,12 @@ def overlay_figure(image: Volume, predicted: Volume, true: Volume, path: Path, t
         figure.savefig(temporary, format="png", dpi=100)
 
 
-def strip(image: Volume, predicted: Volume, true: Volume, path: Path) -> None:
+def strip(image: Volume, predicted: Volume, true: Volume, path: Path, palette: Palette = REPORT_COLOURS) -> None:
     """Writes a small JPEG of a patient for lists: three axial slices and a coronal one, as `overlay_figure` has them.
 
     Args:
         image: the scan, in any orientation; predicted, true: masks on its grid, every class above 0 counts.
-        path: the JPEG; written whole or not at all.
+        path: the JPEG; written whole or not at all; palette: of `PALETTES`.
     """
     scan = image.canonical()
     found, truth = predicted.canonical().voxels > 0, true.canonical().voxels > 0
@@ -150,7 +177,7 @@ def strip(image: Volume, predicted: Volume, true: Volume, path: Path) -> None:
     where.append((np.s_[::-1, _at_extent(organ, 1, (0.5,))[0]], slice_mm))
     panels = []
     for chosen, down_mm in where:
-        rgb = overlay_rgb(scan.voxels[chosen], found[chosen], truth[chosen], (float(low), float(high)))
+        rgb = overlay_rgb(scan.voxels[chosen], found[chosen], truth[chosen], (float(low), float(high)), palette)
         across = STRIP_HEIGHT * rgb.shape[1] * column_mm / (rgb.shape[0] * down_mm)
         size = (round(min(max(across, STRIP_HEIGHT / 2), 2 * STRIP_HEIGHT)), STRIP_HEIGHT)
         panels.append(np.array(PIL.Image.fromarray(rgb).resize(size, PIL.Image.Resampling.BILINEAR)))

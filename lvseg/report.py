@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lvseg import command, page
+from lvseg import command, overlays, page
 
 PAGE = "report.html"
 # Of the table of agreement: section of summary.json, key in it, what it says, unit, decimals.
@@ -73,6 +74,9 @@ def write(
         parts=[name for name, _ in parts] if len(parts) > 2 else ["all"],
         table=table([part for _, part in parts] if len(parts) > 2 else [summary]),
         steatosis=summary.get("steatosis"),
+        grades=summary.get("steatosis_grades"),
+        grade_names=grade_names(summary.get("grades_percent", ())),
+        colours=overlays.PALETTES[summary["palette"]].names,
         charts=[(page.data_uri(path), text) for name, text in CHARTS if (path := folder / f"{name}.svg").is_file()],
         overlays=[(path.stem.replace("_", " "), page.data_uri(path)) for path in sorted(folder.glob("overlay_*.png"))],
         picture=lambda row: page.data_uri(folder / row["picture"]),  # one at a time, whatever the number of scans
@@ -103,6 +107,14 @@ def table(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str]]
                     values = [_value(part.get(section), key, digits + own_more) for part in parts]
                     lines.append((f"{what}: {name}", own_unit, values))
     return lines
+
+
+def grade_names(grades_percent: Sequence[float]) -> list[str]:
+    """What to call the classes that these thresholds make: "below 5.56 %", "5.56 to 16.3 %", "from 16.3 %"."""
+    if not grades_percent:
+        return []
+    between = [f"{low:g} to {high:g} %" for low, high in itertools.pairwise(grades_percent)]
+    return [f"below {grades_percent[0]:g} %", *between, f"from {grades_percent[-1]:g} %"]
 
 
 def _value(section: Mapping[str, Any] | None, key: str, digits: int) -> str:

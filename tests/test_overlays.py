@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import matplotlib.image
@@ -13,7 +14,7 @@ Patient = tuple[Volume, Volume, Volume]
 
 CANONICAL = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]], float)
 SPACING_MM = (5.0, 2.0, 2.0)
-ON_BLACK = [tuple(round(channel / 2) for channel in rgb) for rgb in (overlays.AGREEMENT_RGB, overlays.UNDER_RGB)]
+ON_BLACK = [tuple(round(channel / 2) for channel in rgb) for rgb in overlays.REPORT_COLOURS[:2]]
 PURPLE, RED = ON_BLACK
 
 
@@ -58,22 +59,55 @@ def where(pixels: np.ndarray, rgb: tuple[int, ...]) -> tuple[np.ndarray, np.ndar
     return rows, columns
 
 
-def test_colours_at_known_pixels():
+@pytest.mark.parametrize("palette", overlays.PALETTES.values(), ids=overlays.PALETTES)
+def test_colours_at_known_pixels(palette):
     image = np.array([[0.0, 100.0, 100.0, 100.0]])
-    rgb = overlay_rgb(image, np.array([[0, 1, 0, 1]], bool), np.array([[0, 1, 1, 0]], bool), window=(0, 200))
+    rgb = overlay_rgb(
+        image, np.array([[0, 1, 0, 1]], bool), np.array([[0, 1, 1, 0]], bool), window=(0, 200), palette=palette
+    )
     grey = 127.5
     assert rgb.dtype == np.uint8
     assert rgb.shape == (1, 4, 3)
     np.testing.assert_array_equal(rgb[0, 0], [0, 0, 0])
-    for column, colour in [(1, overlays.AGREEMENT_RGB), (2, overlays.UNDER_RGB), (3, overlays.OVER_RGB)]:
+    for column, colour in [(1, palette.agreement), (2, palette.missed), (3, palette.excess)]:
         np.testing.assert_allclose(rgb[0, column], (np.array(colour) + grey) / 2, atol=0.51)
 
 
 def test_colours_are_the_reports():
-    both, under, over = overlays.AGREEMENT_RGB, overlays.UNDER_RGB, overlays.OVER_RGB
+    both, under, over, names = overlays.REPORT_COLOURS
     assert max(under) == under[0] > 2 * max(under[1:])  # red
     assert max(over) == over[2] > 2 * max(over[:2])  # blue
     assert min(both[0], both[2]) > 2 * both[1]  # purple
+    assert names == ("purple", "red", "blue")
+
+
+# Machado, Oliveira and Fernandes 2009: what full protanopia, deuteranopia and tritanopia make of linear RGB.
+BLIND = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def lab(rgb):
+    """CIE L*a*b* (D65) of linear RGB."""
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ rgb
+    x, y, z = np.cbrt(np.clip(xyz / [0.9505, 1.0, 1.089], 0.008856, None))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def linear(rgb):
+    rgb = np.array(rgb) / 255
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+@pytest.mark.parametrize("kind", BLIND)
+def test_colour_blind_readers_tell_the_colours_apart_in_grey_too(kind):
+    colours = overlays.COLOUR_BLIND[:3]
+    seen = [lab(np.clip(BLIND[kind] @ linear(colour), 0, 1)) for colour in colours]
+    for one, other in itertools.combinations(range(3), 2):
+        assert np.linalg.norm(seen[one] - seen[other]) > 30  # a difference of 2.3 is just noticed
+        assert abs(lab(linear(colours[one]))[0] - lab(linear(colours[other]))[0]) > 15
 
 
 def test_each_slice_has_its_own_window_and_outliers_do_not_darken_it():

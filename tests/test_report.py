@@ -16,8 +16,9 @@ DICE = [0.95, 0.91, 0.97, 0.62, 0.96, 0.93, 0.94, 0.98]
 PROVENANCE = {
     "made": "2026-01-01T00:00:00+00:00",
     "model": {"task": "fatfraction", "weights_sha256": "ab" * 32},
-    "run": {"versions": {"lvseg": "0.1.0"}, "seed": 0},
-    "datasets": [{"name": "set", "citation": "A <b>card</b> & co", "licence": "none"}],
+    "lvseg": "0.1.0",
+    "runs": [{"versions": {"lvseg": "0.1.0"}, "seed": 0}, {"versions": {"lvseg": "0.1.0"}, "seed": 12345}],
+    "datasets": [{"name": "set", "citation": "A <b>card</b> & co", "licence": "none", "card_sha256": "cd" * 32}],
     "split": {"train": 20, "validation": 4, "test": 8},
 }
 
@@ -47,6 +48,7 @@ def folder(tmp_path_factory):
     options = evaluate.Options()
     summary = {
         "task": "fatfraction", "name": "best", "split": "test", "class": "liver", "postprocessing": [],
+        "grades_percent": options.grades_percent, "palette": "colour_blind",
         **evaluate.summarise(rows, options),
         "by_scanner": {
             name: evaluate.summarise([each for each in rows if each["scanner"] == name], options)
@@ -82,6 +84,15 @@ def test_the_page_has_the_numbers_of_the_summary(folder):
     # True fat of 2 to 9 %, half a point more predicted: 6 to 9 reach 5.56, and 5.5 does not.
     (steatosis,) = summary["steatosis"]
     assert steatosis["sensitivity"] == 1.0 and steatosis["specificity"] == 1.0
+    # Thresholds of 3.2 and 5.56 %: of 2 to 9 %, the 3 that became 3.5 and the 5 that became 5.5 stay or move.
+    grades = evaluate.summarise([row(i, d) for i, d in enumerate(DICE)], evaluate.Options(grades_percent=(3.2, 5.56)))
+    assert grades["steatosis_grades"]["counts"] == [[1, 1, 0], [0, 2, 0], [0, 0, 4]]
+    assert grades["steatosis_grades"]["share_equal"] == 7 / 8
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", text[text.index('id="grades"') : text.index("in their true class")])
+    assert cells == ["below 5.56 %", "<b>4</b>", "0", "from 5.56 %", "0", "<b>4</b>"]
+    assert report.grade_names([3.2, 5.56]) == ["below 3.2 %", "3.2 to 5.56 %", "from 5.56 %"]
+    assert "Light blue where mask and truth agree" in text
+    assert "cd" * 32 in text and "member 2: run seed</td><td><code>12345" in text
     review = text[text.index("Check these first") : text.index("All scans")]
     assert re.findall(r">(p\d)</a>", review) == ["p3", "p1"]  # the fifth of eight scans with the least expected Dice
 
