@@ -9,13 +9,16 @@ count as several measurements but are drawn, and counted in degrees of freedom, 
   Methods Med Res 2013, 22:630);
 - other means, concordance, ICC: bootstrap-t over patients (Efron and Tibshirani 1993, chapter 12), the two coefficients
   on Fisher's z scale, with standard errors from influence functions;
-- medians: percentiles of the same bootstrap; shares: Wilson's score interval;
+- medians, and means of which more than five resamples in a thousand have no spread, since nearly all patients have one
+  value: percentiles of the same bootstrap;
+- shares: Wilson's score interval, of several scans a patient with the effective number of scans (Korn and Graubard,
+  Surv Methodol 1998, 24:193);
 - largest errors: none, since a sample says nothing of how much larger the next one may be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,9 @@ CLOSE_PERCENT = 5.0
 RESAMPLES = 4000
 LIMITS = ("bias", "sd", "limit_of_agreement_lower", "limit_of_agreement_upper")
 LEAST_PATIENTS = 5  # fewer have too few different resamples for a bootstrap to mean anything
+MOST_WITHOUT_SPREAD = 0.005  # of the resamples, for a bootstrap-t interval
+NOTHING = 1e-7  # of a standard error that is zero but for rounding, relatively
+AT_A_TIME = 2**20  # weights, of as many resamples as that makes
 
 # A statistic as a function of the scans' weights [resamples, scans]: its value and its influence function.
 Statistic = Callable[[Array], tuple[Array, Array]]
@@ -58,35 +64,50 @@ class Bootstrap:
             drawn = np.random.default_rng(seed).multinomial(
                 self.patients, np.full(self.patients, 1 / self.patients), size=resamples
             )
-            self._times = drawn.astype(np.float64)  # [resamples, patients]
-            self.weights: Array = self._times @ self._member
+            self._times = drawn.astype(np.uint16)  # [resamples, patients]
 
     def t_interval(self, statistic: Statistic, low: float = -np.inf, high: float = np.inf) -> Interval:
         """The bootstrap-t interval of a statistic, cut to what the number can be at all."""
         if self.patients < LEAST_PATIENTS:
             return None
-        value, error = self._value_and_error(statistic, np.ones((1, self.scans)), np.ones((1, self.patients)))
-        values, errors = self._value_and_error(statistic, self.weights, self._times)
+        value, error = self._value_and_error(statistic, np.ones((1, self.patients)))
         if not np.isfinite(value[0]):
             return None
-        if error[0] == 0:  # all scans alike
+        parts = [self._value_and_error(statistic, times) for times in self._resamples()]
+        values, errors = (np.concatenate(part) for part in zip(*parts, strict=True))
+        finite = np.isfinite(values)
+        if error[0] <= NOTHING * max(1.0, abs(value[0])):  # all scans alike
             return [float(value[0])] * 2
-        usable = (errors > 0) & np.isfinite(values)
-        t = (values[usable] - value[0]) / errors[usable]
-        lower, upper = value[0] - np.quantile(t, TAILS[::-1]) * error[0]
+        usable = finite & (errors > NOTHING * error[0])
+        if usable.mean() < 1 - MOST_WITHOUT_SPREAD:
+            if not finite.any():
+                return None
+            lower, upper = np.quantile(values[finite], TAILS)
+        else:
+            t = (values[usable] - value[0]) / errors[usable]
+            lower, upper = value[0] - np.quantile(t, TAILS[::-1]) * error[0]
         return [float(max(lower, low)), float(min(upper, high))]
 
     def percentile_interval(self, statistic: Callable[[Array], Array]) -> Interval:
         """The percentiles of a statistic over the resamples."""
         if self.patients < LEAST_PATIENTS:
             return None
-        return [float(bound) for bound in np.quantile(statistic(self.weights), TAILS)]
+        values = np.concatenate([statistic(times @ self._member) for times in self._resamples()])
+        return [float(bound) for bound in np.quantile(values, TAILS)]
 
-    def _value_and_error(self, statistic: Statistic, weights: Array, times: Array) -> tuple[Array, Array]:
+    def _resamples(self) -> Iterator[Array]:
+        """How often each patient was drawn, float [some resamples, patients], so that memory stays small."""
+        step = max(1, AT_A_TIME // self.scans)
+        for first in range(0, len(self._times), step):
+            yield self._times[first : first + step].astype(np.float64)
+
+    def _value_and_error(self, statistic: Statistic, times: Array) -> tuple[Array, Array]:
+        weights = times @ self._member
         value, influence = statistic(weights)
-        own = (self._member @ influence.T).T  # a patient's scans move the number together
-        variance = (times * own**2).sum(axis=1) / weights.sum(axis=1) ** 2
-        return value, np.sqrt(variance * self.patients / (self.patients - 1))
+        with np.errstate(invalid="ignore"):  # a resample without spread has no coefficient
+            own = (self._member @ influence.T).T  # a patient's scans move the number together
+            variance = (times * own**2).sum(axis=1) / weights.sum(axis=1) ** 2
+            return value, np.sqrt(variance * self.patients / (self.patients - 1))
 
 
 def mean_of(values: Array) -> Statistic:
@@ -280,6 +301,35 @@ def wilson(successes: int, trials: int) -> Interval:
     return [float(bounds.low), float(bounds.high)]
 
 
+def share(is_so: npt.ArrayLike, patients: Sequence[str] | None = None) -> tuple[float | None, Interval]:
+    """A share of scans with Wilson's interval, for several scans a patient with the effective number of scans.
+
+    Args:
+        is_so: bool [scans]; patients: a name for each scan; None for a patient each.
+
+    Returns:
+        The share (None without scans) and its interval (None without scans, or with several of one patient alone).
+    """
+    values = np.asarray(is_so, np.float64)
+    n, hits = values.size, int(values.sum())
+    names = np.arange(n) if patients is None else np.asarray(patients)
+    _, owner = np.unique(names, return_inverse=True)
+    count = int(owner.max()) + 1 if n else 0
+    if count == n:
+        return (hits / n if n else None), wilson(hits, n)
+    if count == 1:
+        return hits / n, None
+    of_all = hits / n
+    own = np.bincount(owner, values - of_all)
+    variance = count / (count - 1) * float((own**2).sum()) / n**2
+    effective = min(n, of_all * (1 - of_all) / variance) if variance > 0 else count
+    effective *= float(stats.t.ppf(TAILS[1], n - 1) / stats.t.ppf(TAILS[1], count - 1)) ** 2
+    z2 = float(stats.norm.ppf(TAILS[1])) ** 2
+    middle = (of_all + z2 / (2 * effective)) / (1 + z2 / effective)
+    half = np.sqrt(z2 * (of_all * (1 - of_all) / effective + z2 / (4 * effective**2))) / (1 + z2 / effective)
+    return of_all, [float(max(middle - half, 0)), float(min(middle + half, 1))]
+
+
 def average(values: npt.ArrayLike, bootstrap: Bootstrap, low: float = -np.inf, high: float = np.inf) -> dict[str, Any]:
     """Mean, median, sd (n - 1), minimum and maximum of one number a scan, with intervals of mean and median.
 
@@ -358,7 +408,7 @@ def _relative(percent: Array, bootstrap: Bootstrap) -> dict[str, Any]:
     """The part of `agreement` in percent of the true number; None throughout where no true number is above 0."""
     limits = limits_of_agreement(percent, bootstrap.names) if percent.size else {"intervals": {}}
     size = np.abs(percent)
-    close = int((size < CLOSE_PERCENT).sum())
+    close, close_bounds = share(size < CLOSE_PERCENT, bootstrap.names)
     found = {f"{name}_percent": limits.get(name) for name in LIMITS}
     intervals = {f"{name}_percent": limits["intervals"].get(name) for name in LIMITS}
     if percent.size:
@@ -367,13 +417,13 @@ def _relative(percent: Array, bootstrap: Bootstrap) -> dict[str, Any]:
             "median_absolute_error_percent": float(np.median(size)),
             "median_error_percent": float(np.median(percent)),
             "largest_error_percent": float(size.max()),
-            "share_within_5_percent": close / percent.size,
+            "share_within_5_percent": close,
         }
         intervals |= {
             "mean_absolute_error_percent": bootstrap.t_interval(mean_of(size), low=0),
             "median_absolute_error_percent": bootstrap.percentile_interval(median_of(size)),
             "median_error_percent": bootstrap.percentile_interval(median_of(percent)),
-            "share_within_5_percent": wilson(close, percent.size),
+            "share_within_5_percent": close_bounds,
         }
     else:
         found |= dict.fromkeys((
@@ -383,54 +433,59 @@ def _relative(percent: Array, bootstrap: Bootstrap) -> dict[str, Any]:
     return {"n_percent": percent.size, **found, "intervals": intervals}
 
 
-def detection(predicted: npt.ArrayLike, true: npt.ArrayLike, threshold: float) -> dict[str, Any]:
+def detection(
+    predicted: npt.ArrayLike, true: npt.ArrayLike, threshold: float, patients: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Sensitivity and specificity of "at or above the threshold", such as steatosis at 5.56 % fat.
 
     Args:
         predicted: float [scans].
         true: float [scans], same unit and order.
         threshold: in that unit.
+        patients: a name for each scan; None for a patient each.
 
     Returns:
         threshold; true_positive, false_negative, true_negative, false_positive (scans); sensitivity, specificity, from
-        0 to 1 (None without positives or negatives); `intervals` of both, which take scans as independent.
+        0 to 1 (None without positives or negatives); `intervals` of both (`share`).
 
     Raises:
         ValueError: as `agreement`.
     """
     x, y = _pairs(predicted, true)
     found, is_so = x >= threshold, y >= threshold
-    hits, rejected = int((found & is_so).sum()), int((~found & ~is_so).sum())
-    positives, negatives = int(is_so.sum()), int((~is_so).sum())
+    names = [str(index) for index in range(x.size)] if patients is None else list(patients)
+    (sensitivity, of_sensitivity), (specificity, of_specificity) = (
+        share((found == is_so)[chosen], [names[index] for index in np.flatnonzero(chosen)])
+        for chosen in (is_so, ~is_so)
+    )
     return {
         "threshold": float(threshold),
-        "true_positive": hits,
-        "false_negative": positives - hits,
-        "true_negative": rejected,
-        "false_positive": negatives - rejected,
-        "sensitivity": hits / positives if positives else None,
-        "specificity": rejected / negatives if negatives else None,
-        "intervals": {"sensitivity": wilson(hits, positives), "specificity": wilson(rejected, negatives)},
+        "true_positive": int((found & is_so).sum()),
+        "false_negative": int((~found & is_so).sum()),
+        "true_negative": int((~found & ~is_so).sum()),
+        "false_positive": int((found & ~is_so).sum()),
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "intervals": {"sensitivity": of_sensitivity, "specificity": of_specificity},
     }
 
 
-def same_class(predicted: Sequence[int], true: Sequence[int], *, classes: int) -> dict[str, Any]:
+def same_class(
+    predicted: Sequence[int], true: Sequence[int], *, classes: int, patients: Sequence[str] | None = None
+) -> dict[str, Any]:
     """How often a class, such as a grade of steatosis, is the true one.
 
     Args:
         predicted: int [scans], from 0 to classes - 1; true: int [scans], same order; classes: number.
+        patients: a name for each scan; None for a patient each.
 
     Returns:
-        counts (int [true class][predicted class]), share_equal, and `intervals` of it, which take scans as independent.
+        counts (int [true class][predicted class]), share_equal, and `intervals` of it (`share`).
     """
     counts = np.zeros((classes, classes), int)
     np.add.at(counts, (np.asarray(true, int), np.asarray(predicted, int)), 1)
-    equal = int(np.trace(counts))
-    return {
-        "counts": counts.tolist(),
-        "share_equal": equal / len(true) if len(true) else None,
-        "intervals": {"share_equal": wilson(equal, len(true))},
-    }
+    equal, bounds = share(np.asarray(true) == np.asarray(predicted), patients)
+    return {"counts": counts.tolist(), "share_equal": equal, "intervals": {"share_equal": bounds}}
 
 
 def paired_difference(
@@ -450,8 +505,8 @@ def paired_difference(
 
     Returns:
         n (scans), patients; mean_difference and median_difference with `intervals` (bootstrap-t and percentiles);
-        better, equal, worse (patients whose mean of second is higher, equal or lower); wilcoxon_p, two-sided, of the
-        patients' mean differences (1.0 if all are zero; signed ranks, zeros left out as Wilcoxon did).
+        higher, equal, lower (patients whose mean of second is so); wilcoxon_p, two-sided, of the patients' mean
+        differences (1.0 if all are zero; signed ranks, zeros left out as Wilcoxon did).
 
     Raises:
         ValueError: as `agreement`.
@@ -461,14 +516,16 @@ def paired_difference(
     bootstrap = Bootstrap(patients, seed, resamples)
     _, owner, scans = np.unique(np.asarray(patients), return_inverse=True, return_counts=True)
     own = np.bincount(owner, differences) / scans
+    # Equal but for the last digits of binary fractions is equal: ranks would see a difference.
+    own = np.round(own / max(float(np.abs(own).max()), 1e-300), 9)
     return {
         "n": x.size,
         "patients": bootstrap.patients,
         "mean_difference": float(differences.mean()),
         "median_difference": float(np.median(differences)),
-        "better": int((own > 0).sum()),
+        "higher": int((own > 0).sum()),
         "equal": int((own == 0).sum()),
-        "worse": int((own < 0).sum()),
+        "lower": int((own < 0).sum()),
         "wilcoxon_p": float(stats.wilcoxon(own[own != 0]).pvalue) if own.any() else 1.0,
         "intervals": {
             "mean_difference": bootstrap.t_interval(mean_of(differences)),

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ SPLITS = ("validation", "test")
 REPORT = "report"
 CALIBRATION = "quality.json"
 CALIBRATION_KINDS = 3
+CALIBRATION_SCANS = 20  # more take minutes and tell nothing new
 PROVENANCE = (
     "config_sha256", "shards_sha256", "split_sha256", "code_sha256", "encoder_weights", "seed", "versions", "hardware",
     "started",
@@ -47,9 +50,10 @@ class Options:
     """How an evaluation is done.
 
     Args:
-        tolerances_mm: of the surface Dice; grades_percent: mean fat fractions at which steatosis grades begin.
+        tolerances_mm: of the surface Dice; grades_percent: mean fat fractions at which steatosis grades begin, besides
+            5.56 %.
         postprocessing: steps, None for what the model's card says; quality: whether to expect a Dice of every scan.
-        seed: of the bootstrap and of the scans made worse for the calibration; palette: of `overlays.PALETTES`.
+        seed: of the bootstrap; palette: of `overlays.PALETTES`.
     """
 
     tolerances_mm: Sequence[float] = TOLERANCES_MM
@@ -58,6 +62,11 @@ class Options:
     quality: bool = True
     seed: int = 0
     palette: str = "report"
+
+    @property
+    def thresholds_percent(self) -> list[float]:
+        """At which steatosis grades begin, ascending."""
+        return sorted({biomarkers.STEATOSIS_PERCENT, *self.grades_percent})
 
 
 @dataclass
@@ -74,25 +83,38 @@ class Study:
     segmenter: Segmenter
     manifest: dict[str, Any]
     classes: list[str] = field(init=False)
+    has_fat: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.classes = list(self.segmenter.info["labels"][1:])
+        # Where some scans are images of fat fractions, the others have empty columns.
+        self.has_fat = any(scan.card.kind == "fat_fraction" for scan in self.scans)
 
 
 def open_study(run: Path, split: str, model: Path | None = None) -> Study:
     """Loads a run's model, or another one, with the scans of the run's validation or test patients.
 
     Raises:
-        InputError: NOT_FOUND if the run has no model or no such patients; BAD_SPLIT if another model was trained on
-            them.
+        InputError: NOT_FOUND if the run has no model or not all of these patients; BAD_MODEL for a model of another
+            task or other classes; BAD_SPLIT if another model was trained on them.
     """
     path = run / "manifest.json"
     if not (run / "model" / "model.json").is_file() or not path.is_file():
         raise InputError("NOT_FOUND", f"Expected a trained run, received {run} without its model; train it first.")
     manifest = read_yaml(path)
+    if not {"split", "datasets"} <= set(manifest) or split not in manifest["split"]:
+        raise InputError("NOT_FOUND", f"Expected split and datasets of a trained run, received none in {path}.")
     patients = set(manifest["split"][split])
     scans = _scans(run, split, manifest)
     segmenter = Segmenter(model or run / "model")
+    if model is not None:
+        own = read_yaml(run / "model" / "model.json")
+        for key in ("task", "labels"):
+            if segmenter.info[key] != own[key]:
+                raise InputError(
+                    "BAD_MODEL",
+                    f"Expected a model of the run's {key}, {own[key]}, received {segmenter.info[key]} in {model}.",
+                )
     for member in segmenter.info.get("members", [segmenter.info]):
         seen = set(member.get("provenance", {}).get("split", {}).get("train", ()))
         if split == "test":
@@ -107,10 +129,18 @@ def open_study(run: Path, split: str, model: Path | None = None) -> Study:
 
 
 def _scans(run: Path, split: str, manifest: dict[str, Any]) -> list[Scan]:
+    """Scans of all patients of a part of the split; InputError if one of them is gone."""
     patients = set(manifest["split"][split])
     scans = [scan for scan in dataset_scans(load_experiment(run / "config.yaml").data) if scan.patient in patients]
-    if not scans:
-        raise InputError("NOT_FOUND", f"Expected scans of {split} patients, received none of those of {run}.")
+    gone = sorted(patients - {scan.patient for scan in scans})
+    if gone or not scans:
+        raise InputError(
+            "NOT_FOUND",
+            f"Expected scans of the {len(patients)} {split} patients of {run}, received none of"
+            f" {', '.join(gone[:5])}{' and others' if len(gone) > 5 else ''}."
+            if gone
+            else f"Expected {split} patients in {run}, received none.",
+        )
     return scans
 
 
@@ -132,14 +162,8 @@ def evaluate_run(
         InputError: see `open_study`; BAD_OUTPUT for a folder of other files, which is left as it is.
     """
     options = options or Options()
-    if (
-        out is not None
-        and out.exists()
-        and not (out.is_dir() and ((out / report.PAGE).is_file() or not any(out.iterdir())))
-    ):
-        raise InputError(
-            "BAD_OUTPUT", f"Expected --out to be a new folder or an earlier report, which is replaced, received {out}."
-        )
+    if out is not None:
+        _check_output(out, run if model is not None else None)
     study = open_study(run, split, model)
     calibration = calibrate(study, options) if options.quality and model is None else None
     folder = out or run / REPORT
@@ -163,11 +187,28 @@ def evaluate_run(
     return summary
 
 
+def _check_output(out: Path, run: Path | None) -> None:
+    """InputError BAD_OUTPUT for anything that writing a report would destroy, such as another model's run's own."""
+    mine = {report.PAGE, "patients.csv", "summary.json", "pictures"}
+    if run is not None and out.resolve() == (run / REPORT).resolve():
+        raise InputError("BAD_OUTPUT", f"Expected another folder than {out}, which is of the run's own model.")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InputError("BAD_OUTPUT", f"Expected --out to be a folder or nothing yet, received {out}.")
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    others = sorted(name for name in names - mine if not name.endswith((".png", ".svg")))
+    if names and (others or not mine <= names):
+        what = f"{others[0]} in it" if others else "no report"
+        raise InputError(
+            "BAD_OUTPUT",
+            f"Expected --out to be new, or an earlier report, which is replaced, received {out} with {what}.",
+        )
+
+
 def _measured(
     study: Study, options: Options, calibration: dict[str, Any] | None, pictures: Path
 ) -> Iterator[list[dict[str, Any]]]:
     """Of each scan its rows, one a class; draws its picture."""
-    for scan in study.scans:
+    for number, scan in enumerate(study.scans):
         image = read_image(scan)
         answer = study.segmenter.segment(image, postprocessing=options.postprocessing, keep=calibration is not None)
         true = read_labels(scan, image)
@@ -175,7 +216,7 @@ def _measured(
         if calibration is not None:
             value, reasons = quality.expected(calibration, quality.features(study.segmenter, answer))
             review = {"expected_dice": round(value, 4), "check": "; ".join(reasons)}
-        name = f"{scan.patient}_{scan.study}_{scan.card.scanner}.jpg".replace("/", "_")
+        name = f"{number:04d}_{scan.patient}_{scan.study}.jpg".replace("/", "_")
         overlays.strip(image, answer.mask, true, pictures / name, overlays.PALETTES[options.palette])
         rows = []
         for label, organ in enumerate(study.classes, start=1):
@@ -185,9 +226,10 @@ def _measured(
                     "patient": scan.patient,
                     "study": scan.study,
                     "scanner": scan.card.scanner,
+                    "dataset": scan.card.name,
                     "class": organ,
                     **overlap_row(mask.voxels == label, truth.voxels == label, mask.spacing_mm, options.tolerances_mm),
-                    **_biomarker_row(image, answer.mask, true, label, options.grades_percent),
+                    **_biomarker_row(image, answer.mask, true, label, options.thresholds_percent, study.has_fat),
                     **review,
                     "flags": "; ".join(answer.measurements["flags"]),
                     "picture": f"pictures/{name}",
@@ -220,18 +262,23 @@ def overlap_row(
 
 
 def _biomarker_row(
-    image: Volume, mask: Volume, truth: Volume, label: int, grades_percent: Sequence[float]
+    image: Volume, mask: Volume, truth: Volume, label: int, grades_percent: Sequence[float], has_fat: bool
 ) -> dict[str, Any]:
-    """Volumes and, in images of fat fractions, fat, predicted and true."""
+    """Volumes and, in images of fat fractions, fat, predicted and true; of other images None if `has_fat`."""
     row: dict[str, Any] = {}
     for name, volume in (("predicted", mask), ("true", truth)):
         row[f"{name}_voxels"] = int(np.count_nonzero(volume.voxels == label))
         row[f"{name}_volume_ml"] = round(biomarkers.volume_ml(volume, label), 3)
     true_ml = row["true_volume_ml"]
     row["volume_error_percent"] = round(100 * (row["predicted_volume_ml"] - true_ml) / true_ml, 3) if true_ml else None
-    if image.metadata.get("units") == "percent":
+    if has_fat:
+        is_fat = image.metadata.get("units") == "percent"
         for name, volume in (("predicted", mask), ("true", truth)):
-            fat = waterfat.fat_fraction_percent(image, volume, label)
+            fat = (
+                waterfat.fat_fraction_percent(image, volume, label)
+                if is_fat
+                else dict.fromkeys(("mean", "median", "sd"), None)
+            )
             row |= {f"{name}_fat_{key}_percent": value for key, value in fat.items()}
             mean = fat["mean"]
             row[f"{name}_steatosis_grade"] = None if mean is None else biomarkers.steatosis_grade(mean, grades_percent)
@@ -280,13 +327,17 @@ def _fat(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any]:
         for key in ("mean", "median")
     }
     means, medians = ((found[f"predicted_{key}"], found[f"true_{key}"]) for key in ("mean", "median"))
-    grades = [[biomarkers.steatosis_grade(value, options.grades_percent) for value in values] for values in means]
+    grades = [[biomarkers.steatosis_grade(value, options.thresholds_percent) for value in values] for values in means]
     return {
         # Percent of a percentage would mislead: errors are in points of fat fraction, the relative ones stay named so.
         "fat_fraction_percent": agreement.agreement(*means, patients=patients, seed=options.seed),
         "fat_fraction_median_percent": agreement.agreement(*medians, patients=patients, seed=options.seed),
-        "steatosis": [agreement.detection(*means, threshold=grade) for grade in options.grades_percent],
-        "steatosis_grades": agreement.same_class(*grades, classes=len(options.grades_percent) + 1),
+        "steatosis": [
+            agreement.detection(*means, threshold=grade, patients=patients) for grade in options.thresholds_percent
+        ],
+        "steatosis_grades": agreement.same_class(
+            *grades, classes=len(options.thresholds_percent) + 1, patients=patients
+        ),
     }
 
 
@@ -302,8 +353,10 @@ def _summary(
         "split": study.split,
         "class": study.classes[0],
         "encoder_weights": study.manifest.get("encoder_weights"),
-        "postprocessing": list(options.postprocessing or study.segmenter.info.get("postprocessing", [])),
-        "grades_percent": list(options.grades_percent),
+        "postprocessing": list(
+            study.segmenter.info.get("postprocessing", []) if options.postprocessing is None else options.postprocessing
+        ),
+        "grades_percent": list(options.thresholds_percent),
         "palette": options.palette,
         **summarise(first, options),
     }
@@ -314,40 +367,63 @@ def _summary(
     if len(study.classes) > 1:
         summary["classes"] = {organ: summarise(of_class[organ], options) for organ in study.classes[1:]}
     if calibration is not None:
-        errors = [abs(row["expected_dice"] - row["dice"]) for row in first]
+        errors = [abs(row["expected_dice"] - row["dice"]) for row in _of_scans(rows)]
         summary["quality"] = {
-            "mean_absolute_error": float(np.mean(errors)),
+            # Scans that the calibration was fitted on would look better than others.
+            "mean_absolute_error": None if study.split == "validation" else float(np.mean(errors)),
             **{key: calibration[key] for key in ("scans", "patients", "left_out_mean_absolute_error")},
         }
     return summary
 
 
+def _of_scans(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a scan, whose Dice is the mean over classes, as is the expected one."""
+    scans: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        scans.setdefault(row["picture"], []).append(row)
+    return [{**own[0], "dice": float(np.mean([row["dice"] for row in own]))} for own in scans.values()]
+
+
 def calibrate(study: Study, options: Options) -> dict[str, Any] | None:
     """What features say of Dice, fitted once on the run's validation patients and kept beside its model."""
     path = study.run / CALIBRATION
-    weights = study.segmenter.info["weights_sha256"]
+    every = _scans(study.run, "validation", study.manifest)
+    chosen = np.unique(np.linspace(0, len(every) - 1, min(len(every), CALIBRATION_SCANS)).round().astype(int))
+    validation = [every[index] for index in chosen]
+    made = {
+        "weights_sha256": study.segmenter.info["weights_sha256"],
+        "scans": [f"{scan.card.name} {scan.patient} {scan.study}" for scan in validation],
+        "postprocessing": None if options.postprocessing is None else list(options.postprocessing),
+    }
     if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["weights_sha256"] == weights and kept["seed"] == options.seed:
+        kept = read_yaml(path)
+        if "calibration" not in kept:
+            raise InputError("BAD_FILE", f"Expected a calibration, received none in {path}; remove it.")
+        if {key: kept.get(key) for key in made} == made:
             return kept["calibration"]
-    validation = _scans(study.run, "validation", study.manifest)
     found, dice, patients, original = [], [], [], []
     label = f"calibrating the expected Dice on {len(validation)} validation scans"
     for number, scan in enumerate(command.progress(validation, label)):
         image = read_image(scan)
         # Three kinds of faults a scan, each scan the next three: all kinds come up, at half the passes of all for all.
         kinds = [KINDS[(CALIBRATION_KINDS * number + other) % len(KINDS)] for other in range(CALIBRATION_KINDS)]
-        for worse_image, worse_truth, kind in versions(image, read_labels(scan, image), kinds, options.seed + number):
-            answer = study.segmenter.segment(worse_image, keep=True)
+        for worse_image, worse_truth, kind in versions(image, read_labels(scan, image), kinds, number):
+            answer = study.segmenter.segment(worse_image, postprocessing=options.postprocessing, keep=True)
             found.append(quality.features(study.segmenter, answer))
-            dice.append(metrics.dice(answer.mask.voxels > 0, worse_truth.voxels > 0))
+            dice.append(mean_dice(answer.mask, worse_truth, len(study.classes)))
             patients.append(scan.patient)
             original.append(kind is None)
     calibration = quality.fit(found, dice, patients, original)
     with command.atomic(path) as temporary:
-        kept = {"weights_sha256": weights, "seed": options.seed, "calibration": calibration}
-        temporary.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps({**made, "calibration": calibration}, indent=1), encoding="utf-8")
     return calibration
+
+
+def mean_dice(mask: Volume, truth: Volume, classes: int) -> float:
+    """The mean over classes of the Dice of two masks on one grid; what the expected Dice is expected to be."""
+    return float(
+        np.mean([metrics.dice(mask.voxels == label, truth.voxels == label) for label in range(1, classes + 1)])
+    )
 
 
 def versions(
@@ -379,11 +455,16 @@ def _draw(
             figures.predicted_against_true(points, what, unit, folder / f"{name}_predicted")
             figures.bland_altman(points, summary[key], what, unit, folder / f"{name}_bland_altman")
     if "quality" in summary:
-        expected = [row["expected_dice"] for row in first]
-        figures.risk_coverage(expected, [row["dice"] for row in first], folder / "risk_coverage")
-        points = [{**row, "predicted": row["expected_dice"], "true": row["dice"]} for row in first]
+        scans = _of_scans(rows)
+        figures.risk_coverage(
+            [row["expected_dice"] for row in scans], [row["dice"] for row in scans], folder / "risk_coverage"
+        )
+        points = [{**row, "predicted": row["expected_dice"], "true": row["dice"]} for row in scans]
         figures.expected_against_true_dice(points, folder / "expected_dice")
-    for scanner in summary["by_scanner"]:
+    for number, scanner in enumerate(summary["by_scanner"]):
+        name_of = re.sub(r"[^\w.-]", "_", scanner)
+        if name_of != scanner:
+            name_of = f"{name_of}_{number}"  # two names may become one
         order = sorted((row["dice"], index) for index, row in enumerate(first) if row["scanner"] == scanner)
         chosen = {"median": order[len(order) // 2], "worst": order[0], "best": order[-1]}
         drawn: set[int] = set()
@@ -394,7 +475,7 @@ def _draw(
             image = read_image(study.scans[index])
             mask = study.segmenter.segment(image, postprocessing=options.postprocessing).mask
             title = f"{first[index]['patient']}, {scanner}: Dice {dice:.3f} (the {word} of {len(order)})"
-            name = f"overlay_{scanner}.png" if word == "median" else f"overlay_{scanner}_{word}.png"
+            name = f"overlay_{name_of}.png" if word == "median" else f"overlay_{name_of}_{word}.png"
             true, palette = read_labels(study.scans[index], image), overlays.PALETTES[options.palette]
             overlays.overlay_figure(image, mask, true, folder / name, title, palette=palette)
 
@@ -448,11 +529,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tolerances-mm", type=float, nargs="+", default=list(TOLERANCES_MM), help="of the surface Dice"
     )
     parser.add_argument(
-        "--grades-percent", type=float, nargs="+", default=[biomarkers.STEATOSIS_PERCENT],
-        help="mean fat fractions at which steatosis grades begin, ascending (default: 5.56)",
+        "--grades-percent", type=float, nargs="+", default=[],
+        help="mean fat fractions at which steatosis grades begin, besides 5.56",
     )  # fmt: skip
     parser.add_argument(
-        "--postprocessing", choices=STEPS, nargs="*", help="steps instead of those of the model's card; none for none"
+        "--postprocessing",
+        choices=STEPS,
+        nargs="*",
+        help="steps instead of those of the model's card, none for none; on validation patients only",
     )
     parser.add_argument(
         "--no-quality", action="store_true", help="leave out the expected Dice, and three of four passes of the network"
@@ -467,10 +551,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body(arguments: argparse.Namespace) -> None:
         grades, tolerances = arguments.grades_percent, arguments.tolerances_mm
-        if sorted(set(grades)) != grades or min(grades) <= 0:
-            raise InputError("BAD_ARGUMENT", f"Expected --grades-percent above 0 and ascending, received {grades}.")
-        if min(tolerances) < 0:
+        if not all(0 < grade < math.inf for grade in grades):
+            raise InputError("BAD_ARGUMENT", f"Expected --grades-percent above 0, received {grades}.")
+        if not all(0 <= tolerance < math.inf for tolerance in tolerances):
             raise InputError("BAD_ARGUMENT", f"Expected --tolerances-mm of 0 or more, received {tolerances}.")
+        if arguments.seed < 0:
+            raise InputError("BAD_ARGUMENT", f"Expected --seed of 0 or more, received {arguments.seed}.")
+        if arguments.postprocessing is not None and arguments.split != "validation":
+            raise InputError(
+                "BAD_ARGUMENT",
+                "Expected --split validation with --postprocessing, so that no test patient decides about it; export"
+                " the model with the steps chosen and measure that with --model.",
+            )
         if arguments.model is not None and arguments.out is None:
             raise InputError("BAD_ARGUMENT", "Expected --out with --model, since the run's report is of its own model.")
         options = Options(

@@ -55,6 +55,10 @@ def export_ensemble(models: Sequence[Path], folder: Path) -> dict[str, Any]:
     """
     members = [Segmenter(path) for path in models]
     cards = [member.info for member in members]
+    if len({card["weights_sha256"] for card in cards}) < len(cards):
+        raise InputError(
+            "BAD_ENSEMBLE", f"Expected models of other weights each, received {', '.join(map(str, models))}."
+        )
     for path, card in zip(models, cards, strict=True):
         for key in SHARED:
             if card.get(key) != cards[0].get(key):

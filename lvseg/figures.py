@@ -228,6 +228,25 @@ def _save(figure: Figure, path: Path) -> None:
                 figure.savefig(temporary, **options)
 
 
+def _metrics(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv, whose numbers are numbers."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        raise InputError("NOT_FOUND", f"Expected a run folder with metrics.csv, received none at {path}.")
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            int(row["step"])
+            for column, _, _ in CURVES:
+                float(row.get(column) or 0)
+    except (ValueError, KeyError, csv.Error) as error:
+        raise InputError("BAD_FILE", f"Expected the rows that training wrote, received others in {path}.") from error
+    if not rows:
+        raise InputError("BAD_FILE", f"Expected at least one validation, received none in {path}.")
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(
@@ -239,13 +258,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the charts")
 
     def body(arguments: argparse.Namespace) -> None:
+        folders = [folder.resolve() for folder in arguments.runs]
+        if len(set(folders)) < len(folders):
+            raise InputError("BAD_ARGUMENT", f"Expected every run once, received {' '.join(map(str, arguments.runs))}.")
+        several = len({folder.parent for folder in folders}) > 1
         runs: dict[str, list[list[dict[str, str]]]] = {}
-        for folder in arguments.runs:
-            path = folder / "metrics.csv"
-            if not path.is_file():
-                raise InputError("NOT_FOUND", f"Expected a run folder with metrics.csv, received none at {path}.")
-            with path.open(newline="", encoding="utf-8") as file:
-                runs.setdefault(FOLD.sub("", folder.resolve().name), []).append(list(csv.DictReader(file)))
+        for folder in folders:
+            name = FOLD.sub("", folder.name)
+            runs.setdefault(f"{folder.parent.name}/{name}" if several else name, []).append(_metrics(folder))
         for column, name, label in CURVES:
             if learning_curves(runs, column, label, arguments.out / name):
                 print(f"{arguments.out / name}.svg, .png")

@@ -62,7 +62,7 @@ def write(
         folder: with the charts (.svg), overlays (overlay_*.png) and `pictures/`; summary: of summary.json; rows: of
             patients.csv; provenance: what made the model and the report.
     """
-    judged = [row for row in rows if row["class"] == summary["class"] and "expected_dice" in row]
+    judged = [row for row in rows if row["class"] == summary["class"] and row.get("expected_dice") is not None]
     review = sorted(judged, key=lambda row: (row["expected_dice"], row["patient"]))
     parts = [("all", summary), *summary["by_scanner"].items()]
     parts += [(f"class {name}", part) for name, part in summary.get("classes", {}).items()]
@@ -93,10 +93,10 @@ def table(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str]]
     """The table of agreement: of each number what it is, its unit, and its value with interval in every part."""
     lines = []
     for section, key, name, unit, digits in LINES:
-        lines.append((name, unit, [_value(part.get(section), key, digits) for part in parts]))
+        lines.append((name, unit, [_value(part, section, key, digits) for part in parts]))
     for tolerance in sorted(key for key in parts[0] if key.startswith("surface_dice_")):
         name = f"surface Dice within {tolerance.removeprefix('surface_dice_').removesuffix('mm')} mm, mean"
-        lines.append((name, "", [_value(part.get(tolerance), "mean", 3) for part in parts]))
+        lines.append((name, "", [_value(part, tolerance, "mean", 3) for part in parts]))
     for section, what, unit, more in (
         ("volume_ml", "volume", "ml", 0),
         ("fat_fraction_percent", "fat fraction", "points", 1),
@@ -104,7 +104,7 @@ def table(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str]]
         if any(part.get(section) for part in parts):
             for chosen, own_unit, own_more in ((AGREEMENT, unit, more), (RELATIVE, "%", 0), (COEFFICIENTS, "", 0)):
                 for key, name, digits in chosen:
-                    values = [_value(part.get(section), key, digits + own_more) for part in parts]
+                    values = [_value(part, section, key, digits + own_more) for part in parts]
                     lines.append((f"{what}: {name}", own_unit, values))
     return lines
 
@@ -117,12 +117,12 @@ def grade_names(grades_percent: Sequence[float]) -> list[str]:
     return [f"below {grades_percent[0]:g} %", *between, f"from {grades_percent[-1]:g} %"]
 
 
-def _value(section: Mapping[str, Any] | None, key: str, digits: int) -> str:
-    """A number with its interval: "0.963 (0.958 to 0.967)"."""
+def _value(part: Mapping[str, Any], name: str, key: str, digits: int) -> str:
+    """A number with its interval, "0.963 (0.958 to 0.967)", and of how many scans it is where not of all."""
+    section = part.get(name)
     if section is None or section.get(key) is None:
         return "-"
     interval = section["intervals"].get(key)
-    own = page.number(section[key], digits)
-    return (
-        own if interval is None else f"{own} ({page.number(interval[0], digits)} to {page.number(interval[1], digits)})"
-    )
+    bounds = "" if interval is None else f" ({page.number(interval[0], digits)} to {page.number(interval[1], digits)})"
+    scans = section.get("scans", section.get("n_percent" if key.endswith("_percent") else "n"))
+    return page.number(section[key], digits) + bounds + (f", {scans} scans" if scans < part["scans"] else "")

@@ -5,7 +5,7 @@ import pytest
 
 from lvseg import compare
 
-FIELDS = ("patient", "study", "scanner", "class", "dice", "hausdorff_95_mm", "volume_error_percent")
+FIELDS = ("dataset", "patient", "study", "class", "dice", "hausdorff_95_mm", "volume_error_percent")
 
 
 def write(folder, dice, errors=None, patients=None):
@@ -16,7 +16,7 @@ def write(folder, dice, errors=None, patients=None):
         for index, value in enumerate(dice):
             name = patients[index] if patients else f"p{index}"
             table.writerow(
-                [name, "1", "ge", "liver", value, "" if index == 0 else 5.0, errors[index] if errors else ""]
+                ["ge", name, "1", "liver", value, "" if index == 0 else 5.0, errors[index] if errors else ""]
             )
     return folder
 
@@ -32,7 +32,11 @@ def test_differences_are_second_minus_first_patient_by_patient(tmp_path, capsys)
     assert found["hausdorff_95_mm"]["n"] == 5  # the first patient has none
     # By size: 4, 2, 1, 1, 3, 5 against 2, 2, 1, 1, 2, 5.
     assert found["volume_error_percent"]["mean_difference"] == pytest.approx(-3 / 6)
-    assert "liver, Dice" in capsys.readouterr().out
+    assert (
+        found["volume_error_percent"]["better"] == 2 and found["volume_error_percent"]["worse"] == 0
+    )  # less is better
+    shown = {line.split("   ")[0]: line.split()[-8:] for line in capsys.readouterr().out.splitlines()}
+    assert shown["liver, Dice"][0] == "6" and shown["liver, 95 % Hausdorff distance (mm)"][0] == "5"
 
 
 @pytest.mark.parametrize("patients", [["p0", "p1"], ["p0", "p1", "p9"]])
@@ -40,7 +44,7 @@ def test_other_scans_are_refused(tmp_path, capsys, patients):
     first = write(tmp_path / "a", [0.9, 0.9, 0.9])
     second = write(tmp_path / "b", [0.9] * len(patients), patients=patients)
     assert compare.main([str(first), str(second)]) == 2
-    assert "Expected two evaluations of the same scans, received p" in capsys.readouterr().err
+    assert "Expected two evaluations of the same scans, received ge p" in capsys.readouterr().err
 
 
 def test_what_was_not_evaluated_is_told(tmp_path, capsys):
@@ -49,3 +53,17 @@ def test_what_was_not_evaluated_is_told(tmp_path, capsys):
     (tmp_path / "patients.csv").write_text("a,b\n1,2\n")
     assert compare.main([str(tmp_path), str(tmp_path)]) == 2
     assert "Expected rows that lvseg.evaluate wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe", "in UTF-8"),
+        (b"dataset,patient,study,class,dice\na,p,1,liver,good\n", "could not convert string to float: 'good'"),
+        (b"dataset,patient,study,class,dice\na,p,1,liver,1\na,p,1,liver,0\n", "received two of one"),
+    ],
+)
+def test_broken_tables_are_one_sentence(tmp_path, capsys, content, said):
+    (tmp_path / "patients.csv").write_bytes(content)
+    assert compare.main([str(tmp_path), str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err

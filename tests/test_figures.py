@@ -47,7 +47,8 @@ def test_bland_altman_shows_bias_and_limits_and_names_who_is_outside(tmp_path):
     figures.bland_altman(ROWS, limits, "liver volume", "ml", tmp_path / "errors")
     shown = texts(tmp_path / "errors.svg")
     for name in ("bias", "limit_of_agreement_lower", "limit_of_agreement_upper"):
-        assert f"{limits[name]:+.3g}".replace("-", "") in shown.replace("\N{MINUS SIGN}", "").replace("-", "")
+        assert f"{limits[name]:+.3g}" in shown.split()
+    assert limits["bias"] > 0 > limits["limit_of_agreement_lower"]
     assert "p09" in shown and "p03" not in shown
 
 
@@ -67,15 +68,20 @@ def test_folds_of_one_name_are_a_line_with_the_range_around_it(tmp_path, monkeyp
     drawn, filled = {}, []
     plot, fill = Axes.plot, Axes.fill_between
     monkeypatch.setattr(
-        Axes, "plot", lambda self, x, y, **style: drawn.update({style["label"]: (x, y)}) or plot(self, x, y, **style)
+        Axes,
+        "plot",
+        lambda self, x, y, **style: (
+            drawn.update({(self.get_ylabel(), style["label"]): (x, y)}) or plot(self, x, y, **style)
+        ),
     )
     monkeypatch.setattr(
         Axes, "fill_between", lambda self, *band, **style: filled.append(band) or fill(self, *band, **style)
     )
     assert figures.main([*map(str, runs), "-o", str(tmp_path / "figures")]) == 0
-    steps, means = drawn["base (2 folds)"]
+    dice, volume = (label for column, _, label in figures.CURVES[:2])
+    steps, means = drawn[dice, "base (2 folds)"]
     assert steps == [100, 200] and means == pytest.approx([0.7, 0.85])
-    assert drawn["best"][1] in ([0.7, 0.95], [9.0, 3.0])
+    assert drawn[dice, "best"][1] == [0.7, 0.95] and drawn[volume, "best"][1] == [9.0, 3.0]
     assert filled == [([100, 200], [0.6, 0.8], [0.8, 0.9])]
     assert capsys.readouterr().out.count("\n") == 2  # no run has errors of fat
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
@@ -111,3 +117,21 @@ def test_the_same_chart_is_the_same_file_and_reads_in_grey(tmp_path):
     assert matplotlib.image.imread(tmp_path / "one.png").shape[2] == 4
     styles = [(figures.LINES[index], figures.MARKERS[index]) for index in range(len(figures.COLOURS))]
     assert len({str(line) for line, _ in styles}) == len({marker for _, marker in styles}) == len(styles)
+
+
+def test_runs_of_two_tasks_are_two_lines_and_none_is_drawn_twice(tmp_path, capsys):
+    runs = [write_run(tmp_path / task / "base-fold0", {100: 0.6}) for task in ("volume", "fatfraction")]
+    assert figures.main([*map(str, runs), "-o", str(tmp_path / "figures")]) == 0
+    shown = texts(tmp_path / "figures/dice.svg")
+    assert "volume/base" in shown and "fatfraction/base" in shown and "folds" not in shown
+    assert figures.main([str(runs[0]), str(runs[0]), "-o", str(tmp_path / "figures")]) == 2
+    assert "Expected every run once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "step,validation_dice\n", "step,validation_dice\n1,good\n", "dice\n0.5\n"])
+def test_a_broken_table_is_one_sentence(tmp_path, capsys, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.csv").write_text(content)
+    assert figures.main([str(tmp_path / "run"), "-o", str(tmp_path / "figures")]) == 2
+    assert str(tmp_path / "run/metrics.csv") in capsys.readouterr().err
+    assert not (tmp_path / "figures").exists()

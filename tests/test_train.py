@@ -19,7 +19,7 @@ from small_study import EXPERIMENT, ROOT, best_weights, command, rows, scan
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2 as plugin
 
-from lvseg import biomarkers, metrics
+from lvseg import biomarkers, metrics, overlays
 from lvseg.errors import InputError
 from lvseg.evaluate import evaluate_run
 from lvseg.predict import Segmenter
@@ -185,7 +185,8 @@ def test_evaluation_measures_the_test_patients_on_their_own_grids(trained, study
 def test_the_overlay_shows_the_scan_the_answer_and_the_truth(trained, in_study, monkeypatch):
     shown = {}
 
-    def note(image, predicted, true, path, title):
+    def note(image, predicted, true, path, title, palette):
+        assert palette == overlays.REPORT_COLOURS
         shown[path.stem] = (image, predicted, true, title)
 
     monkeypatch.setattr("lvseg.overlays.overlay_figure", note)
@@ -220,11 +221,22 @@ def test_a_step_compiled_by_xla_trains_as_one_that_is_not(study, tmp_path):
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_a_report_never_replaces_a_folder_of_other_files(trained, in_study, tmp_path):
-    (tmp_path / "mine.txt").write_text("kept")
-    with pytest.raises(InputError, match="Expected --out to be a new folder or an earlier report"):
-        evaluate_run(Path("runs/volume/small-fold0"), "test", out=tmp_path)
-    assert (tmp_path / "mine.txt").read_text() == "kept"
+def test_an_evaluation_needs_every_patient_and_a_model_of_the_same_classes(trained, in_study, tmp_path):
+    run = Path("runs/volume/small-fold0")
+    other = tmp_path / "model"
+    shutil.copytree(trained / "model", other)
+    card = json.loads((other / "model.json").read_text())
+    (other / "model.json").write_text(json.dumps({**card, "labels": ["background", "kidney"]}))
+    with pytest.raises(InputError, match=r"Expected a model of the run's labels, \['background', 'organ'\], received"):
+        evaluate_run(run, "test", model=other, out=tmp_path / "out")
+    patient = in_study / "raw/b/b-001"
+    patient.rename(tmp_path / "b-001")
+    try:
+        with pytest.raises(InputError, match=r"Expected scans of the 2 test patients of .*, received none of b-001"):
+            evaluate_run(run, "test", out=tmp_path / "out")
+    finally:
+        (tmp_path / "b-001").rename(patient)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_untrained_run_is_refused(study, tmp_path):

@@ -15,9 +15,11 @@
     const cell = row.cells[column];
     return cell.dataset.value === undefined ? cell.textContent.trim() : parseFloat(cell.dataset.value);
   };
-  const order = (one, other) => typeof one === "number"
-    ? (isNaN(one) ? 1 : isNaN(other) ? -1 : one - other)
-    : one.localeCompare(other, "en", {numeric: true});
+  const order = (one, other, sign) => {
+    if (typeof one !== "number") return sign * one.localeCompare(other, "en", {numeric: true});
+    if (isNaN(one) || isNaN(other)) return isNaN(one) - isNaN(other); // what has no number comes last, either way
+    return sign * (one - other);
+  };
   for (const head of table.tHead.rows[0].cells) {
     const button = head.querySelector("button");
     if (!button) continue;
@@ -25,7 +27,7 @@
       const up = head.getAttribute("aria-sort") !== "ascending";
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      rows.sort((one, other) => (up ? 1 : -1) * order(key(one, head.cellIndex), key(other, head.cellIndex)));
+      rows.sort((one, other) => order(key(one, head.cellIndex), key(other, head.cellIndex), up ? 1 : -1));
       body.append(...rows);
     });
   }

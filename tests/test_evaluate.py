@@ -1,0 +1,176 @@
+"""Evaluation around a network whose answers are known: classes, several scans a patient, empty masks, odd names."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lvseg import evaluate
+from lvseg.errors import InputError
+from lvseg.predict import Segmentation
+from lvseg.volume import Volume
+
+AFFINE = np.array([[0, 0, 2.0, 0], [0, 2.0, 0, 0], [5.0, 0, 0, 0], [0, 0, 0, 1]])
+LABELS = ["background", "liver", "spleen"]
+# Dataset, patient, study, scanner, and by how many pixels the answer is shifted; None is an empty answer.
+SCANS = [
+    ("one", "p1", "1", "GE/MR 1.5T", 0), ("one", "p1", "2", "GE/MR 1.5T", 1), ("one", "p2", "1", "GE/MR 1.5T", None),
+    ("two", "p1", "1", "philips", 2), ("two", "p3", "1", "philips", 0), ("two", "p4/5", "1", "philips", 1),
+    ("two", "p4", "5_1", "philips", 0),
+]  # fmt: skip
+
+
+def labels(shift=0):
+    voxels = np.zeros((6, 40, 40), np.uint8)
+    voxels[1:5, 8:24, 6 + shift : 20 + shift] = 1
+    voxels[1:5, 26:34, 24 + shift : 34 + shift] = 2
+    return Volume(voxels, AFFINE)
+
+
+class Network:
+    """Answers by the scan's own intensity, which says by how much the mask is off."""
+
+    def __init__(self, names=LABELS):
+        self.info = {"task": "volume", "name": "fake", "labels": list(names), "weights_sha256": "ab" * 32,
+                     "provenance": {"seed": 4}}  # fmt: skip
+
+    def segment(self, image, postprocessing=None, keep=False):
+        shift = int(image.voxels[0, 0, 0])
+        mask = labels(shift) if shift < 9 else labels().with_voxels(np.zeros((6, 40, 40), np.uint8))
+        return Segmentation(mask, {"flags": [], "volume_ml": {"liver": 1.0}}, None, None)
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    """A function that evaluates these scans, and the folder of its report."""
+    shifts = [9 if shift is None else shift for *_, shift in SCANS]
+    scans = [
+        SimpleNamespace(
+            patient=patient, study=study, shift=shift,
+            card=SimpleNamespace(name=dataset, scanner=scanner, kind="intensity"),
+        )
+        for (dataset, patient, study, scanner, _), shift in zip(SCANS, shifts, strict=True)
+    ]  # fmt: skip
+    manifest = {"datasets": [{"name": "one", "citation": "made up", "licence": "none"}],
+                "split": {"train": [], "validation": [], "test": ["p1"]}}  # fmt: skip
+    monkeypatch.setattr(evaluate, "read_image", lambda scan: labels().with_voxels(
+        np.full((6, 40, 40), scan.shift, np.int16)))  # fmt: skip
+    monkeypatch.setattr(evaluate, "read_labels", lambda scan, image: labels())
+    monkeypatch.setattr(
+        evaluate, "open_study", lambda run, split, model: evaluate.Study(run, split, scans, Network(), manifest)
+    )
+
+    def run(**options):
+        evaluate.evaluate_run(tmp_path / "run", "test", evaluate.Options(quality=False, **options))
+        folder = tmp_path / "run" / "report"
+        with (folder / "patients.csv").open(newline="") as file:
+            return folder, list(csv.DictReader(file)), json.loads((folder / "summary.json").read_text())
+
+    return run
+
+
+def test_every_scan_and_class_has_a_row_and_every_scan_a_picture_of_its_own(report):
+    folder, rows, _ = report()
+    assert [(row["dataset"], row["patient"], row["study"]) for row in rows] == [
+        scan[:3] for scan in SCANS for _ in LABELS[1:]
+    ]
+    pictures = {row["picture"] for row in rows}
+    assert len(pictures) == len(SCANS) == len(list((folder / "pictures").iterdir()))
+    assert all((folder / picture).is_file() for picture in pictures)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count('class="card') == len(SCANS)
+    assert len(list(folder.glob("overlay_GE_MR_1.5T*.png"))) == 3  # a scanner's name is no path
+
+
+def test_numbers_by_hand_for_each_class(report):
+    _, rows, summary = report()
+    by_scan = {(row["dataset"], row["patient"], row["study"], row["class"]): row for row in rows}
+    # A liver 14 pixels wide that is shifted by one shares 13 of them, a spleen of 10 shares 9.
+    assert float(by_scan["one", "p1", "2", "liver"]["dice"]) == pytest.approx(13 / 14)
+    assert float(by_scan["one", "p1", "2", "spleen"]["dice"]) == pytest.approx(9 / 10)
+    empty = by_scan["one", "p2", "1", "liver"]
+    assert float(empty["dice"]) == 0 and empty["hausdorff_95_mm"] == "" and empty["precision"] == ""
+    volume_ml = 4 * 16 * 14 * 20 / 1000
+    assert float(empty["true_volume_ml"]) == pytest.approx(volume_ml) and float(empty["predicted_volume_ml"]) == 0
+    assert summary["scans"] == 7 and summary["patients"] == 5 and summary["hausdorff_95_mm"]["scans"] == 6
+    assert summary["dice"]["mean"] == pytest.approx((3 * 1 + 2 * 13 / 14 + 12 / 14 + 0) / 7)
+    assert summary["classes"]["spleen"]["dice"]["mean"] == pytest.approx((3 * 1 + 2 * 9 / 10 + 8 / 10 + 0) / 7)
+    assert summary["volume_ml"]["share_within_5_percent"] == pytest.approx(6 / 7)
+
+
+def test_numbers_that_some_scans_lack_say_of_how_many_they_are(report):
+    folder, _, _ = report()
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    line = page[page.index("95 % Hausdorff distance, mean") :].split("</tr>")[0]
+    assert ", 6 scans" in line and ", 2 scans" in line  # of all, and of one scanner
+    assert "scans" not in page[page.index("<td>Dice, mean") :].split("</tr>")[0]
+
+
+def test_steatosis_is_always_judged_at_its_usual_threshold_too():
+    assert evaluate.Options().thresholds_percent == [5.56]
+    assert evaluate.Options(grades_percent=(21.7, 16.3)).thresholds_percent == [5.56, 16.3, 21.7]
+
+
+def test_no_postprocessing_is_reported_as_none(report):
+    assert report()[2]["postprocessing"] == []
+    own = Network()
+    own.info["postprocessing"] = ["fill_holes"]
+    study = SimpleNamespace(segmenter=own, split="test", classes=["liver"], manifest={})
+    row = {"class": "liver", "scanner": "a", "patient": "p", "dice": 1.0, "precision": 1.0, "recall": 1.0,
+           "voxel_error_percent": 0.0, "surface_dice_1mm": 1.0, "surface_dice_3mm": 1.0, "hausdorff_95_mm": 0.0,
+           "mean_surface_distance_mm": 0.0, "predicted_volume_ml": 1.0, "true_volume_ml": 1.0, "predicted_voxels": 1,
+           "true_voxels": 1, "incomplete": ""}  # fmt: skip
+    for given, expected in ((None, ["fill_holes"]), ([], []), (["largest_component"], ["largest_component"])):
+        options = evaluate.Options(postprocessing=given, tolerances_mm=(1, 3))
+        assert evaluate._summary(study, options, [row], None)["postprocessing"] == expected
+
+
+def test_the_expected_dice_is_of_all_classes_together():
+    truth, found = labels(), labels(1)
+    assert evaluate.mean_dice(found, truth, 2) == pytest.approx((13 / 14 + 9 / 10) / 2)
+    rows = [{"picture": "a", "dice": 0.5, "class": "liver"}, {"picture": "a", "dice": 0.9, "class": "spleen"}]
+    (scan,) = evaluate._of_scans(rows)
+    assert scan["dice"] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("what", ["other files", "other files beside a page", "a page alone", "a link", "a file"])
+def test_a_report_replaces_nothing_but_a_report(tmp_path, what):
+    out = tmp_path / "out"
+    if what == "a file":
+        out.write_text("mine")
+    elif what == "a link":
+        (tmp_path / "target").mkdir()
+        out.symlink_to(tmp_path / "target")
+    else:
+        out.mkdir()
+        if what != "a page alone":
+            (out / "mine.txt").write_text("mine")
+        if what != "other files":
+            (out / "report.html").write_text("x")
+    with pytest.raises(InputError, match="Expected --out to be"):
+        evaluate._check_output(out, None)
+
+
+def test_a_report_replaces_an_earlier_one_but_not_the_runs_own_for_another_model(report, tmp_path):
+    folder, _, _ = report()
+    evaluate._check_output(folder, None)
+    evaluate._check_output(tmp_path / "new", tmp_path / "run")
+    with pytest.raises(InputError, match="of the run's own model"):
+        evaluate._check_output(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--grades-percent", "nan"], "--grades-percent above 0"),
+        (["--tolerances-mm", "1", "inf"], "--tolerances-mm of 0 or more"),
+        (["--seed", "-1"], "--seed of 0 or more"),
+        (["--postprocessing", "fill_holes"], "--split validation with --postprocessing"),
+        (["--model", "m"], "--out with --model"),
+    ],
+)
+def test_arguments_without_a_meaning_are_told(tmp_path, capsys, arguments, said):
+    assert evaluate.main(["--run", str(tmp_path), *arguments]) == 2
+    assert said in capsys.readouterr().err
