@@ -9,6 +9,8 @@ count as several measurements but are drawn, and counted in degrees of freedom, 
   Methods Med Res 2013, 22:630);
 - other means, concordance, ICC: bootstrap-t over patients (Efron and Tibshirani 1993, chapter 12), the two coefficients
   on Fisher's z scale, with standard errors from influence functions;
+- the same where one patient makes more than half of a number's variance: BCa (Efron, J Am Stat Assoc 1987, 82:171),
+  since resamples without that patient divide by next to nothing;
 - medians, and means of which more than five resamples in a thousand have no spread, since nearly all patients have one
   value: percentiles of the same bootstrap;
 - shares: Wilson's score interval, of several scans a patient with the effective number of scans (Korn and Graubard,
@@ -38,6 +40,7 @@ RESAMPLES = 4000
 LIMITS = ("bias", "sd", "limit_of_agreement_lower", "limit_of_agreement_upper")
 LEAST_PATIENTS = 5  # fewer have too few different resamples for a bootstrap to mean anything
 MOST_WITHOUT_SPREAD = 0.005  # of the resamples, for a bootstrap-t interval
+MOST_OF_ONE = 0.5  # of a number's variance that one patient may make, for a bootstrap-t interval
 NOTHING = 1e-7  # of a standard error that is zero but for rounding, relatively
 AT_A_TIME = 2**20  # weights, of as many resamples as that makes
 
@@ -70,11 +73,11 @@ class Bootstrap:
         """The bootstrap-t interval of a statistic, cut to what the number can be at all."""
         if self.patients < LEAST_PATIENTS:
             return None
-        value, error = self._value_and_error(statistic, np.ones((1, self.patients)))
+        value, error, own = self._value_and_error(statistic, np.ones((1, self.patients)))
         if not np.isfinite(value[0]):
             return None
         parts = [self._value_and_error(statistic, times) for times in self._resamples()]
-        values, errors = (np.concatenate(part) for part in zip(*parts, strict=True))
+        values, errors = (np.concatenate(part) for part in zip(*(part[:2] for part in parts), strict=True))
         finite = np.isfinite(values)
         if error[0] <= NOTHING * max(1.0, abs(value[0])):  # all scans alike
             return [float(value[0])] * 2
@@ -83,6 +86,8 @@ class Bootstrap:
             if not finite.any():
                 return None
             lower, upper = np.quantile(values[finite], TAILS)
+        elif (own**2).max() > MOST_OF_ONE * (own**2).sum():
+            lower, upper = np.quantile(values[finite], _bca_levels(values[finite], value[0], own[0]))
         else:
             t = (values[usable] - value[0]) / errors[usable]
             lower, upper = value[0] - np.quantile(t, TAILS[::-1]) * error[0]
@@ -101,13 +106,22 @@ class Bootstrap:
         for first in range(0, len(self._times), step):
             yield self._times[first : first + step].astype(np.float64)
 
-    def _value_and_error(self, statistic: Statistic, times: Array) -> tuple[Array, Array]:
+    def _value_and_error(self, statistic: Statistic, times: Array) -> tuple[Array, Array, Array]:
+        """Of each resample the statistic, its standard error, and what each patient moves it by."""
         weights = times @ self._member
         value, influence = statistic(weights)
         with np.errstate(invalid="ignore"):  # a resample without spread has no coefficient
             own = (self._member @ influence.T).T  # a patient's scans move the number together
             variance = (times * own**2).sum(axis=1) / weights.sum(axis=1) ** 2
-            return value, np.sqrt(variance * self.patients / (self.patients - 1))
+            return value, np.sqrt(variance * self.patients / (self.patients - 1)), own
+
+
+def _bca_levels(values: Array, value: float, influence: Array) -> Array:
+    """Which quantiles of the resamples are the interval's ends, given bias and skewness."""
+    bias = stats.norm.ppf(((values < value).mean() + (values <= value).mean()) / 2)
+    acceleration = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5)
+    z = bias + stats.norm.ppf(TAILS)
+    return np.asarray(stats.norm.cdf(bias + z / (1 - acceleration * z)))
 
 
 def mean_of(values: Array) -> Statistic:

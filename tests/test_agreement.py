@@ -285,11 +285,22 @@ def test_means_of_numbers_that_are_nearly_all_alike_have_an_interval_around_them
     assert [low, high] == pytest.approx(list(reference.confidence_interval), abs=0.12 * np.ptp(values))
 
 
+def test_one_patient_who_is_far_off_widens_an_interval_as_far_as_scipys_bca():
+    values = np.append(np.random.default_rng(5).normal(0.1, 0.03, 24), 1.5)
+    interval = average(values, Bootstrap(names(25)))["intervals"]["mean"]
+    reference = stats.bootstrap((values,), np.mean, method="BCa", n_resamples=4000, random_state=1)
+    assert interval == pytest.approx(list(reference.confidence_interval), abs=0.03)
+    true = np.linspace(1, 14, 25)
+    low, high = agreement(true + 2 * values, true)["intervals"]["concordance"]
+    assert 0.9 < low < high < 1
+
+
 def test_memory_of_the_bootstrap_does_not_change_its_numbers(monkeypatch):
     values, people = np.random.default_rng(1).normal(size=60), names(60)
     whole = average(values, Bootstrap(people))["intervals"]
     monkeypatch.setattr("lvseg.agreement.AT_A_TIME", 100)
-    assert average(values, Bootstrap(people))["intervals"] == whole
+    for name, bounds in average(values, Bootstrap(people))["intervals"].items():
+        assert bounds == pytest.approx(whole[name])
 
 
 def test_the_paired_difference_by_hand_and_by_scipy():
