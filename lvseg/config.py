@@ -107,8 +107,9 @@ class BiasField(Chance):
 
 
 class Noise(Chance):
-    """Adds Gaussian noise of a standard deviation up to this share of the intensity range."""
+    """Adds noise of a standard deviation up to this share of the intensity range, Gaussian or as magnitudes have it."""
 
+    kind: Literal["gaussian", "rician"] = "gaussian"
     max_sigma_percent: Annotated[float, Field(gt=0, le=100)] = 5.0
 
 
@@ -116,6 +117,44 @@ class Resolution(Chance):
     """Blurs slices as if scanned with pixels up to this many times as large."""
 
     max_factor: Annotated[float, Field(gt=1, le=8)] = 2.0
+
+
+class Blur(Chance):
+    """Blurs slices in their plane by a Gaussian of a standard deviation up to this."""
+
+    max_sigma_px: Annotated[float, Field(gt=0, le=8)] = 1.0
+
+
+class Thickness(Chance):
+    """Mixes every slice with its neighbours in the stack, up to this share of each, as thicker slices do."""
+
+    max_share: Annotated[float, Field(gt=0, le=0.3333)] = 0.25
+
+
+class Ghosts(Chance):
+    """Adds shifted copies of up to this share of the signal along rows or columns, as breathing does."""
+
+    max_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+
+
+class FieldOfView(Chance):
+    """Cuts up to this share of the slice off at every side."""
+
+    max_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
+
+
+class Table(Chance):
+    """Puts a table below the patient, where the slice is dark."""
+
+
+class Arms(Chance):
+    """Puts arms beside the patient, where the slice is dark."""
+
+
+class Contrast(Chance):
+    """Renders simulated patients anew from their tissues: by sequences drawn at random, random intensities, or both."""
+
+    kind: Literal["physics", "random", "mixture"] = "mixture"
 
 
 class Augment(Keys):
@@ -129,6 +168,22 @@ class Augment(Keys):
     bias_field: BiasField | None = None
     noise: Noise | None = None
     resolution: Resolution | None = None
+    blur: Blur | None = None
+    thickness: Thickness | None = None
+    ghosts: Ghosts | None = None
+    field_of_view: FieldOfView | None = None
+    table: Table | None = None
+    arms: Arms | None = None
+    contrast: Contrast | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Augment:
+        if self.contrast is not None and self.elastic is not None and self.elastic.where == "host":
+            raise ValueError(
+                "expected elastic.where=device with contrast, which renders what was deformed, received"
+                " elastic.where=host"
+            )
+        return self
 
 
 class EarlyStopping(Keys):

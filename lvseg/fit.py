@@ -67,6 +67,13 @@ class Fit:
             data.size, data.neighbours, data.normalise, data.clip_percentiles, self.global_bounds,
             (*split.train, *split.validation),
         )  # fmt: skip
+        self._rendered = experiment.augment.contrast is not None
+        if self._rendered and not any(shards.card.tissues for shards in sets):
+            raise InputError(
+                "BAD_CONFIG",
+                "Expected a map of tissues in at least one of data.datasets for augment.contrast, received cards"
+                f" without `tissues`: {', '.join(shards.card.name for shards in sets)}.",
+            )
         if data.normalise == "none" and not scaled[0] < scaled[1]:
             raise InputError(
                 "BAD_SCANS",
@@ -225,8 +232,8 @@ class Fit:
 
         share = pipeline.Share(self.cluster.worker, self.cluster.workers, self.cluster.replicas)
         return pipeline.training_batches(
-            self.files, self.slices, self.reading, self.experiment.seed, self.experiment.train.batch_size,
-            data.shuffle_slices, step, deform, share,
+            self.files, self.slices, self.reading._replace(tissues=self._rendered), self.experiment.seed,
+            self.experiment.train.batch_size, data.shuffle_slices, step, deform, share,
         )  # fmt: skip
 
     def _distributed(self, step: int) -> Iterator[Any]:

@@ -1,4 +1,5 @@
-"""Intensity augmentation of slices: coarser pixels, bias field, gamma and noise, drawn anew for every sample.
+"""Intensity augmentation of slices as scanners differ, drawn anew for every sample: what lies beside the patient, thick
+slices, coarse pixels, blur, coils, ghosts, gamma, noise and the field of view.
 
 Masks stay as they are. Intensities are those that the network is trained on; `low` and `high` are the dark and the
 bright ones among the training patients, `low` standing for no signal. Seeds, and what every operation here has to be
@@ -20,6 +21,7 @@ from lvseg import augment, draws
 
 # The share of the frequencies kept, from their end, over which the window falls from 1 to 0.
 EDGE = 0.25
+DARK_SHARE = 0.1  # of the range, below which nothing of the patient is
 
 
 def intensity(
@@ -27,13 +29,15 @@ def intensity(
 ) -> tf.Tensor:
     """Changes the intensities of slices as other scanners would have.
 
-    In the order in which they come about: tissue is averaged over pixels, coils weigh what they receive, the sequence's
-    contrast bends it, and noise that nothing smooths any more comes last.
+    In the order in which they come about: what lies in the scanner is averaged over slices and pixels, coils weigh what
+    they receive, breathing repeats it, the sequence's contrast bends it, noise that nothing smooths any more comes on
+    top, and what is outside the field of view is lost.
 
     Args:
         stacks: float32 [B, size, size, C]; all channels of a sample change alike, but each has its own noise.
         seeds: int64 [B, 2], from `draws.sample_seeds` with ELASTIC_STREAM.
-        settings: the experiment's keys of `resolution`, `bias_field`, `gamma` and `noise`; null or absent is off.
+        settings: the experiment's keys of `table`, `arms`, `thickness`, `resolution`, `blur`, `bias_field`, `ghosts`,
+            `gamma`, `noise` and `field_of_view`; null or absent is off.
         low, high: intensities.
 
     Returns:
@@ -43,23 +47,24 @@ def intensity(
         ValueError: for a `high` that is not above `low`, slices that are not square, or whose size is unknown when
             traced.
     """
-    changes = {"resolution": _coarser, "bias_field": _shaded, "gamma": _bent, "noise": _noisy}
-    if not any(settings.get(name) for name in changes):
+    chosen: dict[str, Any] = {name: keys for name, keys in settings.items() if name in NAMES and keys}
+    if not chosen:
         return stacks
     _, size, width, _ = stacks.shape
     if size is None or size != width:
         raise ValueError(f"Expected square slices of a known size, received stacks.shape={stacks.shape}.")
     if not low < high:
         raise ValueError(f"Expected low below high, received low={low} and high={high}.")
-    for name, change in changes.items():
-        keys = settings.get(name)
-        if keys:
-            stacks = change(stacks, seeds, keys, low, high)
+    if "resolution" in chosen or "blur" in chosen:
+        chosen["smooth"] = {name: chosen.get(name) for name in ("resolution", "blur")}
+    for name, change in CHANGES.items():
+        if name in chosen:
+            stacks = change(stacks, seeds, chosen[name], low, high)
     return stacks
 
 
-def coarsen(stacks: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-    """Blurs slices in their plane as if scanned with larger pixels and interpolated to the present ones.
+def smooth(stacks: tf.Tensor, factor: tf.Tensor | float = 1.0, sigma_px: tf.Tensor | float = 0.0) -> tf.Tensor:
+    """Blurs slices in their plane as if scanned with larger pixels and interpolated to the present ones, or otherwise.
 
     A scanner with larger pixels measures fewer spatial frequencies, dampens the last of them against ringing and fills
     the missing ones with zeros (Bernstein, Fain and Riederer, J Magn Reson Imaging 14:270, 2001). Here a Tukey window
@@ -68,19 +73,23 @@ def coarsen(stacks: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
     Args:
         stacks: float32 [B, size, size, C], size known.
-        factor: float64 [B], how many times as large the pixels are, at least 1.
+        factor: float64 [B], how many times as large the pixels are, at least 1; or one number.
+        sigma_px: float64 [B], standard deviation in pixels of a Gaussian blur besides; or one number.
 
     Returns:
         float32 [B, size, size, C].
     """
     size = stacks.shape[1]
+    each = tf.zeros([tf.shape(stacks)[0], 1], tf.float64)
     # In float64, since GPUs may multiply float32 matrices as TF32, whose 10-bit mantissa would show as noise.
     cosines = tf.constant(_cosines(size))
-    frequency = factor[:, tf.newaxis] * (np.arange(size) / size)  # 1 is the Nyquist frequency of the larger pixels
-    window = 0.5 + 0.5 * tf.cos(math.pi * tf.clip_by_value((frequency - (1.0 - EDGE)) / EDGE, 0.0, 1.0))
-    low_pass = tf.einsum("ki,bkj->bij", cosines, window[:, :, tf.newaxis] * cosines)
-    blurred = tf.einsum("bri,bijk->brjk", low_pass, tf.cast(stacks, tf.float64))
-    return tf.cast(tf.einsum("bcj,brjk->brck", low_pass, blurred), tf.float32)
+    share = np.arange(size) / size  # 1 is the Nyquist frequency of the present pixels
+    of_coarser = (each + tf.reshape(tf.cast(factor, tf.float64), [-1, 1])) * share
+    window = 0.5 + 0.5 * tf.cos(math.pi * tf.clip_by_value((of_coarser - (1.0 - EDGE)) / EDGE, 0.0, 1.0))
+    window *= tf.exp(-0.5 * ((each + tf.reshape(tf.cast(sigma_px, tf.float64), [-1, 1])) * math.pi * share) ** 2)
+    matrix = tf.einsum("ki,bkj->bij", cosines, window[:, :, tf.newaxis] * cosines)
+    filtered = tf.einsum("bri,bijk->brjk", matrix, tf.cast(stacks, tf.float64))
+    return tf.cast(tf.einsum("bcj,brjk->brck", matrix, filtered), tf.float32)
 
 
 @functools.cache
@@ -91,9 +100,95 @@ def _cosines(size: int) -> npt.NDArray[np.float64]:
     return cosines
 
 
-def _coarser(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
-    log_factor = draws.strength(seeds, draws.RESOLUTION_STREAM, keys["probability"], 0.0, math.log(keys["max_factor"]))
-    return _where(log_factor, coarsen(stacks, tf.exp(log_factor)), stacks)
+def _smoother(stacks: tf.Tensor, seeds: tf.Tensor, settings: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
+    """Coarser pixels and blur in one go, since each alone costs as much as both."""
+    nothing = tf.zeros([tf.shape(stacks)[0]], tf.float64)
+    log_factor, sigma = nothing, nothing
+    if keys := settings.get("resolution"):
+        bound = math.log(keys["max_factor"])
+        log_factor = draws.strength(seeds, draws.RESOLUTION_STREAM, keys["probability"], 0.0, bound)
+    if keys := settings.get("blur"):
+        sigma = draws.strength(seeds, draws.BLUR_STREAM, keys["probability"], 0.0, keys["max_sigma_px"])
+    return _where(log_factor + sigma, smooth(stacks, tf.exp(log_factor), sigma), stacks)
+
+
+def _thicker(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
+    """The stack's own ends go on, as the volume's do."""
+    share = draws.strength(seeds, draws.THICKNESS_STREAM, keys["probability"], 0.0, keys["max_share"])
+    before = tf.concat([stacks[..., :1], stacks[..., :-1]], axis=-1)
+    after = tf.concat([stacks[..., 1:], stacks[..., -1:]], axis=-1)
+    return _where(share, stacks + _of_sample(share) * (before + after - 2.0 * stacks), stacks)
+
+
+def _ghosted(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
+    """Two copies, up and down the axis along which the phase is encoded, each of half the share."""
+    share = draws.strength(seeds, draws.GHOST_STREAM, keys["probability"], 0.0, keys["max_share"])
+    drawn = draws.uniform_of_each(seeds, draws.GHOST_SHIFT_STREAM, 2)
+    size = stacks.shape[1]
+    # int64, whose arithmetic stays on a GPU.
+    by = tf.cast(tf.round((0.15 + 0.35 * drawn[:, 0]) * size), tf.int64)[:, tf.newaxis]
+    ghosts = tf.zeros_like(stacks)
+    for sign in (1, -1):
+        index = tf.math.floormod(np.arange(size) - sign * by, size)
+        rows = tf.gather(stacks, index, axis=1, batch_dims=1)
+        columns = tf.gather(stacks, index, axis=2, batch_dims=1)
+        along_rows = (drawn[:, 1] < 0.5)[:, tf.newaxis, tf.newaxis, tf.newaxis]
+        ghosts += 0.5 * (tf.where(along_rows, rows, columns) - low)
+    return _where(share, stacks + _of_sample(share) * (ghosts - (stacks - low)), stacks)
+
+
+def _cut(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
+    """What was outside is dark, as what a scan is padded with."""
+    is_cut = draws.strength(seeds, draws.VIEW_STREAM, keys["probability"], 1.0, 1.0)
+    sides = tf.cast(keys["max_share"] * draws.uniform_of_each(seeds, draws.VIEW_CUT_STREAM, 4), tf.float32)
+    middle = (np.arange(stacks.shape[1], dtype=np.float32) + 0.5) / stacks.shape[1]
+    rows = (middle > sides[:, 0, tf.newaxis]) & (middle < 1.0 - sides[:, 1, tf.newaxis])
+    columns = (middle > sides[:, 2, tf.newaxis]) & (middle < 1.0 - sides[:, 3, tf.newaxis])
+    inside = (rows[:, :, tf.newaxis] & columns[:, tf.newaxis, :])[..., tf.newaxis]
+    return _where(is_cut, tf.where(inside, stacks, low), stacks)
+
+
+def _on_table(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
+    """A curved plate in the lowest fifth of the slice, two walls and less signal between them."""
+    is_there = draws.strength(seeds, draws.TABLE_STREAM, keys["probability"], 1.0, 1.0)
+    drawn = tf.cast(draws.uniform_of_each(seeds, draws.TABLE_SHAPE_STREAM, 5), tf.float32)[:, :, tf.newaxis, tf.newaxis]
+    row, column = _places(stacks.shape[1])
+    depth = row - (0.8 + 0.15 * drawn[:, 0]) + (0.1 + 0.4 * drawn[:, 1]) * (column - 0.5) ** 2
+    thickness = 0.02 + 0.05 * drawn[:, 2]
+    within = (depth > 0) & (depth < thickness)
+    wall = (depth < 0.25 * thickness) | (depth > 0.75 * thickness)
+    bright = 0.05 + 0.75 * drawn[:, 3]
+    share = tf.where(within, tf.where(wall, bright, bright * drawn[:, 4]), 0.0)
+    return _where(is_there, _in_the_dark(stacks, share, low, high), stacks)
+
+
+def _with_arms(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
+    """Two ellipses at the sides: fat around muscle around two bones, each as bright as it happens to be."""
+    is_there = draws.strength(seeds, draws.ARMS_STREAM, keys["probability"], 1.0, 1.0)
+    drawn = tf.cast(draws.uniform_of_each(seeds, draws.ARMS_SHAPE_STREAM, 9), tf.float32)[:, :, tf.newaxis, tf.newaxis]
+    row, column = _places(stacks.shape[1])
+    share = tf.zeros_like(stacks[..., 0])
+    for side in (0, 1):
+        from_edge = column if side == 0 else 1.0 - column
+        across = (from_edge - 0.08 * drawn[:, 0 + side]) / (0.06 + 0.04 * drawn[:, 2])
+        along = (row - (0.35 + 0.3 * drawn[:, 3 + side])) / (0.07 + 0.05 * drawn[:, 5])
+        radius = tf.sqrt(across**2 + along**2)
+        bones = tf.minimum(tf.sqrt(across**2 + (along - 0.35) ** 2), tf.sqrt(across**2 + (along + 0.35) ** 2))
+        flesh = tf.where(radius < 0.8, drawn[:, 6], drawn[:, 7])
+        share = tf.where(radius < 1.0, tf.where(bones < 0.2, drawn[:, 8], flesh), share)
+    return _where(is_there, _in_the_dark(stacks, share, low, high), stacks)
+
+
+def _places(size: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Of every pixel its row [size, 1] and column [1, size] as shares of the slice."""
+    middle = (np.arange(size, dtype=np.float32) + 0.5) / size
+    return middle[:, None], middle[None, :]
+
+
+def _in_the_dark(stacks: tf.Tensor, share: tf.Tensor, low: float, high: float) -> tf.Tensor:
+    """Adds things, float32 [B, size, size] as shares of the range, where no slice of the stack shows anything."""
+    is_dark = tf.reduce_max(stacks, axis=-1, keepdims=True) < low + DARK_SHARE * (high - low)
+    return tf.where(is_dark & (share > 0)[..., tf.newaxis], low + share[..., tf.newaxis] * (high - low), stacks)
 
 
 def _shaded(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
@@ -121,17 +216,23 @@ def _noisy(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: fl
 
     def draw(seed: tf.Tensor) -> tf.Tensor:
         # In float32, since they are as many as pixels; two normal numbers of every pair (Box and Muller, 1958).
-        uniform = draws.uniform(seed, [2, (count + 1) // 2], tf.float32)
+        uniform = draws.uniform(seed, [2, pairs], tf.float32)
         radius, angle = tf.sqrt(-2.0 * tf.math.log(uniform[0])), 2.0 * math.pi * uniform[1]
-        normal = tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], axis=0)
-        return tf.reshape(normal[:count], shape)
+        return tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], axis=0)
 
+    is_rician = keys.get("kind", "gaussian") == "rician"
+    pairs = count if is_rician else (count + 1) // 2
     normal = tf.map_fn(
         draw,
         draws.of_stream(seeds, draws.NOISE_PIXEL_STREAM),
-        fn_output_signature=tf.TensorSpec(shape, tf.float32),
+        fn_output_signature=tf.TensorSpec([2 * pairs], tf.float32),
     )
-    return stacks + _of_sample(sigma) * normal
+    real = stacks + _of_sample(sigma) * tf.reshape(normal[:, :count], [-1, *shape])
+    if not is_rician:
+        return real
+    # A magnitude of two channels, of which the signal is in one (Gudbjartsson and Patz, Magn Reson Med 1995, 34:910).
+    imaginary = _of_sample(sigma) * tf.reshape(normal[:, count:], [-1, *shape])
+    return _where(sigma, low + tf.sqrt((real - low) ** 2 + imaginary**2), stacks)
 
 
 def _where(strength: tf.Tensor, changed: tf.Tensor, stacks: tf.Tensor) -> tf.Tensor:
@@ -141,3 +242,13 @@ def _where(strength: tf.Tensor, changed: tf.Tensor, stacks: tf.Tensor) -> tf.Ten
 
 def _of_sample(values: tf.Tensor) -> tf.Tensor:
     return tf.cast(values, tf.float32)[:, tf.newaxis, tf.newaxis, tf.newaxis]
+
+
+# In the order in which they come about; `smooth` is both that are in its place in NAMES.
+CHANGES = {
+    "table": _on_table, "arms": _with_arms, "thickness": _thicker, "smooth": _smoother, "bias_field": _shaded,
+    "ghosts": _ghosted, "gamma": _bent, "noise": _noisy, "field_of_view": _cut,
+}  # fmt: skip
+NAMES = (
+    "table", "arms", "thickness", "resolution", "blur", "bias_field", "ghosts", "gamma", "noise", "field_of_view",
+)  # fmt: skip

@@ -29,6 +29,7 @@ class Reading(NamedTuple):
     clip_percentiles: Sequence[float] | None
     global_bounds: Sequence[float] | None
     patients: Sequence[str] | None = None
+    tissues: bool = False
 
 
 class Samples(NamedTuple):
@@ -36,7 +37,9 @@ class Samples(NamedTuple):
 
     stack: uint16 [B, 2n+1, size, size] (float32 once deformed); mask: uint8 [B, size, size, 1];
     scale: float32 [B, 2n+1, 4], of each channel: slope, intercept, and the bounds for `preprocess.normalise`;
-    source: int32 [B, 2], which of the files a sample is of, and which of its slices.
+    source: int32 [B, 2], which of the files a sample is of, and which of its slices;
+    tissues: uint8 [B, 2n+1, size, size], the map of them, nothing but air for scans without one; [B, 0, size, size]
+    where not asked for.
 
     Channels come first until the device turns them, since a stack is then a stretch of its volume and is never copied.
     """
@@ -45,17 +48,20 @@ class Samples(NamedTuple):
     mask: tf.Tensor
     scale: tf.Tensor
     source: tf.Tensor
+    tissues: tf.Tensor
 
 
 class _Volume(NamedTuple):
     """A volume with its end slices repeated n times on each side, so that every stack is a stretch of it.
 
-    image: uint16 [S+2n, size, size]; mask: uint8 [S, size, size, 1]; scale: float32 [S+2n, 4], as in `Samples`.
+    image: uint16 [S+2n, size, size]; mask: uint8 [S, size, size, 1]; scale: float32 [S+2n, 4], as in `Samples`;
+    tissues: uint8 [S+2n, size, size], or [0, size, size].
     """
 
     image: tf.Tensor
     mask: tf.Tensor
     scale: tf.Tensor
+    tissues: tf.Tensor
 
 
 class Share(NamedTuple):
@@ -132,6 +138,9 @@ def training_batches(
             volume.mask[own],
             tf.slice(volume.scale, [own, 0], [channels, 4]),
             tf.stack([file, own]),
+            tf.slice(volume.tissues, [own, 0, 0], [channels, reading.size, reading.size])
+            if reading.tissues
+            else volume.tissues,
         )
         return Samples(*(part[tf.newaxis] for part in sample)) if alone else sample
 
@@ -190,20 +199,28 @@ def volume_samples(name: tf.Tensor, reading: Reading) -> tf.data.Dataset:
         volume = _volume(record, reading)
         around = tf.range(tf.shape(volume.mask)[0])[:, None] + tf.range(2 * reading.neighbours + 1)
         own = tf.stack([tf.zeros_like(around[:, 0]), tf.range(tf.shape(volume.mask)[0])], axis=1)
-        return Samples(tf.gather(volume.image, around), volume.mask, tf.gather(volume.scale, around), own)
+        tissues = (
+            tf.gather(volume.tissues, around)
+            if reading.tissues
+            else tf.zeros([tf.shape(own)[0], 0, reading.size, reading.size], tf.uint8)
+        )
+        return Samples(tf.gather(volume.image, around), volume.mask, tf.gather(volume.scale, around), own, tissues)
 
     return tf.data.TFRecordDataset(name).map(samples)
 
 
 def _volume(record: tf.Tensor, reading: Reading) -> _Volume:
-    volume = records.decode(record, reading.size, reading.patients)
+    volume = records.decode(record, reading.size, reading.patients, reading.tissues)
     low, high = preprocess.intensity_bounds(
         volume.statistics, reading.normalisation, reading.clip_percentiles, reading.global_bounds
     )
     scale = tf.stack([*(value + tf.zeros_like(low) for value in (volume.slope, volume.intercept)), low, high], axis=1)
     count, neighbours = tf.shape(volume.image)[0], reading.neighbours
     repeated = tf.clip_by_value(tf.range(-neighbours, count + neighbours), 0, count - 1)
-    return _Volume(tf.gather(volume.image, repeated), volume.mask[..., None], tf.gather(scale, repeated))
+    tissues = tf.zeros([0, reading.size, reading.size], tf.uint8)
+    if volume.tissues is not None:
+        tissues = tf.gather(volume.tissues, repeated)
+    return _Volume(tf.gather(volume.image, repeated), volume.mask[..., None], tf.gather(scale, repeated), tissues)
 
 
 def intensities(samples: Samples, normalisation: Normalisation) -> tf.Tensor:

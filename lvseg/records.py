@@ -62,7 +62,8 @@ class Harmonised:
 class Slices(NamedTuple):
     """A shard's volume as the pipeline sees it.
 
-    image: uint16 [S, size, size]; mask: uint8 [S, size, size]; slope, intercept: float32; statistics: of the scan.
+    image: uint16 [S, size, size]; mask: uint8 [S, size, size]; slope, intercept: float32; statistics: of the scan;
+    tissues: uint8 [S, size, size], nothing but air where the scan has no map of them, or None where not asked for.
     """
 
     image: tf.Tensor
@@ -70,6 +71,7 @@ class Slices(NamedTuple):
     slope: tf.Tensor
     intercept: tf.Tensor
     statistics: Statistics
+    tissues: tf.Tensor | None = None
 
 
 def voxels_sha256(voxels: Array) -> str:
@@ -118,7 +120,7 @@ def encode(volume: Harmonised) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
-def decode(serialised: tf.Tensor, size: int, patients: Sequence[str] | None = None) -> Slices:
+def decode(serialised: tf.Tensor, size: int, patients: Sequence[str] | None = None, tissues: bool = False) -> Slices:
     """Parses a serialised volume inside a TensorFlow graph.
 
     Args:
@@ -126,6 +128,7 @@ def decode(serialised: tf.Tensor, size: int, patients: Sequence[str] | None = No
         size: pixels of a side of the slices.
         patients: whose volumes may be read, so that training cannot see a test patient whatever file it is given; None
             for anybody's.
+        tissues: whether to read the map of tissues too.
 
     Raises:
         tf.errors.InvalidArgumentError: for a volume of somebody else.
@@ -150,12 +153,14 @@ def decode(serialised: tf.Tensor, size: int, patients: Sequence[str] | None = No
             "maximum": scalar,
             "percentiles": tf.io.FixedLenFeature([preprocess.PERCENTILE_STEPS + 1], tf.float32),
         },
-        sequence_features={"image": planes, "mask": planes, "slice_minimum": extreme, "slice_maximum": extreme},
+        sequence_features={"image": planes, "mask": planes, "slice_minimum": extreme, "slice_maximum": extreme}
+        | ({"tissues": tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)} if tissues else {}),
     )
     image = tf.io.decode_raw(lists["image"], tf.uint16, little_endian=True)
+    mask = _unpack(lists["mask"], size)
     return Slices(
         tf.reshape(image, [-1, size, size]),
-        _unpack(lists["mask"], size),
+        mask,
         context["slope"],
         context["intercept"],
         Statistics(
@@ -165,7 +170,12 @@ def decode(serialised: tf.Tensor, size: int, patients: Sequence[str] | None = No
             lists["slice_maximum"],
             context["percentiles"],
         ),
+        _tissues(lists["tissues"], mask, size) if tissues else None,
     )
+
+
+def _tissues(packed: tf.Tensor, mask: tf.Tensor, size: int) -> tf.Tensor:
+    return tf.cond(tf.size(packed) > 0, lambda: _unpack(packed, size), lambda: tf.zeros_like(mask))
 
 
 def _pack(labels: Array) -> list[bytes]:

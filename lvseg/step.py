@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from lvseg import augment, draws, intensity, losses, pipeline
+from lvseg import augment, draws, intensity, losses, pipeline, render
 from lvseg.config import Experiment
 from lvseg.devices import Cluster
 from lvseg.errors import InputError
@@ -17,7 +17,6 @@ from lvseg.optimiser import Adam, learning_rate, tf_variable
 from lvseg.pipeline import Samples
 
 SPATIAL = ("elastic", "flip", "rotate", "scale")
-INTENSITY = ("resolution", "bias_field", "gamma", "noise")
 
 
 def network(experiment: Experiment, classes: int, offset: float, scale: float, precision: str) -> keras.Model:
@@ -95,7 +94,8 @@ class Step:
         self._spatial = {
             name: settings[name] for name in SPATIAL if settings[name] and not (name == "elastic" and on_host)
         }
-        self._intensity = {name: settings[name] for name in INTENSITY if settings[name]}
+        self._intensity = {name: settings[name] for name in intensity.NAMES if settings[name]}
+        self._contrast = settings["contrast"]
         # Compiled by XLA by themselves: on a GPU their indices otherwise visit the host; on a CPU it is faster.
         self.move = tf.function(self._move, autograph=False, jit_compile=True)
         self.change = tf.function(self._change, autograph=False, jit_compile=True)
@@ -138,11 +138,11 @@ class Step:
         step = tf.convert_to_tensor(self.number)
         seeds = draws.sample_seeds(self.experiment.seed, draws.ELASTIC_STREAM, step, first + tf.range(self._a_device))
         if self._spatial:
-            stack, mask = self.move(tf.cast(samples.stack, tf.float32), samples.mask, seeds)
-            samples = samples._replace(stack=stack, mask=mask)
+            stack, mask, tissues = self.move(tf.cast(samples.stack, tf.float32), samples.mask, samples.tissues, seeds)
+            samples = samples._replace(stack=stack, mask=mask, tissues=tissues)
         stacks = pipeline.intensities(samples, self.experiment.data.normalise)
-        if self._intensity:
-            stacks = self.change(stacks, seeds)
+        if self._intensity or self._contrast:
+            stacks = self.change(stacks, samples.tissues, seeds)
 
         with tf.GradientTape() as tape:
             logits = self._logits([stacks, seeds], training=True)
@@ -171,12 +171,21 @@ class Step:
         self.sums.assign_add(tf.concat([tf.ones([1], tf.float64), sums], axis=0))
         self.number.assign_add(1)
 
-    def _move(self, stack: tf.Tensor, mask: tf.Tensor, seeds: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _move(
+        self, stack: tf.Tensor, mask: tf.Tensor, tissues: tf.Tensor, seeds: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Spatial augmentation of stacks as they travel, channels first; XLA makes the turns part of what it reads."""
-        moved, mask = augment.spatial(tf.transpose(stack, [0, 2, 3, 1]), mask, seeds, self._spatial)
-        return tf.transpose(moved, [0, 3, 1, 2]), mask
+        labels = tf.concat([mask, tf.transpose(tissues, [0, 2, 3, 1])], axis=-1)
+        moved, labels = augment.spatial(tf.transpose(stack, [0, 2, 3, 1]), labels, seeds, self._spatial)
+        return tf.transpose(moved, [0, 3, 1, 2]), labels[..., :1], tf.transpose(labels[..., 1:], [0, 3, 1, 2])
 
-    def _change(self, stacks: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
+    def _change(self, stacks: tf.Tensor, tissues: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
+        """The sample's own contrast comes first, then what scanners do to any."""
+        if self._contrast:
+            maps = tf.transpose(tissues, [0, 2, 3, 1])
+            stacks = render.contrast(
+                stacks, maps, seeds, self._contrast["kind"], self._contrast["probability"], *self._bounds
+            )
         return intensity.intensity(stacks, seeds, self._intensity, *self._bounds)
 
 

@@ -23,7 +23,7 @@ from lvseg import command
 from lvseg.cards import load_card
 from lvseg.config import Experiment, add_experiment_arguments, load_experiment
 from lvseg.errors import InputError
-from lvseg.keys import changed_keys, read_yaml
+from lvseg.keys import changed_keys, check_keys, read_yaml
 
 if TYPE_CHECKING:
     from lvseg.devices import Cluster
@@ -102,7 +102,8 @@ def _is_finished(run: Path, experiment: Experiment) -> bool:
     if not (run / "config.yaml").is_file() or not (run / "checkpoints" / "checkpoint").is_file():
         return False
     path = run / "config.yaml"
-    keys = changed_keys(read_yaml(path), experiment.model_dump())
+    # Keys that later versions know have their default in runs of earlier ones.
+    keys = changed_keys(check_keys(Experiment, read_yaml(path), str(path)).model_dump(), experiment.model_dump())
     if keys:
         raise InputError(
             "CHANGED_CONFIG",

@@ -6,15 +6,22 @@ import scipy.stats
 import tensorflow as tf
 from gpu_kernels import nodes, without_gpu_kernel
 
-from lvseg import augment, draws, intensity
+from lvseg import augment, draws, intensity, render
 
 LOW, HIGH = 100.0, 900.0
 ALL = {
+    "table": {"probability": 1.0},
+    "arms": {"probability": 1.0},
+    "thickness": {"max_share": 0.3, "probability": 1.0},
     "resolution": {"max_factor": 2.5, "probability": 1.0},
+    "blur": {"max_sigma_px": 2.0, "probability": 1.0},
     "bias_field": {"sigma": 0.3, "grid": 4, "probability": 1.0},
+    "ghosts": {"max_share": 0.2, "probability": 1.0},
     "gamma": {"max_gamma": 1.5, "probability": 1.0},
     "noise": {"max_sigma_percent": 5.0, "probability": 1.0},
+    "field_of_view": {"max_share": 0.4, "probability": 1.0},
 }
+OBJECTS = ("table", "arms")  # which appear where slices are dark
 
 
 def only(*names: str) -> dict[str, dict | None]:
@@ -54,7 +61,7 @@ def test_off_is_untouched(settings):
 @pytest.mark.parametrize("name", ALL)
 def test_probability_is_the_share_that_changes_and_the_others_stay_to_the_bit(name):
     count = 400
-    stacks = slices(count, 8, channels=1)
+    stacks = np.full((count, 32, 32, 3), LOW, np.float32) if name in OBJECTS else slices(count, 8)
     after = changed(stacks, {name: ALL[name] | {"probability": 0.3}})
     assert after.dtype == np.float32
     share = (after != stacks).any(axis=(1, 2, 3)).mean()
@@ -63,7 +70,8 @@ def test_probability_is_the_share_that_changes_and_the_others_stay_to_the_bit(na
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_sample_changes_the_same_whatever_the_batch(name):
-    stacks, seeds = tf.constant(slices(4, 24)), seeds_of(4)
+    dark = 1e-2 if name in OBJECTS else 1.0
+    stacks, seeds = tf.constant(LOW + dark * (slices(4, 24) - LOW)), seeds_of(4)
     together = intensity.intensity(stacks, seeds, only(name), LOW, HIGH)
     backwards = intensity.intensity(stacks[::-1], seeds[::-1], only(name), LOW, HIGH)
     np.testing.assert_allclose(backwards[::-1], together, rtol=1e-6)
@@ -71,15 +79,15 @@ def test_a_sample_changes_the_same_whatever_the_batch(name):
         one = slice(place, place + 1)
         alone = intensity.intensity(stacks[one], seeds[one], only(name), LOW, HIGH)
         np.testing.assert_allclose(alone, together[one], rtol=1e-6)
-    same = tf.constant(np.broadcast_to(slices(1, 24), (4, 24, 24, 3)))
+    same = tf.constant(np.broadcast_to(LOW + dark * (slices(1, 24) - LOW), (4, 24, 24, 3)))
     assert len({each.tobytes() for each in intensity.intensity(same, seeds, only(name), LOW, HIGH).numpy()}) == 4
 
 
-@pytest.mark.parametrize("name", ["bias_field", "gamma", "noise"])
+@pytest.mark.parametrize("name", ["thickness", "bias_field", "ghosts", "gamma", "noise", "field_of_view"])
 def test_none_changes_the_draw_of_another(name):
     """With those before it on, it does what it does alone to what they have made."""
     stacks = slices(3, 32)
-    before = {"bias_field": ["resolution"], "gamma": ["resolution", "bias_field"]}.get(name, list(ALL)[:3])
+    before = list(ALL)[: list(ALL).index(name)]
     so_far = changed(stacks, only(*before))
     with_it = changed(stacks, only(*before, name))
     alone = changed(so_far, only(name))
@@ -100,14 +108,17 @@ def test_no_two_draws_of_a_sample_share_a_stream(monkeypatch):
     spatial = {"flip": {"rows": 0.5, "columns": 0.5}, "rotate": {"max_degrees": 9.0, "probability": 0.5}}
     spatial |= {"scale": {"max_factor": 1.2, "probability": 0.5}}
     augment.spatial(tf.zeros([1, 8, 8, 1]), tf.zeros([1, 8, 8, 1], tf.uint8), seeds_of(1), spatial)
-    assert len(set(used)) == len(used) == 2 + 6 + 3
-    assert max(used) < draws.DROPOUT_STREAM  # whose layers count on from there
+    maps = tf.zeros([1, 8, 8, 1], tf.uint8)
+    render.contrast(tf.zeros([1, 8, 8, 1]), maps, seeds_of(1), "mixture", 1.0, LOW, HIGH)
+    assert len(set(used)) == len(used) == 2 + (3 + 1 + 2 + 2 + 1 + 2 + 2 + 2 + 1) + 3 + 6
+    # Dropout's layers count on from their own, and there are fewer than a thousand of them.
+    assert not any(draws.DROPOUT_STREAM <= stream < draws.DROPOUT_STREAM + 1000 for stream in used)
 
 
-def test_all_are_the_four_in_the_stated_order():
+def test_all_are_done_in_the_stated_order():
     stacks = slices(2, 32)
     one_by_one = stacks
-    for name in ("resolution", "bias_field", "gamma", "noise"):
+    for name in ALL:
         one_by_one = changed(one_by_one, only(name))
     np.testing.assert_allclose(changed(stacks, dict(reversed(ALL.items()))), one_by_one, rtol=1e-5, atol=1e-3)
 
@@ -116,7 +127,7 @@ def test_all_are_the_four_in_the_stated_order():
 def test_coarser_pixels_have_no_frequency_above_their_nyquist(size):
     stacks = np.random.default_rng(1).normal(500, 100, (3, size, size, 2)).astype(np.float32)
     factors = np.array([1.0, 1.6, 2.5])
-    after = intensity.coarsen(tf.constant(stacks), tf.constant(factors)).numpy().astype(np.float64)
+    after = intensity.smooth(tf.constant(stacks), tf.constant(factors)).numpy().astype(np.float64)
     spectra = [scipy.fft.dctn(each, axes=(1, 2), norm="ortho") for each in (stacks.astype(np.float64), after)]
     for factor, before, left in zip(factors, *spectra, strict=True):
         share = factor * np.arange(size) / size  # 1: half a period a large pixel
@@ -134,18 +145,18 @@ def test_coarser_pixels_lose_a_fine_wave_and_keep_a_coarse_one():
     size, column = 64, np.arange(64) + 0.5
     for half_periods, left in [(20, 1.0), (40, 0.0)]:
         wave = np.broadcast_to(np.cos(np.pi * half_periods * column / size), (1, size, size))[..., None]
-        after = intensity.coarsen(tf.constant(wave.astype(np.float32)), tf.constant([2.0], tf.float64))
+        after = intensity.smooth(tf.constant(wave.astype(np.float32)), tf.constant([2.0], tf.float64))
         np.testing.assert_allclose(after, left * wave, atol=1e-5)
-        after = intensity.coarsen(tf.constant(wave.swapaxes(1, 2).astype(np.float32)), tf.constant([2.0], tf.float64))
+        after = intensity.smooth(tf.constant(wave.swapaxes(1, 2).astype(np.float32)), tf.constant([2.0], tf.float64))
         np.testing.assert_allclose(after, left * wave.swapaxes(1, 2), atol=1e-5)
 
 
 def test_coarser_pixels_neither_wrap_around_nor_darken_the_edges():
     flat = np.full((1, 48, 48, 1), 700.0, np.float32)
     factor = tf.constant([3.0], tf.float64)
-    np.testing.assert_allclose(intensity.coarsen(tf.constant(flat), factor), flat, rtol=1e-6)
+    np.testing.assert_allclose(intensity.smooth(tf.constant(flat), factor), flat, rtol=1e-6)
     flat[:, :, 40:] = 0.0
-    assert np.abs(intensity.coarsen(tf.constant(flat), factor)[:, :, :8] - 700.0).max() < 10  # ringing, 1 %
+    assert np.abs(intensity.smooth(tf.constant(flat), factor)[:, :, :8] - 700.0).max() < 10  # ringing, 1 %
 
 
 def test_resolutions_are_log_uniform():
@@ -213,6 +224,93 @@ def test_noise_fills_slices_of_an_odd_number_of_pixels():
     noise = changed(stacks, only("noise"))
     assert noise.shape == stacks.shape
     assert all(len(np.unique(each)) > 220 for each in noise)
+
+
+def test_blur_is_scipys_gaussian():
+    stacks = slices(2, 48).astype(np.float64)
+    sigma = np.array([0.8, 2.0])
+    after = intensity.smooth(tf.constant(stacks, tf.float32), sigma_px=tf.constant(sigma)).numpy()
+    for own, before, wide in zip(after, stacks, sigma, strict=True):
+        reference = scipy.ndimage.gaussian_filter(before, wide, mode="reflect", axes=(0, 1), truncate=8)
+        np.testing.assert_allclose(own, reference, atol=2e-3 * (HIGH - LOW))
+
+
+def test_thicker_slices_are_means_with_their_neighbours():
+    stacks = slices(60, 8, channels=4)
+    after = changed(stacks, only("thickness")).astype(np.float64)
+    padded = np.concatenate([stacks[..., :1], stacks, stacks[..., -1:]], axis=-1).astype(np.float64)
+    curvature = padded[..., 2:] + padded[..., :-2] - 2 * padded[..., 1:-1]
+    share = ((after - stacks) * curvature).sum(axis=(1, 2, 3)) / (curvature**2).sum(axis=(1, 2, 3))
+    np.testing.assert_allclose(after, stacks + share[:, None, None, None] * curvature, atol=1e-2)
+    assert_uniform(np.clip(share, 0, 0.3), 0.0, 0.3)
+
+
+def test_ghosts_are_two_shifted_copies_along_one_axis():
+    size, count = 32, 40
+    stacks = np.full((count, size, size, 2), LOW, np.float32)
+    stacks[:, 10, 13] = HIGH
+    after = (changed(stacks, only("ghosts")) - LOW) / (HIGH - LOW)
+    np.testing.assert_allclose(after.sum(axis=(1, 2)), 1.0, rtol=1e-5)  # what is repeated is missing in its place
+    axes = set()
+    for each in after[..., 0]:
+        share = 1 - each[10, 13]
+        places = np.argwhere((each > 1e-6) & (each < each.max()))
+        axis = int((places[:, 0] == 10).all())
+        assert (places[:, 1 - axis] == (10, 13)[1 - axis]).all()
+        shifts = sorted(int(shift) for shift in (places[:, axis] - (10, 13)[axis]) % size)
+        assert sum(shifts) == size or len(shifts) == 1
+        np.testing.assert_allclose(each[tuple(places.T)].sum(), share, rtol=1e-4)
+        assert 0 < share < 0.2
+        axes.add(axis)
+    assert axes == {0, 1}
+
+
+def test_outside_the_field_of_view_is_dark_and_inside_untouched():
+    stacks = np.full((100, 40, 40, 2), HIGH, np.float32)
+    after = changed(stacks, only("field_of_view"))
+    assert set(np.unique(after)) == {LOW, HIGH}
+    for each in after == HIGH:
+        rows, columns = each.any(axis=(1, 2)), each.any(axis=(0, 2))
+        np.testing.assert_array_equal(each, np.broadcast_to((rows[:, None] & columns)[..., None], each.shape))
+        for side in (rows, rows[::-1], columns, columns[::-1]):
+            first = int(np.argmax(side))
+            assert first <= 16 and side[first : 40 - 16].all()
+    cut = (after == LOW).mean(axis=(2, 3))[:, 0]
+    assert 0 < cut.mean() < 1
+
+
+def test_tables_lie_below_and_arms_beside_and_neither_on_the_patient():
+    size, count = 96, 60
+    row, column = np.mgrid[:size, :size] / size
+    body = ((row - 0.5) / 0.28) ** 2 + ((column - 0.5) / 0.36) ** 2 < 1
+    stacks = np.where(body[None, ..., None], 500.0, LOW + 10).astype(np.float32) * np.ones((count, 1, 1, 2), np.float32)
+    for name, where in (("table", row > 0.6), ("arms", (column < 0.3) | (column > 0.7))):
+        difference = changed(stacks, only(name)) != stacks
+        assert not difference[:, body].any() and not difference[:, ~where].any()
+        shares = difference.mean(axis=(1, 2, 3))
+        assert 0.002 < np.median(shares) < 0.2
+        np.testing.assert_array_equal(difference[..., 0], difference[..., 1])
+    arms = changed(stacks, only("arms")) != stacks
+    assert (arms[:, :, : size // 2].any(axis=(1, 2, 3)) & arms[:, :, size // 2 :].any(axis=(1, 2, 3))).mean() > 0.9
+
+
+def test_rician_noise_is_the_magnitude_of_two_channels():
+    signal = np.array([0.0, 20.0, 60.0], np.float32)
+    stacks = LOW + np.broadcast_to(signal[:, None], (60, 3, 2000)).reshape(60, 3 * 2000)[:, :5625]
+    stacks = np.ascontiguousarray(stacks).reshape(60, 75, 75, 1).astype(np.float32)
+    noisy = {"noise": ALL["noise"] | {"kind": "rician"}}
+    after = changed(stacks, noisy).astype(np.float64).reshape(60, -1) - LOW
+    flat = stacks.reshape(60, -1) - LOW
+    assert after.min() >= 0
+    for own, before in zip(after, flat, strict=True):
+        sigma = own[before == 0].mean() / np.sqrt(np.pi / 2)  # Rayleigh
+        if sigma < 4:
+            continue
+        for level in signal:
+            reference = scipy.stats.rice(level / sigma, scale=sigma)
+            found = own[before == level]
+            assert found.mean() == pytest.approx(reference.mean(), abs=5 * reference.std() / np.sqrt(found.size))
+            assert found.std() == pytest.approx(reference.std(), rel=0.1)
 
 
 def test_eager_graph_and_xla_agree():
