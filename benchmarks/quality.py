@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from lvseg import command, evaluate, metrics, quality
+from lvseg import command, evaluate, quality
 from lvseg.cards import read_image, read_labels
 from lvseg.degrade import KINDS
 
@@ -39,7 +39,7 @@ def measure(run: Path) -> list[dict[str, object]]:
         for worse, truth, kind in evaluate.versions(image, read_labels(scan, image), KINDS, SEED + number):
             answer = study.segmenter.segment(worse, keep=True)
             expected, reasons = quality.expected(calibration, quality.features(study.segmenter, answer))
-            dice = metrics.dice(answer.mask.voxels > 0, truth.voxels > 0)
+            dice = evaluate.mean_dice(answer.mask, truth, len(study.classes))
             rows.append({"patient": scan.patient, "scanner": scan.card.scanner, "kind": kind or "original",
                          "dice": dice, "expected_dice": expected, "reasons": reasons})  # fmt: skip
     return rows

@@ -485,7 +485,7 @@ def _provenance(study: Study) -> dict[str, Any]:
     info = study.segmenter.info
     made = [
         {key: own.get(key) for key in PROVENANCE}
-        for own in (member["provenance"] for member in info.get("members", [info]))
+        for own in (member.get("provenance", {}) for member in info.get("members", [info]))
     ]
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -174,3 +174,46 @@ def test_a_report_replaces_an_earlier_one_but_not_the_runs_own_for_another_model
 def test_arguments_without_a_meaning_are_told(tmp_path, capsys, arguments, said):
     assert evaluate.main(["--run", str(tmp_path), *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A run with 30 validation scans, whose answers are off by one pixel, and what its calibration was fitted on."""
+    scans = [
+        SimpleNamespace(patient=f"p{number:02}", study="1", shift=1, card=SimpleNamespace(name="one", kind="intensity"))
+        for number in range(30)
+    ]
+    fitted = []
+    monkeypatch.setattr(evaluate, "_scans", lambda run, split, manifest: scans)
+    monkeypatch.setattr(evaluate, "read_image", lambda scan: labels().with_voxels(np.full((6, 40, 40), 1, np.int16)))
+    monkeypatch.setattr(evaluate, "read_labels", lambda scan, image: labels())
+    monkeypatch.setattr(evaluate, "versions", lambda image, truth, kinds, seed: [(image, truth, None)])
+    monkeypatch.setattr(evaluate.quality, "features", lambda segmenter, answer: {})
+    monkeypatch.setattr(
+        evaluate.quality, "fit", lambda found, dice, patients, original: fitted.append((dice, patients)) or {"fit": 1}
+    )
+    return evaluate.Study(tmp_path, "test", scans, Network(), {}), scans, fitted
+
+
+def test_the_calibration_is_fitted_once_for_its_weights_scans_and_postprocessing(study):
+    own, scans, fitted = study
+    for seed in (0, 5):  # of the bootstrap
+        assert evaluate.calibrate(own, evaluate.Options(seed=seed)) == {"fit": 1}
+    ((dice, patients),) = fitted
+    assert dice == pytest.approx([(13 / 14 + 9 / 10) / 2] * 20)
+    assert len(set(patients)) == 20 and patients[0] == "p00" and patients[-1] == "p29"  # from all of the list
+    evaluate.calibrate(own, evaluate.Options(postprocessing=["fill_holes"]))
+    scans.pop()
+    evaluate.calibrate(own, evaluate.Options())
+    own.segmenter.info["weights_sha256"] = "cd" * 32
+    evaluate.calibrate(own, evaluate.Options())
+    assert len(fitted) == 4
+
+
+@pytest.mark.parametrize("content", ["{}", "{", "[1]"])
+def test_a_damaged_calibration_is_one_sentence(study, content):
+    own, _, fitted = study
+    (own.run / "quality.json").write_text(content)
+    with pytest.raises(InputError, match=r"quality\.json"):
+        evaluate.calibrate(own, evaluate.Options())
+    assert (own.run / "quality.json").read_text() == content and not fitted

@@ -284,6 +284,8 @@ def test_an_ensemble_of_models_that_see_scans_unlike_is_refused(exported, tmp_pa
     shutil.copytree(exported, tmp_path / "one/model")
     with pytest.raises(InputError, match="Expected models of one normalisation, received patient"):
         publish([tmp_path / "one", tmp_path / "other"], tmp_path / "models")
+    with pytest.raises(InputError, match="Expected models of other weights each"):
+        publish([tmp_path / "one", tmp_path / "one"], tmp_path / "models")
     assert not list((tmp_path / "models").glob("*"))
 
 
