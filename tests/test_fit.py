@@ -120,9 +120,9 @@ def test_a_step_deforms_drops_out_and_draws_anew_by_step_and_sample(fit):
     batches = list(one._batches(0).take(2))
     drawn, calls, kept = [], [], one.step._logits
 
-    def move(stack, mask, seeds):
+    def move(stack, mask, tissues, seeds):
         drawn.append(seeds.numpy())
-        return stack + 1000.0, tf.ones_like(mask)
+        return stack + 1000.0, tf.ones_like(mask), tissues
 
     def logits(inputs, training):
         calls.append((inputs[0].numpy(), inputs[1].numpy(), training))
