@@ -192,12 +192,12 @@ def test_volumes_are_read_no_further_ahead_than_promised(many, monkeypatch):
     _, counts = many
     read, decode = [], records.decode
 
-    def noting(record, size, patients=None):
+    def noting(record, size, patients=None, tissues=False):
         def note(image):
             read.append(1)
             return image
 
-        slices = decode(record, size, patients)
+        slices = decode(record, size, patients, tissues)
         image = tf.ensure_shape(tf.numpy_function(note, [slices.image], tf.uint16), [None, SIZE, SIZE])
         return slices._replace(image=image)
 
