@@ -105,9 +105,15 @@ def displacement(seeds: tf.Tensor, sigma_px: float, grid: int) -> tf.Tensor:
         float32 [B, 2, grid, grid] in pixels, (row, column) first; independent normal numbers.
     """
 
-    def draw(seed: tf.Tensor) -> tf.Tensor:
-        drawn = uniform(seed, [2, 2, grid, grid])
-        normal = tf.sqrt(-2.0 * tf.math.log(drawn[0])) * tf.cos(2.0 * math.pi * drawn[1])  # Box and Muller, 1958
-        return tf.cast(tf.cast(sigma_px, tf.float64) * normal, tf.float32)
+    normal = tf.reshape(normal_of_each(seeds, 2 * grid * grid), [-1, 2, grid, grid])
+    return tf.cast(tf.cast(sigma_px, tf.float64) * normal, tf.float32)
 
-    return tf.map_fn(draw, seeds, fn_output_signature=tf.TensorSpec([2, grid, grid], tf.float32))
+
+def normal_of_each(seeds: tf.Tensor, count: int) -> tf.Tensor:
+    """Draws `count` independent normal numbers for each of seeds, int64 [B, 2]: float64 [B, count]."""
+
+    def draw(seed: tf.Tensor) -> tf.Tensor:
+        drawn = uniform(seed, [2, count])
+        return tf.sqrt(-2.0 * tf.math.log(drawn[0])) * tf.cos(2.0 * math.pi * drawn[1])  # Box and Muller, 1958
+
+    return tf.map_fn(draw, seeds, fn_output_signature=tf.TensorSpec([count], tf.float64))

@@ -21,6 +21,7 @@ from lvseg import augment, draws
 
 # The share of the frequencies kept, from their end, over which the window falls from 1 to 0.
 EDGE = 0.25
+SMOOTHING = ("resolution", "blur")
 DARK_SHARE = 0.1  # of the range, below which nothing of the patient is
 
 
@@ -55,8 +56,8 @@ def intensity(
         raise ValueError(f"Expected square slices of a known size, received stacks.shape={stacks.shape}.")
     if not low < high:
         raise ValueError(f"Expected low below high, received low={low} and high={high}.")
-    if "resolution" in chosen or "blur" in chosen:
-        chosen["smooth"] = {name: chosen.get(name) for name in ("resolution", "blur")}
+    if smoothing := {name: chosen[name] for name in SMOOTHING if name in chosen}:
+        chosen["smooth"] = smoothing
     for name, change in CHANGES.items():
         if name in chosen:
             stacks = change(stacks, seeds, chosen[name], low, high)
@@ -244,11 +245,9 @@ def _of_sample(values: tf.Tensor) -> tf.Tensor:
     return tf.cast(values, tf.float32)[:, tf.newaxis, tf.newaxis, tf.newaxis]
 
 
-# In the order in which they come about; `smooth` is both that are in its place in NAMES.
+# In the order in which they come about; `smooth` is all of SMOOTHING, and NAMES are the keys of an experiment.
 CHANGES = {
     "table": _on_table, "arms": _with_arms, "thickness": _thicker, "smooth": _smoother, "bias_field": _shaded,
     "ghosts": _ghosted, "gamma": _bent, "noise": _noisy, "field_of_view": _cut,
 }  # fmt: skip
-NAMES = (
-    "table", "arms", "thickness", "resolution", "blur", "bias_field", "ghosts", "gamma", "noise", "field_of_view",
-)  # fmt: skip
+NAMES = tuple(name for change in CHANGES for name in (SMOOTHING if change == "smooth" else (change,)))

@@ -88,7 +88,7 @@ def contrast(
     # GPUs have gather kernels for int32 but none for the narrower integers.
     tissues = tf.cast(tissues, tf.int32)
     picked = tf.gather(table, tissues, batch_dims=1)
-    control = _normal(seeds, draws.TEXTURE_STREAM, channels * TEXTURE_GRID**2)
+    control = draws.normal_of_each(draws.of_stream(seeds, draws.TEXTURE_STREAM), channels * TEXTURE_GRID**2)
     control = tf.reshape(tf.cast(control, tf.float32), [-1, channels, TEXTURE_GRID, TEXTURE_GRID])
     texture = augment.spline_surface(control, size)
     rendered = picked[..., 0] * tf.maximum(1.0 + picked[..., 1] * texture, 0.0)
@@ -108,7 +108,11 @@ def physics(seeds: tf.Tensor) -> tf.Tensor:
         float64 [B, tissues], 0 or more.
     """
     drawn = draws.uniform_of_each(seeds, draws.SEQUENCE_STREAM, 16)
-    z = tf.clip_by_value(tf.reshape(_normal(seeds, draws.TISSUE_STREAM, 5 * TISSUES), [-1, 5, TISSUES]), -2.2, 2.2)
+    z = tf.clip_by_value(
+        tf.reshape(draws.normal_of_each(draws.of_stream(seeds, draws.TISSUE_STREAM), 5 * TISSUES), [-1, 5, TISSUES]),
+        -2.2,
+        2.2,
+    )
     at_3t = tf.cast(drawn[:, 0] < 0.5, tf.float64)[:, tf.newaxis]
     field_t = 1.5 + 1.5 * at_3t
     rows = [AVERAGE[tissue] for tissue in Tissue]
@@ -223,14 +227,6 @@ def _log_between(lowest: float, highest: float, drawn: tf.Tensor) -> tf.Tensor:
 def _set(table: tf.Tensor, tissue: Tissue, values: tf.Tensor) -> tf.Tensor:
     """A table [B, tissues] with one column replaced, by values [B]."""
     return tf.where(np.arange(TISSUES) == int(tissue), values[:, tf.newaxis], table)
-
-
-def _normal(seeds: tf.Tensor, stream: int, count: int) -> tf.Tensor:
-    """Independent normal numbers of a stream for each seed: float64 [B, count]."""
-    drawn = draws.uniform_of_each(seeds, stream, 2 * count)
-    return tf.sqrt(-2.0 * tf.math.log(drawn[:, :count])) * tf.cos(
-        2.0 * math.pi * drawn[:, count:]
-    )  # Box and Muller, 1958
 
 
 def _of_sample(values: tf.Tensor) -> tf.Tensor:

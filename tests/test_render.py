@@ -65,9 +65,7 @@ def test_signals_of_an_average_person_follow_from_the_phantoms_equations(monkeyp
     """Without spread and agent, the echo's signal by `lvseg.phantom.physics`, for each sample's own sequence."""
     only_image(monkeypatch, "echo")
     monkeypatch.setattr(render, "CONCENTRATIONS", {})
-    monkeypatch.setattr(
-        render, "_normal", lambda seeds, stream, count: tf.zeros([tf.shape(seeds)[0], count], tf.float64)
-    )
+    monkeypatch.setattr(draws, "normal_of_each", lambda seeds, count: tf.zeros([tf.shape(seeds)[0], count], tf.float64))
     seeds = seeds_of(30)
     ours = table(seeds)
     drawn = draws.uniform_of_each(seeds, draws.SEQUENCE_STREAM, 16).numpy()
