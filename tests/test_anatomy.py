@@ -11,6 +11,7 @@ from lvseg.phantom.patients import draw_anatomy, drawn_liver_fat_percent, drawn_
 
 SEED = 11
 FOUND_IN_SOME = {Tissue.CYST, Tissue.LESION, Tissue.FOCAL_FAT}
+NEVER_FOUND = {Tissue.FREE_FLUID}  # but in varied patients
 # Drawn on purpose: patients of this seed whose livers hold each of them.
 PATIENTS = range(1, 5)
 
@@ -56,7 +57,7 @@ def test_organs_lie_where_they_belong(number):
 @pytest.mark.parametrize("number", PATIENTS)
 def test_a_body_holds_every_tissue_in_plausible_amounts(number):
     """Ranges are those of adults, widened for a grid of 4 mm."""
-    assert set(np.unique(coarse_map(number)[0])) | FOUND_IN_SOME == set(Tissue)
+    assert set(np.unique(coarse_map(number)[0])) | FOUND_IN_SOME == set(Tissue) - NEVER_FOUND
     assert 40 < volume_ml(number, Tissue.SPLEEN) < 500
     assert 120 < volume_ml(number, Tissue.KIDNEY, Tissue.KIDNEY_MEDULLA) < 600
     assert 4 < volume_ml(number, Tissue.GALLBLADDER) < 100

@@ -75,6 +75,8 @@ class Tissue(IntEnum):
     CONNECTIVE = 30
     """Fascia, tendon and other fibrous tissue."""
     INTERMUSCULAR_FAT = 31
+    FREE_FLUID = 32
+    """In the abdomen, in the chest and in cysts of the kidneys."""
 
 
 WHOLE_LIVER = (
@@ -313,9 +315,14 @@ class Anatomy:
         tissues = np.zeros((len(z), len(y), len(x)), dtype=np.uint8)
         largest_mm = float(np.abs(self.displacement_mm).max())  # splines lie within their control points
         heights = np.linspace(z[0] - largest_mm, z[-1] + largest_mm, 64)
-        side, front, back = (reach + largest_mm for reach in self.torso.reach_mm(heights))
+        side, front, back = self.torso.reach_mm(heights)
+        boxes = [(np.array([-side, -front]), np.array([side, back]))]
+        for low, high in (organ.box_mm() for organ in self.organs if organ.only_in is Tissue.AIR):
+            boxes.append((low[:2], high[:2]))
+        lowest = np.min([low for low, _ in boxes], axis=0) - largest_mm
+        highest = np.max([high for _, high in boxes], axis=0) + largest_mm
         # Half a scan is air, which is known without asking.
-        columns, rows = slice(*np.searchsorted(x, (-side, side))), slice(*np.searchsorted(y, (-front, back)))
+        columns, rows = (slice(*np.searchsorted(at, ends)) for at, *ends in zip((x, y), lowest, highest, strict=True))
         if tissues[:, rows, columns].size:
             tissues[:, rows, columns] = self._body(x[columns], y[rows], z, largest_mm)
         return tissues

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 from typing import Protocol as Interface
 
 import numpy as np
@@ -103,6 +104,7 @@ ATTENUATION: Mapping[Tissue, Attenuation] = {
     Tissue.FOCAL_FAT: Attenuation(LEAN_LIVER_HU, 4, 4, 50),
     Tissue.CONNECTIVE: Attenuation(65, 6, 6, 5),
     Tissue.INTERMUSCULAR_FAT: Attenuation(-94, 4, 7),
+    Tissue.FREE_FLUID: Attenuation(8, 5, 2),
 }
 # The shaft of the femur is dense, and its marrow is fat.
 THIGH_ATTENUATION: Mapping[Tissue, Attenuation] = {
@@ -172,6 +174,7 @@ class CtProtocol:
     padded: float
     also: tuple[Label, ...]
     place: Callable[[int, int], Subject]
+    varied: ClassVar[bool] = False
 
     def image(self, seed: int, number: int) -> Scan:
         """Draws one patient and scans it.
@@ -446,7 +449,9 @@ def _draw_attenuation(
         iodine: 0 without contrast medium, about 1 in the portal-venous phase.
         overrides: HU added to the mean of a tissue.
     """
-    off = {tissue: _normal(draw) for tissue in Tissue}
+    drawn = [tissue for tissue in Tissue if tissue != Tissue.FREE_FLUID]
+    off: dict[Tissue, float] = {tissue: _normal(draw) for tissue in drawn}
+    off[Tissue.FREE_FLUID] = off[Tissue.SPINAL_FLUID]
     for group in (SAME_BLOOD, SAME_LIVER):
         off.update(dict.fromkeys(group, off[group[0]]))
     hu = [

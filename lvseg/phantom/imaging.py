@@ -97,16 +97,23 @@ def survey(anatomy: Anatomy) -> Survey:
     return Survey(anatomy.tissues(x, y, z), z, y, x)
 
 
-def place(looked: Survey, counts: Sequence[int], spacing_mm: Sequence[float], draw: np.random.Generator) -> Grid:
+def place(
+    looked: Survey,
+    counts: Sequence[int],
+    spacing_mm: Sequence[float],
+    draw: np.random.Generator,
+    at: float | None = None,
+) -> Grid:
     """The operator's stack: slices about the liver's middle, body in the middle of the image, to some millimetres.
 
-    A liver higher than the stack loses its lower tip rather than its dome.
+    A liver higher than the stack loses its lower tip rather than its dome, unless `at` (0 to 1 of the liver's height)
+    says where the stack's middle is to lie.
     """
     low, high = looked.liver_mm()
     front, back = looked.body_mm()
     off = (draw.uniform(-4, 4), draw.uniform(-8, 8), draw.uniform(-6, 6))
     reach = 0.5 * counts[0] * spacing_mm[0]
-    centre_z = max(0.5 * (low + high), high + 6.0 - reach) + off[0]
+    centre_z = (max(0.5 * (low + high), high + 6.0 - reach) if at is None else low + at * (high - low)) + off[0]
     centres = (centre_z, 0.5 * (front + back) + off[1], off[2])
     axes = []
     for count, spacing, centre in zip(counts, spacing_mm, centres, strict=True):

@@ -98,6 +98,7 @@ AVERAGE: Mapping[Tissue, Parameters] = {
     Tissue.FOCAL_FAT: _LIVER,
     Tissue.CONNECTIVE: Parameters(0.55, (700, 800), (6, 6), 60, fat_percent=4, fat_spread_percent=1),
     Tissue.INTERMUSCULAR_FAT: Parameters(0.90, (600, 700), (58, 68), 8, fat_percent=84, fat_spread_percent=3),
+    Tissue.FREE_FLUID: Parameters(0.98, (2600, 2800), (600, 500), 2, t1_spread=0.2),  # an estimate too
 }
 
 LIVER_LIKE = (Tissue.LIVER, Tissue.FOCAL_FAT)
@@ -168,7 +169,8 @@ def draw_tissues(anatomy: Anatomy, field_t: float) -> TissueValues:
 
 
 def _truncated_normal(draw: np.random.Generator) -> PerTissue:
-    return np.clip(draw.standard_normal(len(Tissue)), -2.2, 2.2)
+    own = np.clip(draw.standard_normal(len(Tissue) - 1), -2.2, 2.2)
+    return np.append(own, own[Tissue.SPINAL_FLUID])  # FREE_FLUID, the last, is off by as much
 
 
 def spoiled_gradient_echo(

@@ -37,5 +37,10 @@ class Protocol(Interface):
     def task(self) -> str:
         """What its masks are for, as in cards: "volume", "fatfraction", ..."""
 
+    @property
+    def varied(self) -> bool:
+        """Whether its patients have peculiarities, and so are other people than those of other protocols."""
+
     def image(self, seed: int, number: int) -> Scan:
-        """Draws one patient and scans it; the same seed and number is the same anatomy under every protocol."""
+        """Draws one patient and scans it; the same seed and number is the same anatomy under every protocol
+        of usual patients, and under every one of varied patients."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -126,6 +127,8 @@ class Scanner:
         tilt_deg: how much patients lie turned, and the stack with them, at most, about each axis.
         breathes: whether breathing moves the patient at all.
         contour_jitter: masks deviate as an operator's do.
+        at: where in the liver's height the stack's middle lies, 0 for the tip and 1 for the dome; None for where it
+            shows most of the liver.
     """
 
     name: str
@@ -144,6 +147,8 @@ class Scanner:
     tilt_deg: float = 0.0
     breathes: bool = True
     contour_jitter: bool = False
+    at: float | None = None
+    varied: ClassVar[bool] = False
 
     def image(self, seed: int, number: int) -> Scan:
         """Draws a patient and scans it."""
@@ -214,7 +219,7 @@ def image_patient(anatomy: Anatomy, scanner: Scanner) -> Scan:
     values = draw_tissues(anatomy, scanner.sequence.field_t)
     looked = imaging.survey(anatomy)
     counts, spacing_mm = (scanner.slices, scanner.rows, scanner.columns), (scanner.slice_mm, *(scanner.pixel_mm,) * 2)
-    grid = imaging.place(looked, counts, spacing_mm, stream("stack"))
+    grid = imaging.place(looked, counts, spacing_mm, stream("stack"), scanner.at)
     draw = stream("scan")
     breathing_mm = min(abs(float(draw.normal(0.0, BREATHING_MM))), LARGEST_BREATHING_MM)
     ghost = min(GHOST_MEDIAN * math.exp(GHOST_LOG_SD * draw.standard_normal()), LARGEST_GHOST)

@@ -25,7 +25,7 @@ import joblib
 from lvseg.command import alone, atomic, progress
 from lvseg.errors import InputError
 from lvseg.formats import write_volume
-from lvseg.phantom import ct
+from lvseg.phantom import ct, varied
 from lvseg.phantom.patients import patient_id
 from lvseg.phantom.scan import Protocol
 from lvseg.phantom.scanners import SCANNERS, Scanner
@@ -33,7 +33,7 @@ from lvseg.phantom.scanners import SCANNERS, Scanner
 PHANTOM_VERSION = 2  # raised whenever the same seed and number give other voxels
 
 
-PROTOCOLS: dict[str, Protocol] = {**SCANNERS, **ct.PROTOCOLS}
+PROTOCOLS: dict[str, Protocol] = {**SCANNERS, **varied.PROTOCOLS, **ct.PROTOCOLS}
 
 
 def simulate(
@@ -81,7 +81,8 @@ def _simulate(
 ) -> None:
     """What `simulate` does while no other process writes patients into the folder."""
     done = {row["patient"] for row in _finished(out, made_by)}
-    numbers = [number for number in wanted if patient_id(seed, number) not in done]
+    names = {number: patient_id(seed, number, protocol.varied) for number in wanted}
+    numbers = [number for number in wanted if names[number] not in done]
     work = joblib.Parallel(n_jobs=min(jobs, max(1, len(numbers))), return_as="generator")(
         joblib.delayed(write_patient)(protocol, seed, number, out, made_by) for number in numbers
     )
@@ -90,7 +91,7 @@ def _simulate(
             pass
     finally:
         for number in numbers:  # a worker that was killed could not remove its own
-            for left_over in out.glob(f".partial-*-{patient_id(seed, number)}"):
+            for left_over in out.glob(f".partial-*-{names[number]}"):
                 shutil.rmtree(left_over, ignore_errors=True)
     _write_truth(out, _finished(out, made_by))
 
@@ -98,7 +99,7 @@ def _simulate(
 def write_patient(protocol: Protocol, seed: int, number: int, out: Path, made_by: Mapping[str, object]) -> None:
     """Simulates one patient and writes its folder in one step."""
     scan = protocol.image(seed, number)
-    patient = patient_id(seed, number)
+    patient = patient_id(seed, number, protocol.varied)
     truth = {name: round(float(value), 4) for name, value in scan.truth.items()}
     with atomic(out / patient) as folder:
         folder.mkdir()
@@ -111,7 +112,7 @@ def write_patient(protocol: Protocol, seed: int, number: int, out: Path, made_by
 def _finished(out: Path, made_by: Mapping[str, object]) -> list[dict]:
     """What truth.json holds of all patients in the folder, in order of their ids."""
     rows = []
-    for path in sorted(out.glob("sim*/truth.json")):
+    for path in sorted(out.glob("[!.]*/truth.json")):
         row = json.loads(path.read_text(encoding="utf-8"))
         received = {name: row.get(name) for name in made_by}
         if received != made_by:
