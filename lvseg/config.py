@@ -28,6 +28,7 @@ class Data(Keys):
     clip_percentiles: (
         Annotated[list[Annotated[float, Field(ge=0, le=100)]], Field(min_length=2, max_length=2)] | None
     ) = None
+    ct_window_hu: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     folds: Annotated[int, Field(ge=2)] = 10
     fold: Annotated[int, Field(ge=0)] = 0
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.11
@@ -41,6 +42,8 @@ class Data(Keys):
             raise ValueError(f"expected fold below folds, received fold={self.fold} of folds={self.folds}")
         if self.clip_percentiles is not None and self.clip_percentiles[0] >= self.clip_percentiles[1]:
             raise ValueError(f"expected clip_percentiles to rise, received {self.clip_percentiles}")
+        if self.ct_window_hu is not None and self.ct_window_hu[0] >= self.ct_window_hu[1]:
+            raise ValueError(f"expected ct_window_hu to rise, received {self.ct_window_hu}")
         for percent in self.clip_percentiles or []:
             if abs(percent * 10 - round(percent * 10)) > 1e-6:
                 raise ValueError(f"expected clip_percentiles in tenths of a per cent, received {percent}")
@@ -152,9 +155,10 @@ class Arms(Chance):
 
 
 class Contrast(Chance):
-    """Renders simulated patients anew from their tissues: by sequences drawn at random, random intensities, or both."""
+    """Renders simulated patients anew from their tissues: by sequences drawn at random, random intensities, or both; or
+    their fat fraction in percent."""
 
-    kind: Literal["physics", "random", "mixture"] = "mixture"
+    kind: Literal["physics", "random", "mixture", "fraction"] = "mixture"
 
 
 class Augment(Keys):
@@ -271,6 +275,12 @@ class Experiment(Keys):
             raise ValueError(
                 f"expected data.size to be a multiple of {multiple} (the network halves it"
                 f" {multiple.bit_length() - 1} times), received {self.data.size}"
+            )
+        contrast = self.augment.contrast
+        if contrast is not None and contrast.kind == "fraction" and self.data.normalise != "none":
+            raise ValueError(
+                "expected data.normalise=none with augment.contrast.kind=fraction, which is in percent, received"
+                f" {self.data.normalise}"
             )
         if self.model.encoder is None and self.model.encoder_input != "spread":
             raise ValueError(f"expected encoder=vgg11 for encoder_input={self.model.encoder_input}, received null")

@@ -21,18 +21,19 @@ from typing import Any
 import numpy as np
 
 from lvseg import agreement, biomarkers, command, figures, metrics, overlays, quality, report, waterfat
-from lvseg.cards import Scan, read_image, read_labels
+from lvseg.cards import Scan, find_scans, load_card, read_image, read_labels
 from lvseg.config import load_experiment
 from lvseg.degrade import KINDS, degrade
 from lvseg.errors import InputError
 from lvseg.keys import read_yaml
 from lvseg.postprocess import STEPS
 from lvseg.predict import Segmenter
-from lvseg.prepare import dataset_scans
+from lvseg.prepare import dataset_scans, simulate_missing
 from lvseg.surfaces import TOLERANCES_MM, surface_distances
 from lvseg.volume import Array, Volume
 
 SPLITS = ("validation", "test")
+EXTERNAL = "external"  # scans of other datasets than the run's
 REPORT = "report"
 CALIBRATION = "quality.json"
 CALIBRATION_KINDS = 3
@@ -91,12 +92,13 @@ class Study:
         self.has_fat = any(scan.card.kind == "fat_fraction" for scan in self.scans)
 
 
-def open_study(run: Path, split: str, model: Path | None = None) -> Study:
-    """Loads a run's model, or another one, with the scans of the run's validation or test patients.
+def open_study(run: Path, split: str, model: Path | None = None, cards: Sequence[Path] = ()) -> Study:
+    """Loads a run's model, or another one, with the scans of the run's validation or test patients, or of all patients
+    of other datasets.
 
     Raises:
-        InputError: NOT_FOUND if the run has no model or not all of these patients; BAD_MODEL for a model of another
-            task or other classes; BAD_SPLIT if another model was trained on them.
+        InputError: NOT_FOUND if the run has no model or not all of these patients; BAD_MODEL for a model or cards of
+            another task or other classes; BAD_SPLIT if the model was trained or chosen on them.
     """
     path = run / "manifest.json"
     if not (run / "model" / "model.json").is_file() or not path.is_file():
@@ -104,8 +106,8 @@ def open_study(run: Path, split: str, model: Path | None = None) -> Study:
     manifest = read_yaml(path)
     if not {"split", "datasets"} <= set(manifest) or split not in manifest["split"]:
         raise InputError("NOT_FOUND", f"Expected split and datasets of a trained run, received none in {path}.")
-    patients = set(manifest["split"][split])
-    scans = _scans(run, split, manifest)
+    scans = _of_cards(run, cards) if cards else _scans(run, split, manifest)
+    patients = {scan.patient for scan in scans}
     segmenter = Segmenter(model or run / "model")
     if model is not None:
         own = read_yaml(run / "model" / "model.json")
@@ -117,7 +119,7 @@ def open_study(run: Path, split: str, model: Path | None = None) -> Study:
                 )
     for member in segmenter.info.get("members", [segmenter.info]):
         seen = set(member.get("provenance", {}).get("split", {}).get("train", ()))
-        if split == "test":
+        if split == "test" or cards:
             seen |= set(member.get("provenance", {}).get("split", {}).get("validation", ()))
         if seen & patients:
             raise InputError(
@@ -125,7 +127,24 @@ def open_study(run: Path, split: str, model: Path | None = None) -> Study:
                 f"Expected patients that the model has not seen, received {min(seen & patients)}, on whom"
                 f" {model or run} was trained or chosen.",
             )
-    return Study(run, split, scans, segmenter, manifest)
+    return Study(run, EXTERNAL if cards else split, scans, segmenter, manifest)
+
+
+def _of_cards(run: Path, paths: Sequence[Path]) -> list[Scan]:
+    """All scans of other datasets with the run's task and classes; simulated patients are made where they are not."""
+    own = read_yaml(run / "model" / "model.json")
+    scans = []
+    for path in paths:
+        card, root = load_card(path)
+        if (card.task, card.classes) != (own["task"], own["labels"]):
+            raise InputError(
+                "BAD_MODEL",
+                f"Expected a card of the run's task and classes, {own['task']} with {', '.join(own['labels'])},"
+                f" received {card.task} with {', '.join(card.classes)} in {path}.",
+            )
+        simulate_missing(card, root)
+        scans += find_scans(card, root)
+    return scans
 
 
 def _scans(run: Path, split: str, manifest: dict[str, Any]) -> list[Scan]:
@@ -145,9 +164,15 @@ def _scans(run: Path, split: str, manifest: dict[str, Any]) -> list[Scan]:
 
 
 def evaluate_run(
-    run: Path, split: str, options: Options | None = None, model: Path | None = None, out: Path | None = None
+    run: Path,
+    split: str,
+    options: Options | None = None,
+    model: Path | None = None,
+    out: Path | None = None,
+    cards: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Segments a run's validation or test patients and writes a report folder; returns the summary.
+    """Segments a run's validation or test patients, or those of other datasets, and writes a report folder; returns the
+    summary.
 
     Writes `patients.csv` (a row a scan and class), `summary.json`, `report.html`, charts, and overlays of the worst,
     the median and the best scan of each scanner, into the run's `report`. Memory does not grow with the number of
@@ -157,14 +182,15 @@ def evaluate_run(
         run: folder; split: of `SPLITS`; options: None for the defaults.
         model: another model than the run's, such as an ensemble, without the expected Dice, since members may have been
             trained on the validation patients; out: another folder than the run's own.
+        cards: of other datasets, whose patients are measured instead of the run's.
 
     Raises:
         InputError: see `open_study`; BAD_OUTPUT for a folder of other files, which is left as it is.
     """
     options = options or Options()
     if out is not None:
-        _check_output(out, run if model is not None else None)
-    study = open_study(run, split, model)
+        _check_output(out, run if model is not None or cards else None)
+    study = open_study(run, split, model, cards)
     calibration = calibrate(study, options) if options.quality and model is None else None
     folder = out or run / REPORT
     rows: list[dict[str, Any]] = []
@@ -210,7 +236,9 @@ def _measured(
     """Of each scan its rows, one a class; draws its picture."""
     for number, scan in enumerate(study.scans):
         image = read_image(scan)
-        answer = study.segmenter.segment(image, postprocessing=options.postprocessing, keep=calibration is not None)
+        answer = study.segmenter.segment(
+            image, postprocessing=options.postprocessing, keep=calibration is not None, modality=scan.card.modality
+        )
         true = read_labels(scan, image)
         review: dict[str, Any] = {}
         if calibration is not None:
@@ -408,7 +436,9 @@ def calibrate(study: Study, options: Options) -> dict[str, Any] | None:
         # Three kinds of faults a scan, each scan the next three: all kinds come up, at half the passes of all for all.
         kinds = [KINDS[(CALIBRATION_KINDS * number + other) % len(KINDS)] for other in range(CALIBRATION_KINDS)]
         for worse_image, worse_truth, kind in versions(image, read_labels(scan, image), kinds, number):
-            answer = study.segmenter.segment(worse_image, postprocessing=options.postprocessing, keep=True)
+            answer = study.segmenter.segment(
+                worse_image, postprocessing=options.postprocessing, keep=True, modality=scan.card.modality
+            )
             found.append(quality.features(study.segmenter, answer))
             dice.append(mean_dice(answer.mask, worse_truth, len(study.classes)))
             patients.append(scan.patient)
@@ -472,8 +502,8 @@ def _draw(
             if index in drawn:
                 continue
             drawn.add(index)
-            image = read_image(study.scans[index])
-            mask = study.segmenter.segment(image, postprocessing=options.postprocessing).mask
+            image, modality = read_image(study.scans[index]), study.scans[index].card.modality
+            mask = study.segmenter.segment(image, postprocessing=options.postprocessing, modality=modality).mask
             title = f"{first[index]['patient']}, {scanner}: Dice {dice:.3f} (the {word} of {len(order)})"
             name = f"overlay_{name_of}.png" if word == "median" else f"overlay_{name_of}_{word}.png"
             true, palette = read_labels(study.scans[index], image), overlays.PALETTES[options.palette]
@@ -524,6 +554,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True, help="run folder")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which patients (default: test)")
     parser.add_argument("--model", type=Path, help="another model than the run's, such as an ensemble")
+    parser.add_argument(
+        "--card", type=Path, nargs="+", default=[], help="all patients of these datasets instead, none of them seen"
+    )
     parser.add_argument("-o", "--out", type=Path, help="another folder than the run's report")
     parser.add_argument(
         "--tolerances-mm", type=float, nargs="+", default=list(TOLERANCES_MM), help="of the surface Dice"
@@ -557,18 +590,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError("BAD_ARGUMENT", f"Expected --tolerances-mm of 0 or more, received {tolerances}.")
         if arguments.seed < 0:
             raise InputError("BAD_ARGUMENT", f"Expected --seed of 0 or more, received {arguments.seed}.")
-        if arguments.postprocessing is not None and arguments.split != "validation":
+        if arguments.postprocessing is not None and (arguments.split != "validation" or arguments.card):
             raise InputError(
                 "BAD_ARGUMENT",
                 "Expected --split validation with --postprocessing, so that no test patient decides about it; export"
                 " the model with the steps chosen and measure that with --model.",
             )
-        if arguments.model is not None and arguments.out is None:
-            raise InputError("BAD_ARGUMENT", "Expected --out with --model, since the run's report is of its own model.")
+        for option in ("model", "card"):
+            if getattr(arguments, option) and arguments.out is None:
+                raise InputError(
+                    "BAD_ARGUMENT",
+                    f"Expected --out with --{option}, since the run's report is of its own model and patients.",
+                )
         options = Options(
             tolerances, grades, arguments.postprocessing, not arguments.no_quality, arguments.seed, arguments.palette
         )
-        print_summary(evaluate_run(arguments.run, arguments.split, options, arguments.model, arguments.out))
+        print_summary(
+            evaluate_run(arguments.run, arguments.split, options, arguments.model, arguments.out, arguments.card)
+        )
         print(f"report: {(arguments.out or arguments.run / REPORT) / 'report.html'}")
 
     return command.run(parser, body, argv)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from lvseg import command, preprocess
@@ -27,6 +28,7 @@ from lvseg.predict import VERSION, Segmenter
 # What the members of an ensemble must agree on.
 SHARED = (
     "task", "labels", "axis", "spacing_mm", "size", "neighbours", "normalisation", "clip_percentiles", "global_bounds",
+    "ct_window_hu",
 )  # fmt: skip
 Network = Callable[[tf.Tensor], tf.Tensor]
 
@@ -174,6 +176,17 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def weights(folder: Path) -> list[np.ndarray[Any, Any]]:
+    """The weights of the one network in a SavedModel that `export_model` wrote, in the order of the network's own."""
+    return [variable.numpy() for variable in tf.saved_model.load(str(folder)).variables]
+
+
+def next_version(out: Path) -> Path:
+    """The version folder after those that a folder of versions has; it is not made."""
+    versions = [int(path.name) for path in out.iterdir() if VERSION.fullmatch(path.name)] if out.is_dir() else []
+    return out / str(max(versions, default=0) + 1)
+
+
 def publish(runs: Sequence[Path], out: Path, postprocessing: Sequence[str] | None = None) -> Path:
     """Writes a run's model, or the ensemble of several runs', to the next free version folder and returns it.
 
@@ -190,8 +203,7 @@ def publish(runs: Sequence[Path], out: Path, postprocessing: Sequence[str] | Non
             raise InputError(
                 "NOT_FOUND", f"Expected a trained model in {model}, received none; train the run to its end first."
             )
-    versions = [int(path.name) for path in out.iterdir() if VERSION.fullmatch(path.name)] if out.is_dir() else []
-    folder = out / str(max(versions, default=0) + 1)
+    folder = next_version(out)
     with command.atomic(folder) as temporary:
         if len(models) > 1:
             export_ensemble(models, temporary)

@@ -22,13 +22,11 @@ from lvseg.models.vgg import EncoderWeights
 from lvseg.pipeline import Samples
 from lvseg.prepare import ShardSet
 from lvseg.split import Split
-from lvseg.step import Step, network
+from lvseg.step import INFER_SLICES, Step, network
 
 LOG_EVERY = 25
 AGREE_EVERY = 5  # steps; a step may take seconds, and SLURM kills half a minute after it asks
 OVERLAYS = 4
-# Slices a batch of validation and serving; one fixed number, so nothing is traced twice.
-INFER_SLICES = 8
 METRICS = (
     "step", "loss", "dice", "validation_dice", "validation_volume_error_percent", "validation_fat_error_points",
     "learning_rate", "input_wait_share", "step_seconds", "seconds",
@@ -99,7 +97,6 @@ class Fit:
         self.manager = tf.train.CheckpointManager(self.checkpoint, str(run / "checkpoints"), max_to_keep=2)
         self._restore()
         self._agree()
-        self.infer = tf.function(self._infer, autograph=False)
 
     @property
     def first_step(self) -> int:
@@ -184,11 +181,13 @@ class Fit:
             "neighbours": data.neighbours,
             "normalisation": data.normalise,
             "clip_percentiles": data.clip_percentiles,
+            "ct_window_hu": data.ct_window_hu,
             "global_bounds": self.global_bounds,
-            "input_scaling": {"offset": step.offset, "scale": step.scale},
+            "input_scaling": {"offset": step.offset, "scale": step.scale, "dark": step.dark, "bright": step.bright},
             "batch_size": INFER_SLICES,
             "units": {"spacing_mm": "mm", "volume_ml": "ml"},
             "measured": {"validation_dice": float(self.best_dice), "validation_patients": len(self._patients())},
+            "experiment": self.experiment.model_dump(),
             "provenance": manifest,
         }
         return export.export_model(model, card, folder)
@@ -307,11 +306,6 @@ class Fit:
             row["loss_scale"] = float(self.step.optimiser.loss_scale.numpy())
         return row
 
-    def _infer(self, samples: Samples) -> tf.Tensor:
-        stacks = pipeline.intensities(samples, self.experiment.data.normalise)
-        seeds = tf.zeros([tf.shape(stacks)[0], 2], tf.int64)
-        return tf.cast(tf.argmax(self.step.model([stacks, seeds], training=False), axis=-1), tf.uint8)
-
     def _validate(self, number: int, board: Board) -> dict[str, float]:
         """Means over patients on the harmonised grid; keeps the weights if their Dice is the best so far.
 
@@ -328,7 +322,7 @@ class Fit:
             if not is_own and not is_shown:
                 continue
             (volume,) = pipeline.volume_samples(tf.constant(str(file)), self.reading)
-            predicted = np.concatenate([self.infer(part).numpy() for part in _parts(volume)])[: len(volume.stack)]
+            predicted = self.step.labels(volume)
             true = volume.mask.numpy()[..., 0]
             if is_own:
                 overlap = np.mean([metrics.dice(predicted, true, c) for c in range(1, len(self.classes))])
@@ -422,11 +416,3 @@ class Fit:
             table = csv.DictWriter(file, METRICS)
             table.writeheader()
             table.writerows(rows)
-
-
-def _parts(volume: Samples) -> Iterator[Samples]:
-    """A volume's samples in batches of INFER_SLICES, the last one padded with the last slice."""
-    count = volume.stack.shape[0]
-    for first in range(0, count, INFER_SLICES):
-        chosen = np.minimum(np.arange(first, first + INFER_SLICES), count - 1)
-        yield Samples(*(tf.gather(values, chosen) for values in volume))

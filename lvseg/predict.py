@@ -27,6 +27,7 @@ VERSION = re.compile(r"[0-9]+")  # a version folder's name
 FAT_FRACTION_TASK = "fatfraction"  # a model of this task sees fat fractions in percent
 # What of model.json is needed to use the model.
 CARD_KEYS = ("task", "labels", "axis", "spacing_mm", "size", "neighbours", "batch_size", "weights_sha256")
+LEAST_MR = -500.0  # no MR is as negative, and every CT with air in it is
 # Voxels brighter than this share of the scan's range (minimum to 99th percentile) count as tissue when the crop cuts.
 TISSUE_SHARE = 0.15
 
@@ -98,6 +99,7 @@ class Segmenter:
         on_progress: Callable[[int, int], None] | None = None,
         postprocessing: Sequence[str] | None = None,
         keep: bool = False,
+        modality: str | None = None,
     ) -> Segmentation:
         """Segments one scan.
 
@@ -107,18 +109,25 @@ class Segmenter:
             on_progress: called with (slices done, slices in all) after every batch.
             postprocessing: of `postprocess.STEPS`; None for what the model's card says.
             keep: whether to keep what the network saw and answered.
+            modality: "CT" or "MR"; None for what the scan's own metadata say, which those of DICOM alone do.
 
         Raises:
             InputError: NONFINITE_VOXELS, EMPTY_IMAGE, UNKNOWN_SCALE.
         """
         import tensorflow as tf
 
-        from lvseg.preprocess import AXIS_PERMUTATIONS
+        from lvseg.preprocess import AXIS_PERMUTATIONS, windowed
 
         image = waterfat.from_series(scan) if self.info["task"] == FAT_FRACTION_TASK else scan
         canonical = image.canonical()
         permutation = AXIS_PERMUTATIONS[self.info["axis"]]
+        modality = modality or scan.metadata.get("modality")
         voxels = np.ascontiguousarray(intensities(canonical).transpose(permutation))
+        looks_like_ct = modality != "CT" and bool(voxels.min() < LEAST_MR)
+        voxels = windowed(voxels, modality, self.info.get("ct_window_hu"))
+        if voxels.min() == voxels.max():
+            name = scan.source or "the scan"
+            raise InputError("EMPTY_IMAGE", f"Expected tissue within the CT window, received none in {name}.")
         spacing_mm = tf.constant([canonical.spacing_mm[axis] for axis in permutation], tf.float32)
 
         prepared = self._prepare(voxels=tf.constant(voxels), spacing_mm=spacing_mm)["slices"]
@@ -138,6 +147,8 @@ class Segmenter:
             labels = postprocess(labels, steps)
         mask = scan.from_canonical(labels.transpose(np.argsort(permutation)))
         measurements = self._measure(image, mask, cut_tissue(voxels, spacing_mm.numpy(), self.info))
+        if looks_like_ct:
+            measurements["flags"].append("voxels look like Hounsfield units; if it is a CT, say so (--modality ct)")
         return Segmentation(mask, measurements, prepared.numpy() if keep else None, foreground)
 
     def foreground(self, slices: Array) -> Array:
@@ -264,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="which of several DICOM series: its number, description or the end of its UID; and which of its stacks, by"
         " a word of its image type (12/W) or its echo time (12/TE4.6); where it is missing, the error lists them",
     )
+    parser.add_argument("--modality", choices=("mr", "ct"), help="where the scan's file does not tell, as NIfTI")
     parser.add_argument("--json", type=Path, help="write the measurements here, a list with an entry a scan")
     return command.run(parser, _segment_scans, argv)
 
@@ -298,7 +310,7 @@ def _segment_scans(arguments: argparse.Namespace) -> int:
             scan = waterfat.read_pair(pair, vars(arguments)) if pair else read_volume(path, arguments.series)
             if arguments.scale is not None:
                 scan = waterfat.from_series(scan, arguments.scale)
-            answer = segmenter.segment(scan)
+            answer = segmenter.segment(scan, modality=arguments.modality and arguments.modality.upper())
         except InputError as error:
             if len(scans) == 1:
                 raise

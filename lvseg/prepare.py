@@ -69,13 +69,16 @@ class Task:
     sources: tuple[str, ...] | None
 
 
-def prepare(data: Data, jobs: int = -1, engine: Engine | None = None) -> list[ShardSet]:
+def prepare(
+    data: Data, jobs: int = -1, engine: Engine | None = None, simulated_at_most: int | None = None
+) -> list[ShardSet]:
     """Makes the shards of an experiment that are missing, simulating patients first where a card says so.
 
     Args:
         data: the experiment's `data` keys.
         jobs: processes, -1 for one a core.
         engine: where the work is done instead of in `jobs` processes of this machine.
+        simulated_at_most: how many patients of a card are simulated where they are missing; None for all it says.
 
     Returns:
         One set a card, in the order of `data.datasets`.
@@ -85,6 +88,8 @@ def prepare(data: Data, jobs: int = -1, engine: Engine | None = None) -> list[Sh
     """
     engine = engine or Engine(jobs=jobs)
     loaded = _load_cards(data)
+    for card, root in loaded:
+        simulate_missing(card, root, engine.jobs, simulated_at_most)
     sets = [_prepare_card(card, root, data, engine) for card, root in loaded]
     _check_classes(sets)
     _check_duplicates(sets, [root for _, root in loaded])
@@ -149,7 +154,9 @@ def dataset_scans(data: Data) -> list[Scan]:
 
 def _made_by(card: Card, data: Data) -> dict[str, Any]:
     """What decides over a shard's content beside the scan's files; another value gets another folder."""
+    window = {"ct_window_hu": data.ct_window_hu} if card.modality == "CT" and data.ct_window_hu is not None else {}
     return {
+        **window,
         "format": SHARD_FORMAT,
         "labels": list(card.labels.items()),  # their order numbers the classes
         "masks": "one a class" if isinstance(card.mask, dict) else "one",
@@ -168,11 +175,16 @@ def _folder(card: Card, data: Data) -> Path:
     return Path(data.shards) / f"{card.name}-{digest(_made_by(card, data))[:8]}"
 
 
-def _prepare_card(card: Card, root: Path, data: Data, engine: Engine) -> ShardSet:
+def simulate_missing(card: Card, root: Path, jobs: int = -1, at_most: int | None = None) -> None:
+    """Makes the patients, or the first `at_most`, of a card that says how to simulate them, where they are missing."""
     if card.simulate is not None:
         from lvseg.phantom.simulate import simulate
 
-        simulate(card.simulate.scanner, card.simulate.patients, card.simulate.seed, root, engine.jobs)
+        patients = card.simulate.patients if at_most is None else min(at_most, card.simulate.patients)
+        simulate(card.simulate.scanner, patients, card.simulate.seed, root, jobs)
+
+
+def _prepare_card(card: Card, root: Path, data: Data, engine: Engine) -> ShardSet:
     scans, unlabelled = survey(card, root)
     if unlabelled:
         print(
@@ -294,7 +306,9 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data, root: Path | 
     voxels = canonical.voxels.transpose(permutation)
     slice_mm, row_mm, column_mm = (canonical.spacing_mm[axis] for axis in permutation)
     spacing_mm = tf.constant([slice_mm, row_mm, column_mm], tf.float32)
-    intensities = tf.constant(as_float32(voxels, image.source))
+    intensities = tf.constant(
+        preprocess.windowed(as_float32(voxels, image.source), scan.card.modality, data.ct_window_hu)
+    )
     statistics = preprocess.statistics(intensities)
     target = data.spacing_mm
 

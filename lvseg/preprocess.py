@@ -14,7 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import tensorflow as tf
+
+from lvseg.volume import Array
 
 Normalisation = Literal["none", "slice", "patient", "global"]
 # Canonical axes in the order that makes the named plane the slices; each permutation's inverse is its argsort.
@@ -22,6 +25,18 @@ AXIS_PERMUTATIONS = {"transversal": (0, 1, 2), "coronal": (1, 0, 2), "sagittal":
 # Percentiles kept of every scan, in percent: a table every clipping choice is read from without seeing the scan again.
 PERCENTILE_STEPS = 1000
 _BLOCK_SLICES = 4
+
+
+def windowed(voxels: Array, modality: str | None, ct_window_hu: Sequence[float] | None) -> Array:
+    """A CT's voxels clipped to the range of soft tissue that a network sees; others, or without a window, as they are.
+
+    Args:
+        voxels: float32 of any shape; modality: as in DICOM; ct_window_hu: lowest and highest HU, or None.
+    """
+    if modality != "CT" or ct_window_hu is None:
+        return voxels
+    low, high = ct_window_hu
+    return np.clip(voxels, low, high)
 
 
 class Statistics(NamedTuple):

@@ -3,8 +3,9 @@
 What a network has seen at every contrast it does not need to be shown at a new one. Each sample is imaged by a sequence
 of its own. "physics": a spoiled gradient echo (any echo time, fat suppression, contrast agent, water, fat and fat
 fraction) or a T2-weighted spin echo of tissues that vary about the literature's values (`lvseg.phantom.physics`).
-"random": every tissue an intensity of its own, as in SynthSeg (Billot et al., Med Image Anal 2023, 86:102789). Both
-have a smooth texture in every tissue. Noise, coils, blur and the like are `lvseg.intensity`'s, for real scans too.
+"random": every tissue an intensity of its own, as in SynthSeg (Billot et al., Med Image Anal 2023, 86:102789).
+"fraction": the fat fraction in percent, of patients of any fatness. All have a smooth texture in every tissue. Noise,
+coils, blur and the like are `lvseg.intensity`'s, for real scans too.
 
 Seeds, and what every operation here has to be able to do, are as in `lvseg.augment`.
 """
@@ -12,6 +13,7 @@ Seeds, and what every operation here has to be able to do, are as in `lvseg.augm
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -22,7 +24,7 @@ from lvseg import augment, draws
 from lvseg.phantom.anatomy import Tissue
 from lvseg.phantom.physics import AVERAGE, FAT_AMPLITUDES, FAT_PPM, FAT_T1_MS, GYROMAGNETIC_HZ_PER_T
 
-Kind = Literal["physics", "random", "mixture"]
+Kind = Literal["physics", "random", "mixture", "fraction"]
 
 TISSUES = len(Tissue)
 WIDER = 2.0  # times the spread between people that `physics` knows of, for what it does not
@@ -45,7 +47,8 @@ LIVER_FAT_PERCENT = (0.5, 40.0)
 # several echoes, and a T2-weighted spin echo with and without suppression.
 IMAGES = ("echo", "suppressed", "water", "fat", "fraction", "t2")
 SHARES = (0.35, 0.2, 0.15, 0.05, 0.1, 0.15)
-RANDOM_SHARE = {"physics": 0.0, "mixture": 0.5, "random": 1.0}
+FRACTION_SHARES = tuple(float(image == "fraction") for image in IMAGES)
+RANDOM_SHARE = {"physics": 0.0, "mixture": 0.5, "random": 1.0, "fraction": 0.0}
 ROUGHEST = {"physics": 0.06, "random": 0.15}  # standard deviation of a tissue's texture, relatively, at most
 TEXTURE_GRID = 32
 BRIGHT_SHARE = 0.02  # of the pixels lie above what is scaled to the bright intensity
@@ -63,7 +66,8 @@ def contrast(
         seeds: int64 [B, 2], from `draws.sample_seeds` with ELASTIC_STREAM.
         kind: "mixture" is either with the same probability.
         probability: of a sample being rendered.
-        low, high: intensities of no signal and of bright tissue among those that the network sees.
+        low, high: intensities of no signal and of bright tissue among those that the network sees; not used for
+            "fraction", whose percents are what they are.
 
     Returns:
         float32 [B, size, size, C].
@@ -78,9 +82,10 @@ def contrast(
         )
     size, channels = stacks.shape[1], stacks.shape[3]
     chosen = draws.uniform_of_each(seeds, draws.CONTRAST_STREAM, 4)
-    signal, roughness = physics(seeds), draws.uniform_of_each(seeds, draws.ROUGHNESS_STREAM, TISSUES)
+    shares = FRACTION_SHARES if kind == "fraction" else SHARES
+    signal, roughness = physics(seeds, shares), draws.uniform_of_each(seeds, draws.ROUGHNESS_STREAM, TISSUES)
     is_random = chosen[:, 1, tf.newaxis] < RANDOM_SHARE[kind]
-    if kind != "physics":
+    if RANDOM_SHARE[kind]:
         signal = tf.where(is_random, _random(seeds), signal)
     roughest = [tf.constant(ROUGHEST[name], tf.float64) for name in ("random", "physics")]
     roughness *= tf.where(is_random, *roughest)
@@ -92,17 +97,21 @@ def contrast(
     control = tf.reshape(tf.cast(control, tf.float32), [-1, channels, TEXTURE_GRID, TEXTURE_GRID])
     texture = augment.spline_surface(control, size)
     rendered = picked[..., 0] * tf.maximum(1.0 + picked[..., 1] * texture, 0.0)
-    share = rendered / _bright(rendered) * _of_sample(0.8 + 0.5 * chosen[:, 2])
+    if kind == "fraction":
+        shown = 100.0 * tf.minimum(rendered, 1.0)
+    else:
+        shown = low + (high - low) * (rendered / _bright(rendered) * _of_sample(0.8 + 0.5 * chosen[:, 2]))
     has_map = tf.reduce_max(tf.cast(tissues, tf.float32), axis=[1, 2, 3]) > float(Tissue.AIR)
     is_rendered = has_map & (chosen[:, 0] < probability)
-    return tf.where(is_rendered[:, tf.newaxis, tf.newaxis, tf.newaxis], low + share * (high - low), stacks)
+    return tf.where(is_rendered[:, tf.newaxis, tf.newaxis, tf.newaxis], shown, stacks)
 
 
-def physics(seeds: tf.Tensor) -> tf.Tensor:
+def physics(seeds: tf.Tensor, shares: Sequence[float] = SHARES) -> tf.Tensor:
     """What every tissue sends to an image whose sequence and patient are drawn at random.
 
     Args:
         seeds: int64 [B, 2], as `contrast`.
+        shares: how often each of IMAGES is made, adding up to 1.
 
     Returns:
         float64 [B, tissues], 0 or more.
@@ -178,7 +187,7 @@ def physics(seeds: tf.Tensor) -> tf.Tensor:
         ],
         axis=1,
     )
-    return tf.gather(images, _one_of(list(SHARES), drawn[:, 13]), batch_dims=1)
+    return tf.gather(images, _one_of(shares, drawn[:, 13]), batch_dims=1)
 
 
 def spoiled_gradient_echo(t1_s: tf.Tensor, repetition_s: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
@@ -214,7 +223,7 @@ def _bright(rendered: tf.Tensor) -> tf.Tensor:
     return tf.maximum(bright, 1e-6)[:, tf.newaxis, tf.newaxis, tf.newaxis]
 
 
-def _one_of(shares: list[float], drawn: tf.Tensor) -> tf.Tensor:
+def _one_of(shares: Sequence[float], drawn: tf.Tensor) -> tf.Tensor:
     """Which of several things each number, float64 [B] uniform between 0 and 1, chooses: int32 [B]."""
     edges = tf.constant(np.cumsum(shares)[:-1], tf.float64)
     return tf.reduce_sum(tf.cast(drawn[:, tf.newaxis] >= edges, tf.int32), axis=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from lvseg import augment, draws, intensity, losses, pipeline, render
@@ -16,6 +17,8 @@ from lvseg.models.unet import encoder_variables, unet
 from lvseg.optimiser import Adam, learning_rate, tf_variable
 from lvseg.pipeline import Samples
 
+# Slices a batch of validation and serving; one fixed number, so nothing is traced twice.
+INFER_SLICES = 8
 SPATIAL = ("elastic", "flip", "rotate", "scale")
 
 
@@ -62,7 +65,7 @@ class Step:
                 f"Expected one of train.class_weights for each of the {classes} classes, the background first, received"
                 f" {len(train.class_weights)}.",
             )
-        self.experiment, self.cluster, self._bounds = experiment, cluster, (dark, bright)
+        self.experiment, self.cluster, self.dark, self.bright = experiment, cluster, dark, bright
         self.offset, self.scale = dark, 1.0 / (bright - dark)
         if model.encoder == "vgg11":  # the scale that its weights were trained on
             self.offset, self.scale = dark + vgg.IMAGENET_MEAN * (bright - dark), self.scale / vgg.IMAGENET_SD
@@ -99,6 +102,7 @@ class Step:
         # Compiled by XLA by themselves: on a GPU their indices otherwise visit the host; on a CPU it is faster.
         self.move = tf.function(self._move, autograph=False, jit_compile=True)
         self.change = tf.function(self._change, autograph=False, jit_compile=True)
+        self._infer = tf.function(self._classes, autograph=False)
         self._run = tf.function(self._on_all, autograph=False, reduce_retracing=True, jit_compile=train.jit_compile)
 
     def _load_encoder(self, known: vgg.EncoderWeights | None) -> vgg.EncoderWeights:
@@ -119,6 +123,25 @@ class Step:
     def __call__(self, samples: Any) -> None:
         """Trains a step on this machine's part of a batch: `Samples`, or one such a device."""
         self._run(samples)
+
+    def labels(self, volume: Samples) -> np.ndarray[Any, Any]:
+        """What the network makes of all slices of a volume: uint8 [S, size, size] of classes.
+
+        Args:
+            volume: of `pipeline.volume_samples`.
+        """
+        count = volume.stack.shape[0]
+        answers = []
+        for first in range(0, count, INFER_SLICES):
+            # The last batch is padded with the last slice: one shape of batch, so nothing is traced anew.
+            chosen = np.minimum(np.arange(first, first + INFER_SLICES), count - 1)
+            answers.append(self._infer(Samples(*(tf.gather(values, chosen) for values in volume))).numpy())
+        return np.concatenate(answers)[:count]
+
+    def _classes(self, samples: Samples) -> tf.Tensor:
+        stacks = pipeline.intensities(samples, self.experiment.data.normalise)
+        seeds = tf.zeros([tf.shape(stacks)[0], 2], tf.int64)
+        return tf.cast(tf.argmax(self.model([stacks, seeds], training=False), axis=-1), tf.uint8)
 
     def rate(self, step: tf.Tensor) -> tf.Tensor:
         """The learning rate of a step, int64 scalar counted from 0: float32 scalar."""
@@ -184,9 +207,9 @@ class Step:
         if self._contrast:
             maps = tf.transpose(tissues, [0, 2, 3, 1])
             stacks = render.contrast(
-                stacks, maps, seeds, self._contrast["kind"], self._contrast["probability"], *self._bounds
+                stacks, maps, seeds, self._contrast["kind"], self._contrast["probability"], self.dark, self.bright
             )
-        return intensity.intensity(stacks, seeds, self._intensity, *self._bounds)
+        return intensity.intensity(stacks, seeds, self._intensity, self.dark, self.bright)
 
 
 def _over_devices(values: Any) -> Any:

@@ -1,0 +1,221 @@
+"""Adapting a model to a new study: what it learns, what it keeps, when it stops, and which scans it asks for."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_study import scan, write_card
+
+from lvseg import adapt, metrics
+from lvseg.adapt import LEAST_TO_LEAVE_OUT, MOST_FORGOTTEN, Plan
+from lvseg.errors import InputError
+from lvseg.evaluate import evaluate_run
+from lvseg.formats import write_volume
+from lvseg.predict import Segmenter
+from lvseg.suggest import Look, look, suggest
+
+QUICK = Plan(steps=150, learning_rate=2e-3, minutes=20)
+
+
+def dimmed(number: int) -> tuple:
+    """A patient of scanner a as the new study's scanner shows them: the organ darker than others' bodies."""
+    image, mask = scan("a", number)
+    return image.with_voxels((0.42 * image.voxels).astype(np.int16)), mask
+
+
+@pytest.fixture(scope="module")
+def new_study(study: Path) -> Path:
+    """The study with a third card, c, of six patients at another contrast."""
+    for number in range(20, 26):
+        image, mask = dimmed(number)
+        patient = study / "raw/c" / f"c-{number:03d}"
+        patient.mkdir(parents=True)
+        write_volume(image, patient / "image.nii.gz")
+        write_volume(mask.with_voxels(mask.voxels * 7), patient / "organs.nii.gz")
+    write_card(study, "c")
+    return study
+
+
+@pytest.fixture(scope="module")
+def adapted(trained: Path, new_study: Path, request: pytest.FixtureRequest) -> tuple[dict, Path]:
+    """What adapting to all six patients measured, and the folder of versions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(new_study)
+        measured = adapt.adapt(trained / "model", [Path("cards/c.yaml")], new_study / "versions", plan=QUICK)
+    return measured, new_study / "versions"
+
+
+def mean_dice(model: Path, numbers: range, make) -> float:
+    """On the scans' own grids, by the exported model."""
+    segmenter = Segmenter(model)
+    found = []
+    for number in numbers:
+        image, mask = make(number)
+        found.append(metrics.dice(segmenter.segment(image).mask.voxels > 0, mask.voxels > 0))
+    return float(np.mean(found))
+
+
+def test_it_learns_the_new_study_and_keeps_what_it_knew(trained, adapted):
+    measured, versions = adapted
+    fresh, known = range(60, 66), range(40, 46)  # patients that neither training saw
+    before = mean_dice(trained / "model", fresh, dimmed)
+    after = mean_dice(versions / "1", fresh, dimmed)
+    assert after > before + 0.05 and after > 0.9
+    assert mean_dice(versions / "1", known, lambda n: scan("a", n)) > (
+        mean_dice(trained / "model", known, lambda n: scan("a", n)) - 0.05
+    )
+    assert measured["left_out"]["patients"] == 1 and measured["adapted_on"]["patients"] == 5
+    assert measured["left_out"]["after"] > measured["left_out"]["before"]
+    assert measured["known"]["after"] >= measured["known"]["before"] - MOST_FORGOTTEN
+
+
+def test_the_new_version_says_where_it_comes_from_and_whom_it_has_seen(trained, adapted, new_study, monkeypatch):
+    monkeypatch.chdir(new_study)
+    measured, versions = adapted
+    assert measured["version"] == str(versions / "1")
+    card = json.loads((versions / "1/model.json").read_text())
+    parent = json.loads((trained / "model/model.json").read_text())
+    (how,) = card["provenance"]["adapted"]
+    assert how["from"]["weights_sha256"] == parent["weights_sha256"] != card["weights_sha256"]
+    assert len(how["patients"]) == 5 and len(how["left_out"]) == 1
+    assert set(how["patients"]) <= set(card["provenance"]["split"]["train"])
+    assert card["measured"]["left_out"] == measured["left_out"]
+    assert {key: card[key] for key in ("size", "spacing_mm", "labels")} == {
+        key: parent[key] for key in ("size", "spacing_mm", "labels")
+    }
+    with pytest.raises(InputError, match="c-0"):  # not on patients that decided about it
+        evaluate_run(trained, "test", model=versions / "1", out=new_study / "other", cards=[Path("cards/c.yaml")])
+
+
+def test_the_weights_come_back_from_a_saved_model(trained):
+    from lvseg.export import weights
+
+    with np.load(next((trained / "checkpoints").glob("best-*.npz"))) as best:
+        kept = [best[name] for name in sorted(best.files)]
+    for one, other in zip(weights(trained / "model"), kept, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_same_seed_adapts_alike(trained, new_study, monkeypatch, tmp_path):
+    monkeypatch.chdir(new_study)
+    monkeypatch.setattr(adapt, "CHECK_EVERY", 10)
+    plan = Plan(steps=10, learning_rate=2e-3, minutes=20)
+    written = []
+    for place in ("one", "two"):
+        adapt.adapt(trained / "model", [Path("cards/c.yaml")], tmp_path / place, ["c-020", "c-021"], plan)
+        written.append(json.loads((tmp_path / place / "1/model.json").read_text()))
+    assert written[0]["weights_sha256"] == written[1]["weights_sha256"]
+    assert written[0]["provenance"]["adapted"][0]["left_out"] == []  # two are too few to spare one
+
+
+def test_what_does_not_help_is_not_written(trained, new_study, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(new_study)
+    plan = Plan(steps=25, learning_rate=1e-9, minutes=20)
+    measured = adapt.adapt(trained / "model", [Path("cards/c.yaml")], tmp_path / "out", plan=plan)
+    assert measured["version"] is None and not (tmp_path / "out").exists()
+    assert measured["known"]["after"] == measured["known"]["before"]
+    adapt.print_measured(measured, own_masks=False)
+    assert "nothing is written" in capsys.readouterr().out
+
+
+def test_it_goes_by_the_known_patients_too(trained, new_study, monkeypatch, tmp_path):
+    """A model that forgets is not taken, however well it does on the new study."""
+    monkeypatch.chdir(new_study)
+    monkeypatch.setattr(adapt, "MOST_FORGOTTEN", -1.0)  # any result counts as forgetting
+    plan = Plan(steps=25, learning_rate=2e-3, minutes=20)
+    measured = adapt.adapt(trained / "model", [Path("cards/c.yaml")], tmp_path / "out", plan=plan)
+    assert measured["version"] is None
+
+
+def test_half_of_every_batch_is_replayed(trained, new_study, monkeypatch):
+    monkeypatch.chdir(new_study)
+    info = adapt._info(trained / "model")
+    experiment = adapt._experiment(info, [Path("cards/c.yaml")], QUICK)
+    from lvseg.prepare import prepare
+
+    new = adapt._volumes(prepare(experiment.data))
+    replayed, known = adapt._known(info, experiment.data, QUICK)
+    split = info["provenance"]["split"]
+    assert set(replayed.patients) <= set(split["train"]) and set(known.patients) <= set(split["validation"])
+    reading = adapt._reading(experiment, info, (*new.patients, *replayed.patients))
+    for samples in adapt._batches(experiment, new, replayed, reading).take(5):
+        brightest = samples.stack.numpy().max(axis=(1, 2, 3)) * samples.scale[:, 1, 0].numpy()
+        brightest += samples.scale[:, 1, 1].numpy()
+        assert (brightest < 115).tolist() == [True, True, False, False]  # bodies of others are at 120
+
+
+def test_own_masks_replace_segmented_patients(trained, study, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(study)
+    scans = []
+    for number in range(30, 34):
+        image, _ = scan("b", number)
+        scans.append(tmp_path / f"{number}.nii.gz")
+        write_volume(image, scans[-1])
+    blank, _ = scan("b", 34)
+    noise = np.random.default_rng(0).normal(20, 5, blank.shape).astype(np.int16)
+    write_volume(blank.with_voxels(noise), tmp_path / "noise.nii.gz")
+    plan = Plan(steps=25, learning_rate=1e-3, minutes=20)
+    measured = adapt.adapt_to_own_masks(trained / "model", [*scans, tmp_path / "noise.nii.gz"], tmp_path / "out", plan)
+    assert "noise.nii.gz" in capsys.readouterr().err
+    assert measured["adapted_on"]["patients"] <= len(scans)
+    assert measured["adapted_on"]["after"] >= measured["adapted_on"]["before"] > 0.8
+    with pytest.raises(InputError, match="agrees with itself"):
+        adapt.adapt_to_own_masks(trained / "model", [tmp_path / "noise.nii.gz"], tmp_path / "none", plan)
+
+
+def test_unsure_and_unlike_scans_are_suggested_first(trained, in_study, tmp_path):
+    scans = []
+    for name, made in {"plain": scan("a", 70), "again": scan("a", 71), "odd": dimmed(72)}.items():
+        scans.append(tmp_path / f"{name}.nii.gz")
+        write_volume(made[0], scans[-1])
+    looked = look(Segmenter(trained / "model"), scans)
+    doubts = {each.scan.name.split(".")[0]: each.doubt for each in looked}
+    assert doubts["odd"] > max(doubts["plain"], doubts["again"])
+    assert looked[suggest(looked, 1)[0]].scan.name == "odd.nii.gz"
+
+
+def test_two_of_a_kind_are_not_suggested_together():
+    here, there = np.array([0.0, 0.0, 1.0]), np.array([4.0, 1.0, 1.0])
+    looked = [Look(Path(str(place)), doubt, features) for place, (doubt, features) in enumerate(
+        [(0.5, here), (0.49, here + 0.01), (0.3, there), (0.1, there + 0.01)]
+    )]  # fmt: skip
+    assert suggest(looked, 2) == [0, 2]
+    assert sorted(suggest(looked, 4)) == [0, 1, 2, 3]
+
+
+def test_patients_are_left_out_only_where_there_are_enough():
+    names = [f"p{number}" for number in range(20)]
+    assert adapt._left_out(names[: LEAST_TO_LEAVE_OUT - 1]) == []
+    assert len(adapt._left_out(names[:LEAST_TO_LEAVE_OUT])) == 1 and len(adapt._left_out(names)) == 5
+    assert set(adapt._left_out(names[::-1])) == set(adapt._left_out(names))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ("--card or --unlabelled", "neither")),
+        (["--card", "cards/c.yaml"], ("--out",)),
+        (["--card", "cards/c.yaml", "-o", "x", "--patients", "nobody"], ("nobody",)),
+        (["--card", "cards/a.yaml", "-o", "x"], ("does not know", "a-0")),
+        (["--card", "cards/c.yaml", "-o", "x", "--replay", "cards/gone.yaml"], ("gone.yaml", "--replay")),
+        (["--card", "cards/c.yaml", "-o", "x", "--replay", "cards/c.yaml"], ("trained on", "cards/c.yaml")),
+        (["--card", "cards/c.yaml", "-o", "x", "--steps", "0"], ("--steps",)),
+        (["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "2"], ("--suggest", "received 2")),
+    ],
+)
+def test_wrong_use_is_one_sentence(trained, new_study, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(new_study)
+    assert adapt.main(["--model", str(trained / "model"), *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("lvseg.adapt: Expected") and all(word in error for word in words)
+
+
+def test_an_ensemble_and_an_older_model_cannot_be_adapted(trained, tmp_path):
+    for change, word in (({"members": []}, "ensemble"), ({"experiment": None}, "earlier version")):
+        card = json.loads((trained / "model/model.json").read_text()) | change
+        card = {key: value for key, value in card.items() if value is not None}
+        (tmp_path / "saved_model.pb").touch()
+        (tmp_path / "model.json").write_text(json.dumps(card))
+        with pytest.raises(InputError, match=word):
+            adapt._info(tmp_path)
