@@ -27,6 +27,7 @@ VERSION = re.compile(r"[0-9]+")  # a version folder's name
 FAT_FRACTION_TASK = "fatfraction"  # a model of this task sees fat fractions in percent
 # What of model.json is needed to use the model.
 CARD_KEYS = ("task", "labels", "axis", "spacing_mm", "size", "neighbours", "batch_size", "weights_sha256")
+SHIPPED = Path(__file__).parent / "shipped"
 LEAST_MR = -500.0  # no MR is as negative, and every CT with air in it is
 # Voxels brighter than this share of the scan's range (minimum to 99th percentile) count as tissue when the crop cuts.
 TISSUE_SHARE = 0.15
@@ -46,6 +47,20 @@ class Segmentation:
     measurements: dict[str, Any]
     slices: Array | None = None
     foreground: Array | None = None
+
+
+def shipped_model(task: str) -> Path:
+    """The model that comes with lvseg, trained on simulated patients alone (its model.json says what it is worth).
+
+    Raises:
+        InputError: MODEL_UNAVAILABLE for a task without one.
+    """
+    folder = SHIPPED / task
+    if not folder.is_dir():
+        raise InputError(
+            "MODEL_UNAVAILABLE", f"Expected --model, since none comes with lvseg for the task {task}, received none."
+        )
+    return folder
 
 
 def newest_version(model: Path) -> Path:
@@ -263,7 +278,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--scale", type=float, help="of a fat-fraction SCAN: percent a unit, where its file has no unit"
     )
     parser.add_argument(
-        "--model", type=Path, required=True, help="models/<task>/<version>, or models/<task> for the newest"
+        "--model",
+        type=Path,
+        help="models/<task>/<version>, or models/<task> for the newest (default: the model that comes with lvseg)",
     )
     parser.add_argument(
         "-o", "--out", type=Path, required=True, help="a file .vtk, .nii.gz, .vti, .nrrd or .mha, or a folder"
@@ -296,13 +313,15 @@ def _segment_scans(arguments: argparse.Namespace) -> int:
             raise InputError("NOT_FOUND", f"Expected a scan, received a path that does not exist: {path}.")
     outputs = output_paths(scans, arguments.out, arguments.format)
     check_outputs([*arguments.scans, *pair.values()], outputs, arguments.json)
-    newest_version(arguments.model)  # a wrong folder is told before TensorFlow's seconds
-    segmenter = Segmenter(arguments.model)
-    if (pair or arguments.scale is not None) and segmenter.info["task"] != FAT_FRACTION_TASK:
+    is_fat = bool(pair) or arguments.scale is not None
+    model = arguments.model or shipped_model(FAT_FRACTION_TASK if is_fat else "volume")
+    newest_version(model)  # a wrong folder is told before TensorFlow's seconds
+    segmenter = Segmenter(model)
+    if is_fat and segmenter.info["task"] != FAT_FRACTION_TASK:
         raise InputError(
             "BAD_ARGUMENT",
             f"Expected a model of the task {FAT_FRACTION_TASK} for fat fractions, received one of"
-            f" {segmenter.info['task']} in {arguments.model}.",
+            f" {segmenter.info['task']} in {model}.",
         )
     results, failed = [], 0
     for path, out in command.progress(list(zip(scans, outputs, strict=True)), "segmenting"):

@@ -106,12 +106,12 @@ def contrast(
     return tf.where(is_rendered[:, tf.newaxis, tf.newaxis, tf.newaxis], shown, stacks)
 
 
-def physics(seeds: tf.Tensor, shares: Sequence[float] = SHARES) -> tf.Tensor:
+def physics(seeds: tf.Tensor, shares: Sequence[float] | None = None) -> tf.Tensor:
     """What every tissue sends to an image whose sequence and patient are drawn at random.
 
     Args:
         seeds: int64 [B, 2], as `contrast`.
-        shares: how often each of IMAGES is made, adding up to 1.
+        shares: how often each of IMAGES is made, adding up to 1; None for SHARES.
 
     Returns:
         float64 [B, tissues], 0 or more.
@@ -187,7 +187,7 @@ def physics(seeds: tf.Tensor, shares: Sequence[float] = SHARES) -> tf.Tensor:
         ],
         axis=1,
     )
-    return tf.gather(images, _one_of(shares, drawn[:, 13]), batch_dims=1)
+    return tf.gather(images, _one_of(shares or SHARES, drawn[:, 13]), batch_dims=1)
 
 
 def spoiled_gradient_echo(t1_s: tf.Tensor, repetition_s: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:

@@ -36,7 +36,7 @@ class Network:
         self.info = {"task": "volume", "name": "fake", "labels": list(names), "weights_sha256": "ab" * 32,
                      "provenance": {"seed": 4}}  # fmt: skip
 
-    def segment(self, image, postprocessing=None, keep=False):
+    def segment(self, image, postprocessing=None, keep=False, modality=None):
         shift = int(image.voxels[0, 0, 0])
         mask = labels(shift) if shift < 9 else labels().with_voxels(np.zeros((6, 40, 40), np.uint8))
         return Segmentation(mask, {"flags": [], "volume_ml": {"liver": 1.0}}, None, None)
@@ -49,7 +49,7 @@ def report(tmp_path, monkeypatch):
     scans = [
         SimpleNamespace(
             patient=patient, study=study, shift=shift,
-            card=SimpleNamespace(name=dataset, scanner=scanner, kind="intensity"),
+            card=SimpleNamespace(name=dataset, scanner=scanner, kind="intensity", modality="MR"),
         )
         for (dataset, patient, study, scanner, _), shift in zip(SCANS, shifts, strict=True)
     ]  # fmt: skip
@@ -59,7 +59,7 @@ def report(tmp_path, monkeypatch):
         np.full((6, 40, 40), scan.shift, np.int16)))  # fmt: skip
     monkeypatch.setattr(evaluate, "read_labels", lambda scan, image: labels())
     monkeypatch.setattr(
-        evaluate, "open_study", lambda run, split, model: evaluate.Study(run, split, scans, Network(), manifest)
+        evaluate, "open_study", lambda run, split, model, cards: evaluate.Study(run, split, scans, Network(), manifest)
     )
 
     def run(**options):
@@ -180,7 +180,7 @@ def test_arguments_without_a_meaning_are_told(tmp_path, capsys, arguments, said)
 def study(tmp_path, monkeypatch):
     """A run with 30 validation scans, whose answers are off by one pixel, and what its calibration was fitted on."""
     scans = [
-        SimpleNamespace(patient=f"p{number:02}", study="1", shift=1, card=SimpleNamespace(name="one", kind="intensity"))
+        SimpleNamespace(patient=f"p{number:02}", study="1", shift=1, card=SimpleNamespace(name="one", kind="intensity", modality="MR"))
         for number in range(30)
     ]
     fitted = []

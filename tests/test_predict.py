@@ -191,6 +191,31 @@ def test_training_sees_what_serving_sees(model, tmp_path, normalisation, clip):
     np.testing.assert_allclose(trained_on, served, atol=1e-4 * np.ptp(served))
 
 
+AFFINE = np.array([[0, 0, 3.0, 0], [0, 4.0, 0, 0], [5.0, 0, 0, 0], [0, 0, 0, 1]])
+
+
+def test_a_ct_is_seen_through_the_models_window_and_nothing_else_is(model, tmp_path):
+    export_model(model, card(ct_window_hu=[-160, 240]), tmp_path / "1")
+    segmenter = Segmenter(tmp_path / "1")
+    hu = np.random.default_rng(3).uniform(-1000, 1500, (5, 32, 40)).astype(np.float32)
+
+    def seen(voxels, told, **metadata):
+        answer = segmenter.segment(Volume(voxels, AFFINE, metadata=metadata), modality=told, keep=True)
+        return answer.slices, answer.measurements["flags"]
+
+    windowed, _ = seen(np.clip(hu, -160, 240), "MR")
+    assert np.array_equal(seen(hu, "CT")[0], windowed)
+    assert np.array_equal(seen(hu, None, modality="CT")[0], windowed)  # DICOM says so itself
+    plain, flags = seen(hu, None)
+    assert not np.array_equal(plain, windowed) and any("Hounsfield" in flag for flag in flags)
+    assert not any("Hounsfield" in flag for flag in seen(hu, "CT")[1] + seen(np.abs(hu), None)[1])
+    with pytest.raises(InputError, match="CT window"):
+        seen(np.where(hu > 0, -900.0, -1000.0).astype(np.float32), "CT")
+    export_model(model, card(), tmp_path / "2")  # a model without a window sees all of a CT
+    other = Segmenter(tmp_path / "2").segment(Volume(hu, AFFINE), modality="CT", keep=True)
+    assert np.array_equal(other.slices, plain)
+
+
 def test_unknown_normalisation_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="z_score"):
         export_model(model, card(normalisation="z_score"), tmp_path / "1")

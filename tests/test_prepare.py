@@ -34,6 +34,10 @@ def data(**changes):
     return Data(**{**EXPERIMENT["data"], **changes})
 
 
+def decoded(shards, row):
+    return records.decode(next(iter(tf.data.TFRecordDataset(str(shards.folder / row["file"])))), 32)
+
+
 @pytest.fixture
 def own_study(study, tmp_path, monkeypatch):
     """A copy of the study that a test may damage."""
@@ -98,6 +102,23 @@ def test_a_scan_that_changed_is_prepared_anew(own_study):
 def test_other_spacing_gets_shards_of_its_own(own_study):
     folders = {prepare.prepare(data(spacing_mm=[mm, mm]), jobs=1)[0].folder for mm in (4.0, 5.0)}
     assert len(folders) == 2
+
+
+def test_a_window_is_for_ct_alone_and_gets_shards_of_its_own(own_study):
+    write_card(own_study, "ct", root="../raw/a", modality="CT")
+    datasets = ["cards/a.yaml", "cards/ct.yaml"]
+    plain, windowed = data(datasets=datasets), data(datasets=datasets, ct_window_hu=[50, 150])
+    before, after = prepare.prepare(plain), prepare.prepare(windowed)
+    assert before[0].folder == after[0].folder and before[1].folder != after[1].folder
+    rows = zip(before[1].rows, after[1].rows, strict=True)
+    for row, seen in rows:
+        bounds = [
+            [float(value) for value in (statistics.minimum, statistics.maximum)]
+            for statistics in (decoded(before[1], row).statistics, decoded(after[1], seen).statistics)
+        ]
+        assert bounds[0][0] < 50 and bounds[0][1] > 150 and bounds[1] == [50, 150]
+        image = decoded(after[1], seen).image.numpy()
+        assert image.min() == 0  # the fill is the darkest that the window shows
 
 
 def test_the_same_voxels_under_two_patients_are_refused_with_both_names(own_study):

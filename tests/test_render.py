@@ -174,6 +174,20 @@ def test_samples_without_a_map_or_by_chance_stay_to_the_bit():
     assert others.mean() == pytest.approx(0.5, abs=4 * np.sqrt(0.25 / len(others)))
 
 
+def test_a_fat_fraction_is_in_percent_whatever_the_range_and_of_any_fatness():
+    images = rendered(120, "fraction", low=-7.0, high=3.0)
+    tissues = body()[0, ..., 0]
+    means = {tissue: images[:, tissues == tissue].mean(axis=(1, 2)) for tissue in np.unique(tissues)}
+    assert np.abs(means[Tissue.AIR]).max() == 0
+    assert np.all((means[Tissue.FAT] > 80) & (means[Tissue.FAT] <= 100))
+    assert np.all((means[Tissue.SPLEEN] >= 0) & (means[Tissue.SPLEEN] < 3))
+    liver = np.sort(means[Tissue.LIVER])
+    # Log-uniform from 0.5 to 40 %.
+    expected = 0.5 * 80.0 ** ((np.arange(120) + 0.5) / 120)
+    assert np.abs(np.log(liver / expected)).max() < 0.6
+    assert images.max() <= 100
+
+
 def test_low_and_high_are_the_ends_of_the_range():
     unit, scaled = rendered(5), rendered(5, low=100.0, high=900.0)
     np.testing.assert_allclose(scaled, 100 + 800 * unit, rtol=1e-5)

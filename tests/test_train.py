@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import yaml
-from small_study import EXPERIMENT, ROOT, best_weights, command, rows, scan
+from small_study import EXPERIMENT, ROOT, best_weights, command, rows, scan, write_card
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2 as plugin
 
-from lvseg import biomarkers, metrics, overlays
+from lvseg import biomarkers, evaluate, metrics, overlays
 from lvseg.errors import InputError
 from lvseg.evaluate import evaluate_run
+from lvseg.formats import write_volume
 from lvseg.predict import Segmenter
 from lvseg.provenance import code_sha256
 
@@ -180,6 +181,35 @@ def test_evaluation_measures_the_test_patients_on_their_own_grids(trained, study
         part = summary["by_scanner"][scanner]
         assert part["patients"] == 1 and part["dice"]["mean"] == pytest.approx(float(report[number]["dice"]))
         assert part["volume_ml"]["bias"] == pytest.approx(errors[number], abs=0.01)
+
+
+def test_evaluation_measures_all_patients_of_a_dataset_that_training_did_not_see(trained, in_study, capsys):
+    for number in (50, 51, 52):
+        image, mask = scan("b", number)
+        patient = in_study / "raw/outside" / f"o-{number:03d}"
+        patient.mkdir(parents=True)
+        write_volume(image, patient / "image.nii.gz")
+        write_volume(mask.with_voxels(mask.voxels * 7), patient / "organs.nii.gz")
+    write_card(in_study, "outside")
+    own = (trained / "report").stat().st_mtime
+    arguments = ["--run", str(trained), "--card", "cards/outside.yaml", "--no-quality"]
+    assert evaluate.main([*arguments, "-o", "outside"]) == 0
+    report = rows(in_study / "outside/patients.csv")
+    assert [row["patient"] for row in report] == ["o-050", "o-051", "o-052"]
+    segmenter = Segmenter(trained / "model")
+    for row in report:
+        image, truth = scan("b", int(row["patient"][2:]))
+        assert float(row["dice"]) == pytest.approx(metrics.dice(segmenter.segment(image).mask.voxels, truth.voxels))
+    summary = json.loads((in_study / "outside/summary.json").read_text())
+    assert summary["split"] == "external" and list(summary["by_scanner"]) == ["outside"]
+    assert (trained / "report").stat().st_mtime == own
+    capsys.readouterr()
+    assert evaluate.main(arguments) == 2 and "--out" in capsys.readouterr().err
+    assert evaluate.main([*arguments[:3], "cards/a.yaml", "-o", "known"]) == 2
+    assert "has not seen" in capsys.readouterr().err
+    write_card(in_study, "other", root="../raw/outside", labels={"spleen": [7]})
+    assert evaluate.main([*arguments[:3], "cards/other.yaml", "-o", "known"]) == 2
+    assert "spleen" in capsys.readouterr().err and not (in_study / "known").exists()
 
 
 def test_the_overlay_shows_the_scan_the_answer_and_the_truth(trained, in_study, monkeypatch):

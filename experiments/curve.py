@@ -1,0 +1,220 @@
+"""How many segmented patients of a new scanner a network needs: Table 2 of the report, with and without this project's way.
+
+    python experiments/curve.py --task volume --model runs/volume/anyscanner-cpu-fold0/model
+    python experiments/curve.py --task volume --model ... --only siemens --draws 1 --table
+
+For each direction between the simulated scanners, and each number of segmented patients of the new one, two ways: "report",
+training on the known scanners and those patients from the start, and "any", a model for any scanner (--model), adapted to
+those patients by lvseg.adapt. Half of the new scanner's patients are for measuring alone. Every number lands in
+runs/curve/<task>.csv, a row a patient; what is there is not measured again, so a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lvseg import agreement, biomarkers, command, metrics, waterfat
+from lvseg.adapt import Plan, adapt
+from lvseg.cards import Scan, find_scans, load_card, read_image, read_labels
+from lvseg.config import Experiment
+from lvseg.errors import InputError
+from lvseg.keys import check_keys, read_yaml
+from lvseg.predict import Segmenter
+from lvseg.prepare import simulate_missing
+from lvseg.train import train
+
+DIRECTIONS = {"ge": ("philips",), "philips": ("ge",), "siemens": ("philips", "ge")}  # new scanner: known ones
+ENDINGS = {"volume": "volume", "fatfraction": "fat"}
+CONFIGS = {"volume": "experiments/volume_cpu.yaml", "fatfraction": "experiments/fatfraction_cpu.yaml"}
+COLUMNS = ("scanner", "way", "patients", "draw", "patient", "dice", "volume_error_percent", "fat_error_points")
+FOLDS = 5
+OUT = Path("runs/curve")
+
+
+def card_of(task: str, scanner: str) -> Path:
+    """The card of a simulated scanner."""
+    return Path(f"data/phantom_{scanner}_{ENDINGS[task]}.yaml")
+
+
+def scans_of(path: Path) -> list[Scan]:
+    """All scans of a card, simulated where they are missing."""
+    card, root = load_card(path)
+    simulate_missing(card, root)
+    return find_scans(card, root)
+
+
+def ordered(names: Sequence[str], purpose: str) -> list[str]:
+    """Names in an order that follows from a hash of each."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{purpose} {name}".encode()).hexdigest())
+
+
+def parts(scans: Sequence[Scan]) -> tuple[list[str], list[str]]:
+    """Patients of a new scanner that may be segmented, and those that are for measuring alone."""
+    names = ordered(sorted({scan.patient for scan in scans}), "curve")
+    return names[len(names) // 2 :], names[: len(names) // 2]
+
+
+def card_with(path: Path, patients: Sequence[str], out: Path) -> Path:
+    """Writes a card of chosen patients alone."""
+    card = read_yaml(path)
+    root = (path.parent / card["root"]).resolve()
+    card |= {"root": str(root), "patients": list(patients), "simulate": None}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(yaml.safe_dump(card, sort_keys=False), encoding="utf-8")
+    return out
+
+
+def trained_as_in_the_report(task: str, scanner: str, patients: Sequence[str], name: str, steps: int | None) -> Path:
+    """The model of a training on the known scanners and these patients of the new one, from the start."""
+    known = [card_of(task, other) for other in DIRECTIONS[scanner]]
+    cards, folds = [str(path) for path in known], [[] for _ in range(FOLDS)]
+    for path in known:
+        for place, patient in enumerate(ordered(sorted({scan.patient for scan in scans_of(path)}), "fold")):
+            folds[place % FOLDS].append(patient)
+    if patients:
+        cards.append(str(card_with(card_of(task, scanner), patients, OUT / f"{name}.yaml")))
+        folds[1] += patients  # fold 0 is for validation: of known scanners alone, as there are too few others
+    (OUT / "folds").mkdir(parents=True, exist_ok=True)
+    folds_file = OUT / "folds" / f"{name}.yaml"
+    folds_file.write_text(yaml.safe_dump({"folds": folds}), encoding="utf-8")
+    values = read_yaml(Path(CONFIGS[task]))
+    values["name"] = name
+    values["data"] |= {"datasets": cards, "folds": FOLDS, "fold": 0, "test_fraction": 0, "folds_file": str(folds_file)}
+    if steps is not None:
+        values["train"] |= {"steps": steps, "validate_every": steps, "checkpoint_every": min(200, steps)}
+    experiment = check_keys(Experiment, values, CONFIGS[task])
+    train(experiment)
+    return experiment.run_folder / "model"
+
+
+def measured(model: Path, scans: Sequence[Scan]) -> Iterator[dict[str, Any]]:
+    """Of each scan its Dice and errors of volume and, where there is fat, of the mean fat fraction."""
+    segmenter = Segmenter(model)
+    for scan in command.progress(scans, f"measuring {model}"):
+        image = read_image(scan)
+        mask, truth = segmenter.segment(image, modality=scan.card.modality).mask, read_labels(scan, image)
+        volumes = biomarkers.volume_ml(mask), biomarkers.volume_ml(truth)
+        row: dict[str, Any] = {
+            "patient": scan.patient,
+            "dice": metrics.dice(mask.voxels, truth.voxels),
+            "volume_error_percent": 100 * (volumes[0] - volumes[1]) / volumes[1],
+            "fat_error_points": None,
+        }
+        if image.metadata.get("units") == "percent":
+            means = [waterfat.fat_fraction_percent(image, labels)["mean"] for labels in (mask, truth)]
+            row["fat_error_points"] = None if None in means else means[0] - means[1]
+        yield row
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """What was measured so far."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def add(path: Path, key: dict[str, Any], rows: Iterator[dict[str, Any]]) -> None:
+    """Adds the rows of one model, all or none."""
+    known = rows_of(path)
+    new = [{**key, **row} for row in rows]
+    with command.atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, COLUMNS)
+        table.writeheader()
+        table.writerows([*known, *new])
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """Means over patients and draws with 95 % intervals, in Markdown."""
+    lines = [
+        "| new scanner | way | segmented patients | draws | mean Dice | mean absolute volume error | mean absolute fat error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    keys = dict.fromkeys((row["scanner"], row["way"], int(row["patients"])) for row in rows)
+    for scanner, way, count in sorted(keys):
+        own = [row for row in rows if (row["scanner"], row["way"], int(row["patients"])) == (scanner, way, count)]
+        cells = []
+        for column, high, form in (
+            ("dice", 1.0, "{:.3f} ({:.3f} to {:.3f})"),
+            ("volume_error_percent", np.inf, "{:.2f} % ({:.2f} to {:.2f})"),
+            ("fat_error_points", np.inf, "{:.2f} points ({:.2f} to {:.2f})"),
+        ):
+            found = [(abs(float(row[column])), row["patient"]) for row in own if row[column] not in ("", None)]
+            if len({patient for _, patient in found}) < 2:
+                cells.append("-")
+                continue
+            values, names = zip(*found, strict=True)
+            mean = agreement.average(values, agreement.Bootstrap(names), 0.0, high)
+            low, up = mean["intervals"]["mean"] or (np.nan, np.nan)
+            cells.append(form.format(mean["mean"], low, up))
+        draws = len({row["draw"] for row in own})
+        lines.append(f"| {scanner} | {way} | {count} | {draws} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures what is missing and prints the table."""
+    path = OUT / f"{arguments.task}.csv"
+    done = {(row["scanner"], row["way"], int(row["patients"]), int(row["draw"])) for row in rows_of(path)}
+    for scanner in arguments.only if not arguments.table else []:
+        scans = scans_of(card_of(arguments.task, scanner))
+        pool, held_out = parts(scans)
+        own = [scan for scan in scans if scan.patient in held_out]
+        for count in arguments.patients:
+            if count > len(pool):
+                raise InputError("BAD_ARGUMENT", f"Expected --patients up to {len(pool)}, received {count}.")
+            for draw in range(arguments.draws if count else 1):
+                chosen = ordered(pool, f"draw {draw}")[:count]
+                for way in arguments.ways:
+                    if (scanner, way, count, draw) in done:
+                        continue
+                    name = f"curve-{scanner}-{count}-{draw}"
+                    print(f"{way}: {scanner}, {count} patients, draw {draw}: {', '.join(chosen)}", flush=True)
+                    if way == "report":
+                        model = trained_as_in_the_report(arguments.task, scanner, chosen, name, arguments.steps)
+                    else:
+                        model = arguments.model
+                        if count:
+                            card = card_with(card_of(arguments.task, scanner), chosen, OUT / f"{name}.yaml")
+                            adapted = adapt(model, [card], OUT / "models" / f"{arguments.task}-{name}", None, Plan())
+                            model = Path(adapted["version"]) if adapted["version"] else model
+                    key = {"scanner": scanner, "way": way, "patients": count, "draw": draw}
+                    add(path, key, measured(model, own))
+    print(table(rows_of(path)))
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="curve", description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", choices=list(ENDINGS), required=True)
+    parser.add_argument("--model", type=Path, help="of experiments/anyscanner_*.yaml, which the way 'any' begins with")
+    parser.add_argument(
+        "--patients", type=int, nargs="+", default=[0, 1, 3, 5, 10], help="numbers of segmented patients"
+    )
+    parser.add_argument("--draws", type=int, default=3, help="of the patients of each number")
+    parser.add_argument("--only", choices=list(DIRECTIONS), nargs="+", default=list(DIRECTIONS), help="new scanners")
+    parser.add_argument("--ways", choices=("report", "any"), nargs="+", default=["report", "any"])
+    parser.add_argument("--steps", type=int, help="of trainings as in the report, instead of the config's")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, and do nothing else")
+
+    def body(arguments: argparse.Namespace) -> None:
+        if "any" in arguments.ways and arguments.model is None and not arguments.table:
+            raise InputError("BAD_ARGUMENT", "Expected --model with the way any, received none.")
+        run(arguments)
+
+    return command.run(parser, body, None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

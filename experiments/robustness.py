@@ -1,0 +1,182 @@
+"""How a model's Dice holds when a scan is changed: gamma, offset and scale, noise, slice distance, cuts of the slab.
+
+    python experiments/robustness.py --model runs/volume/anyscanner-cpu-fold0/model --card data/phantom_siemens_volume.yaml
+
+Writes robustness.csv, a row a scan and change, with the Dice of the mask as it is and of its largest component, and
+robustness.svg and .png with the mean curves, into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy import ndimage
+
+from lvseg import command, metrics
+from lvseg.cards import find_scans, load_card, read_image, read_labels
+from lvseg.postprocess import postprocess
+from lvseg.predict import Segmenter
+from lvseg.prepare import simulate_missing
+from lvseg.volume import Array, Volume
+
+Change = Callable[[Array, Array, float, tuple[float, float, float], np.random.Generator], tuple[Array, Array, float]]
+
+
+def _range(image: Array) -> tuple[float, float]:
+    return float(image.min()), float(np.percentile(image, 99.5))
+
+
+def gamma(image: Array, mask: Array, value: float, spacing: tuple[float, float, float], random: np.random.Generator):
+    """Intensities between darkest and brightest to a power."""
+    low, high = _range(image)
+    return low + (high - low) * np.clip((image - low) / (high - low), 0, None) ** value, mask, spacing[0]
+
+
+def offset(image: Array, mask: Array, value: float, spacing: tuple[float, float, float], random: np.random.Generator):
+    """Shares of the range added to every voxel."""
+    low, high = _range(image)
+    return image + value * (high - low), mask, spacing[0]
+
+
+def scale(image: Array, mask: Array, value: float, spacing: tuple[float, float, float], random: np.random.Generator):
+    """Intensities times a factor."""
+    return image * value, mask, spacing[0]
+
+
+def noise(image: Array, mask: Array, value: float, spacing: tuple[float, float, float], random: np.random.Generator):
+    """Rician noise of a standard deviation in percent of the range."""
+    low, high = _range(image)
+    real, imaginary = (value / 100 * (high - low) * random.standard_normal(image.shape) for _ in range(2))
+    return low + np.hypot(image - low + real, imaginary), mask, spacing[0]
+
+
+def slice_mm(image: Array, mask: Array, value: float, spacing: tuple[float, float, float], random: np.random.Generator):
+    """Slices as far apart, and as thick, as so many mm: means of a finely interpolated stack, truth at their centres."""
+    fine = 0.5
+    depth = np.arange(0, (len(image) - 1) * spacing[0] + 1e-6, fine)
+    thin = ndimage.map_coordinates(
+        image, np.meshgrid(depth / spacing[0], *(np.arange(n) for n in image.shape[1:]), indexing="ij"), order=1
+    ) if value < spacing[0] else None  # fmt: skip
+    centres = np.arange(value / 2, depth[-1], value)
+    nearest = np.clip(np.round(centres / spacing[0]).astype(int), 0, len(image) - 1)
+    if thin is not None:
+        return thin[np.clip(np.round(centres / fine).astype(int), 0, len(thin) - 1)], mask[nearest], value
+    weights = np.zeros((len(centres), len(image)))
+    own = np.arange(len(image)) * spacing[0]
+    for row, centre in enumerate(centres):
+        reach = np.clip((value + spacing[0]) / 2 - np.abs(own - centre), 0, min(value, spacing[0]))
+        weights[row] = reach / reach.sum()
+    return np.einsum("sk,kij->sij", weights, image), mask[nearest], value
+
+
+def slab(image: Array, mask: Array, value: float, spacing: tuple[float, float, float], random: np.random.Generator):
+    """A share of the liver's slices alone, anywhere in it."""
+    liver = np.flatnonzero(mask.any(axis=(1, 2)))
+    count = max(1, round(value * len(liver)))
+    first = int(random.integers(liver[0], liver[-1] - count + 2))
+    part = slice(0, len(image)) if value >= 1 else slice(first, first + count)
+    return image[part], mask[part], spacing[0]
+
+
+CHANGES: Mapping[str, tuple[Change, tuple[float, ...]]] = {
+    "gamma": (gamma, (0.4, 0.5, 0.63, 0.8, 1.0, 1.25, 1.6, 2.0, 2.5)),
+    "intensity offset (share of the range)": (offset, (-0.5, 0.0, 0.5, 1.0)),
+    "intensity scale": (scale, (0.1, 1.0, 10.0)),
+    "noise (% of the range)": (noise, (0.0, 2.5, 5.0, 10.0, 15.0)),
+    "slice distance (mm)": (slice_mm, (2.0, 3.0, 5.0, 8.0, 12.0)),
+    "share of the liver's slices": (slab, (0.15, 0.3, 0.5, 0.75, 1.0)),
+}
+
+
+def changed(image: Volume, truth: Volume, name: str, value: float, seed: int) -> tuple[Volume, Volume]:
+    """A scan and its truth, canonical, after a change of this name and value."""
+    scan, mask = image.canonical(), truth.canonical()
+    random = np.random.default_rng([seed, list(CHANGES).index(name)])
+    voxels, labels, distance = CHANGES[name][0](
+        scan.voxels.astype(np.float32), mask.voxels, value, scan.spacing_mm, random
+    )
+    affine = scan.affine.copy()
+    affine[:3, 0] *= distance / scan.spacing_mm[0]
+    return Volume(voxels.astype(np.float32), affine, metadata=scan.metadata), Volume(labels, affine)
+
+
+def measure(model: Path, cards: Sequence[Path], scans: int, out: Path) -> list[dict[str, object]]:
+    """Writes and returns a row a scan and change."""
+    segmenter, rows = Segmenter(model), []
+    chosen = []
+    for path in cards:
+        card, root = load_card(path)
+        simulate_missing(card, root)
+        chosen += find_scans(card, root)[:scans]
+    for seed, scan in enumerate(command.progress(chosen, "measuring")):
+        image = read_image(scan)
+        truth = read_labels(scan, image)
+        for name, (_, values) in CHANGES.items():
+            for value in values:
+                own, true = changed(image, truth, name, value, seed)
+                mask = segmenter.segment(own, postprocessing=[], modality=scan.card.modality).mask.voxels
+                row = {"patient": scan.patient, "change": name, "value": value, "dice": metrics.dice(mask, true.voxels)}
+                largest = postprocess(mask, ["largest_component"])
+                rows.append(row | {"dice_largest_component": metrics.dice(largest, true.voxels)})
+    out.mkdir(parents=True, exist_ok=True)
+    with command.atomic(out / "robustness.csv") as temporary, temporary.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return rows
+
+
+def draw(rows: Sequence[Mapping[str, object]], out: Path) -> None:
+    """The mean curves, one panel a change."""
+    figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained", sharey=True)
+    for panel, (name, (_, values)) in zip(axes.flat, CHANGES.items(), strict=True):
+        for key, style, label in (("dice", "-o", "as it is"), ("dice_largest_component", "--s", "largest component")):
+            means = [
+                np.mean([row[key] for row in rows if row["change"] == name and row["value"] == value])
+                for value in values
+            ]
+            panel.plot(values, means, style, label=label, markersize=4)
+        if name in ("gamma", "intensity scale"):
+            panel.set_xscale("log")
+            panel.set_xticks(values, [f"{value:g}" for value in values], fontsize=7)
+            panel.minorticks_off()
+        panel.set_xlabel(name)
+        panel.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("mean Dice")
+    axes[1, 0].set_ylabel("mean Dice")
+    axes[0, 0].legend(fontsize=8)
+    for suffix in ("svg", "png"):
+        figure.savefig(out / f"robustness.{suffix}", dpi=130)
+    plt.close(figure)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="robustness", description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--card", type=Path, nargs="+", required=True)
+    parser.add_argument("--scans", type=int, default=10, help="of each card (default: %(default)s)")
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs/robustness"))
+
+    def body(arguments: argparse.Namespace) -> None:
+        rows = measure(arguments.model, arguments.card, arguments.scans, arguments.out)
+        draw(rows, arguments.out)
+        for name, (_, values) in CHANGES.items():
+            for value in values:
+                own = [row for row in rows if row["change"] == name and row["value"] == value]
+                raw, largest = (np.mean([row[key] for row in own]) for key in ("dice", "dice_largest_component"))
+                print(f"{name:<40}{value:>8g}{raw:>8.3f}{largest:>8.3f}")
+
+    return command.run(parser, body, None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
