@@ -1,12 +1,12 @@
-"""How many segmented patients of a new scanner a network needs: Table 2 of the report, with and without this project's way.
+"""How many segmented patients of a new scanner a network needs: the report's Table 2, its way and this project's.
 
     python experiments/curve.py --task volume --model runs/volume/anyscanner-cpu-fold0/model
     python experiments/curve.py --task volume --model ... --only siemens --draws 1 --table
 
-For each direction between the simulated scanners, and each number of segmented patients of the new one, two ways: "report",
-training on the known scanners and those patients from the start, and "any", a model for any scanner (--model), adapted to
-those patients by lvseg.adapt. Half of the new scanner's patients are for measuring alone. Every number lands in
-runs/curve/<task>.csv, a row a patient; what is there is not measured again, so a stopped run goes on.
+For each direction between the simulated scanners, and each number of segmented patients of the new one, two ways:
+"report", training on the known scanners and those patients from the start, and "any", a model for any scanner
+(--model), adapted to those patients by lvseg.adapt. Half of the new scanner's patients are for measuring alone. Every
+number lands in runs/curve/<task>.csv, a row a patient; what is there is not measured again, so a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def add(path: Path, key: dict[str, Any], rows: Iterator[dict[str, Any]]) -> None
 def table(rows: Sequence[dict[str, str]]) -> str:
     """Means over patients and draws with 95 % intervals, in Markdown."""
     lines = [
-        "| new scanner | way | segmented patients | draws | mean Dice | mean absolute volume error | mean absolute fat error |",
+        "| new scanner | way | segmented patients | draws | mean Dice | mean absolute volume error |"
+        " mean absolute fat error |",
         "|---|---|---|---|---|---|---|",
     ]
     keys = dict.fromkeys((row["scanner"], row["way"], int(row["patients"])) for row in rows)

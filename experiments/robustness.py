@@ -1,6 +1,6 @@
 """How a model's Dice holds when a scan is changed: gamma, offset and scale, noise, slice distance, cuts of the slab.
 
-    python experiments/robustness.py --model runs/volume/anyscanner-cpu-fold0/model --card data/phantom_siemens_volume.yaml
+    python experiments/robustness.py --model models/volume --card data/phantom_siemens_volume.yaml
 
 Writes robustness.csv, a row a scan and change, with the Dice of the mask as it is and of its largest component, and
 robustness.svg and .png with the mean curves, into --out.
@@ -57,7 +57,7 @@ def noise(image: Array, mask: Array, value: float, spacing: tuple[float, float, 
 
 
 def slice_mm(image: Array, mask: Array, value: float, spacing: tuple[float, float, float], random: np.random.Generator):
-    """Slices as far apart, and as thick, as so many mm: means of a finely interpolated stack, truth at their centres."""
+    """Slices as far apart, and as thick, as so many mm; truth at their centres."""
     fine = 0.5
     depth = np.arange(0, (len(image) - 1) * spacing[0] + 1e-6, fine)
     thin = ndimage.map_coordinates(
