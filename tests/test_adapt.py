@@ -99,7 +99,8 @@ def test_the_weights_come_back_from_a_saved_model(trained):
 
 def test_the_same_seed_adapts_alike(trained, new_study, monkeypatch, tmp_path):
     monkeypatch.chdir(new_study)
-    monkeypatch.setattr(adapt, "CHECK_EVERY", 10)
+    for name, value in {"CHECK_EVERY": 10, "ENOUGH": -1.0, "MOST_FORGOTTEN": 1.0}.items():
+        monkeypatch.setattr(adapt, name, value)  # ten steps are taken, whatever they are worth
     plan = Plan(steps=10, learning_rate=2e-3, minutes=20)
     written = []
     for place in ("one", "two"):
