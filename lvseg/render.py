@@ -205,7 +205,7 @@ def _random(seeds: tf.Tensor) -> tf.Tensor:
     for vessel in (Tissue.HEPATIC_VESSEL, Tissue.PORTAL_VESSEL):
         near = liver + 0.2 * (table[:, vessel] - 0.5)
         table = _set(table, vessel, tf.where(own[:, 0] < 0.5, near, table[:, vessel]))
-    dark = own[:, 1] < 0.85
+    dark = own[:, 1] < 0.95
     for empty in (Tissue.AIR, Tissue.GAS, Tissue.LUNG):
         faint = (0.04 if empty is not Tissue.LUNG else 0.15) * table[:, empty]
         table = _set(table, empty, tf.where(dark, faint, table[:, empty]))

@@ -180,7 +180,12 @@ def test_arguments_without_a_meaning_are_told(tmp_path, capsys, arguments, said)
 def study(tmp_path, monkeypatch):
     """A run with 30 validation scans, whose answers are off by one pixel, and what its calibration was fitted on."""
     scans = [
-        SimpleNamespace(patient=f"p{number:02}", study="1", shift=1, card=SimpleNamespace(name="one", kind="intensity", modality="MR"))
+        SimpleNamespace(
+            patient=f"p{number:02}",
+            study="1",
+            shift=1,
+            card=SimpleNamespace(name="one", kind="intensity", modality="MR"),
+        )
         for number in range(30)
     ]
     fitted = []
