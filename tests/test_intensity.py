@@ -200,6 +200,37 @@ def test_gamma_rises_everywhere_keeps_the_ends_and_is_log_uniform():
     assert_uniform(np.log(gamma), -np.log(1.5) - 1e-4, np.log(1.5) + 1e-4)
 
 
+def test_many_bits_are_random_and_the_same_everywhere():
+    count = 40_000
+    seeds = seeds_of(4)
+    bits = draws.many_bits(seeds, count).numpy()
+    assert bits.shape == (4, count) and bits.dtype == np.uint32
+    ones = np.unpackbits(bits.view(np.uint8).reshape(4, count, 4), axis=2, bitorder="little")
+    assert np.abs(ones.mean(axis=1) - 0.5).max() < 4.5 * 0.5 / np.sqrt(count)  # each of 32 bits of each sample
+    flips = ones[:, 1:] ^ ones[:, :-1]
+    assert np.abs(flips.mean(axis=1) - 0.5).max() < 4.5 * 0.5 / np.sqrt(count)  # neighbours share nothing
+    between = (ones[:1] ^ ones[1:]).mean(axis=1)
+    assert np.abs(between - 0.5).max() < 4.5 * 0.5 / np.sqrt(count)  # nor do samples
+    for byte in range(4):
+        found = np.bincount((bits[0] >> (8 * byte)) & 255, minlength=256)
+        assert scipy.stats.chisquare(found).pvalue > 1e-3
+    assert len(np.unique(bits[0])) > count - 5
+    for traced in (tf.function(draws.many_bits), tf.function(draws.many_bits, jit_compile=True)):
+        np.testing.assert_array_equal(traced(seeds, count), bits)
+    np.testing.assert_array_equal(draws.many_bits(seeds[2:3], count)[0], bits[2])
+
+
+def test_pairs_are_normal_and_independent():
+    first, second = (part.numpy().astype(np.float64) for part in draws.normal_pairs(seeds_of(3), 60_000))
+    for part in (first, second):
+        assert scipy.stats.kstest(part.ravel(), "norm").pvalue > 0.01
+        assert 4.0 < np.abs(part).max() < 5.0
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 4 / np.sqrt(first.size)
+    angle = np.arctan2(second, first).ravel()
+    assert scipy.stats.kstest(angle, "uniform", (-np.pi, 2 * np.pi)).pvalue > 0.01
+    assert scipy.stats.kstest((first**2 + second**2).ravel() / 2, "expon").pvalue > 0.01
+
+
 def test_noise_is_normal_independent_and_up_to_its_sigma():
     count = 200
     stacks = slices(count, 16)

@@ -1,0 +1,208 @@
+"""The scripts beside the experiments: the curve of segmented patients, robustness, and the picture of renderings."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from small_study import ROOT, scan
+
+from lvseg import metrics
+from lvseg.cards import find_scans, load_card
+from lvseg.config import load_experiment
+from lvseg.predict import Segmenter
+from lvseg.volume import Volume
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+curve, robustness = script("curve"), script("robustness")
+
+
+@pytest.fixture
+def known_and_new(study, monkeypatch, tmp_path):
+    """The study's two scanners as the curve's: a is known, b is new."""
+    monkeypatch.chdir(study)
+    monkeypatch.setattr(curve, "OUT", tmp_path / "curve")
+    monkeypatch.setattr(curve, "DIRECTIONS", {"b": ("a",)})
+    monkeypatch.setattr(curve, "CONFIGS", {"volume": "experiment.yaml"})
+    monkeypatch.setattr(curve, "card_of", lambda task, scanner: Path(f"cards/{scanner}.yaml"))
+    return tmp_path / "curve"
+
+
+def run(*arguments: object) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["curve", *map(str, arguments)])
+        return curve.main()
+
+
+def test_no_patient_is_both_segmented_and_measured(known_and_new):
+    scans = curve.scans_of(Path("cards/b.yaml"))
+    pool, held_out = curve.parts(scans)
+    assert not set(pool) & set(held_out) and len(pool) + len(held_out) == len({each.patient for each in scans})
+    assert curve.parts(scans[::-1]) == (pool, held_out)
+    path = curve.card_with(Path("cards/b.yaml"), pool[:2], known_and_new / "some.yaml")
+    card, root = load_card(path)
+    assert {each.patient for each in find_scans(card, root)} == set(pool[:2])
+
+
+def test_a_training_as_in_the_report_sees_the_known_scanner_and_the_chosen_patients_alone(known_and_new, monkeypatch):
+    seen = []
+    monkeypatch.setattr(curve, "train", seen.append)
+    pool, _ = curve.parts(curve.scans_of(Path("cards/b.yaml")))
+    curve.trained_as_in_the_report("volume", "b", pool[:3], "one", 50)
+    from lvseg import prepare
+
+    sets = prepare.prepare(seen[0].data)
+    split = prepare.split(seen[0].data, sets)
+    known = {each.patient for each in curve.scans_of(Path("cards/a.yaml"))}
+    assert set(split.train) > set(pool[:3]) and set(split.validation) < known and not split.test
+    assert set(split.train) | set(split.validation) == known | set(pool[:3])
+    assert (
+        seen[0].train.steps == 50
+        and seen[0].train.learning_rate == load_experiment(Path("experiment.yaml")).train.learning_rate
+    )
+
+
+def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, monkeypatch, capsys):
+    made = []
+
+    def train(task, scanner, patients, name, steps):
+        made.append(("report", tuple(patients)))
+        return trained / "model"
+
+    def adapt(model, cards, out, patients, plan):
+        card, root = load_card(cards[0])
+        made.append(("any", tuple(sorted({each.patient for each in find_scans(card, root)}))))
+        return {"version": None}
+
+    monkeypatch.setattr(curve, "trained_as_in_the_report", train)
+    monkeypatch.setattr(curve, "adapt", adapt)
+    options = ["--task", "volume", "--model", trained / "model", "--only", "b", "--draws", 2]
+    assert run(*options, "--patients", 0, 2) == 0
+    pool, held_out = curve.parts(curve.scans_of(Path("cards/b.yaml")))
+    assert [way for way, _ in made] == ["report", "report", "any", "report", "any"]
+    assert made[0] == ("report", ()) and set(made[1][1]) <= set(pool) and made[1][1] != made[3][1]
+    assert set(made[2][1]) == set(made[1][1]) and set(made[4][1]) == set(made[3][1])
+    rows = curve.rows_of(known_and_new / "volume.csv")
+    assert len(rows) == 6 * len(held_out) and {row["patient"] for row in rows} == set(held_out)
+    segmenter = Segmenter(trained / "model")
+    for row in rows:
+        image, truth = scan("b", int(row["patient"][2:]))
+        expected = metrics.dice(segmenter.segment(image).mask.voxels, truth.voxels)
+        assert float(row["dice"]) == pytest.approx(expected) and row["fat_error_points"] == ""
+    printed = capsys.readouterr().out
+    mean = np.mean([float(row["dice"]) for row in rows if (row["way"], row["patients"]) == ("any", "0")])
+    assert f"| b | any | 0 | 1 | {mean:.3f} (" in printed and "| b | report | 2 | 2 |" in printed
+    made.clear()
+    assert run(*options, "--patients", 0, 2) == 0 and not made  # all of it is there
+    assert run(*options, "--patients", 99) == 2
+    assert run("--task", "volume", "--only", "b") == 2 and "--model" in capsys.readouterr().err
+
+
+def test_what_was_begun_and_not_ended_is_not_written(known_and_new, trained):
+    def breaks():
+        yield {"patient": "b-001", "dice": 1.0, "volume_error_percent": 0.0, "fat_error_points": None}
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        curve.add(known_and_new / "volume.csv", {"scanner": "b", "way": "any", "patients": 0, "draw": 0}, breaks())
+    assert curve.rows_of(known_and_new / "volume.csv") == []
+
+
+IMAGE, TRUTH = scan("a", 3)
+
+
+def voxels_after(name: str, value: float) -> tuple[np.ndarray, np.ndarray, Volume]:
+    image, mask = robustness.changed(IMAGE, TRUTH, name, value, seed=4)
+    return image.voxels, mask.voxels, image
+
+
+def test_changes_that_change_nothing():
+    canonical, truth = IMAGE.canonical().voxels.astype(np.float32), TRUTH.canonical().voxels
+    spacing_mm = IMAGE.canonical().spacing_mm[0]
+    for name, value in {"gamma": 1.0, "intensity offset (share of the range)": 0.0, "intensity scale": 1.0,
+                        "noise (% of the range)": 0.0, "share of the liver's slices": 1.0}.items():  # fmt: skip
+        image, mask, volume = voxels_after(name, value)
+        np.testing.assert_allclose(image, canonical, atol=0.01)
+        assert np.array_equal(mask, truth) and volume.spacing_mm[0] == pytest.approx(spacing_mm)
+    assert set(robustness.CHANGES) >= {"gamma", "slice distance (mm)"}
+
+
+def test_intensities_change_as_they_say():
+    plain = IMAGE.canonical().voxels.astype(np.float64)
+    low, high = plain.min(), np.percentile(plain, 99.5)
+    bent, _, _ = voxels_after("gamma", 2.0)
+    np.testing.assert_allclose(bent, low + (high - low) * ((plain - low) / (high - low)) ** 2, rtol=1e-4, atol=0.05)
+    shifted, _, _ = voxels_after("intensity offset (share of the range)", 0.5)
+    np.testing.assert_allclose(shifted - plain, 0.5 * (high - low), rtol=1e-4)
+    noisy, _, _ = voxels_after("noise (% of the range)", 5.0)
+    bright = plain > low + 0.6 * (high - low)
+    assert (noisy - plain)[bright].std() == pytest.approx(0.05 * (high - low), rel=0.1)
+    assert noisy.min() >= low - 0.01
+
+
+def test_thicker_slices_are_means_and_keep_their_truth():
+    canonical, truth = IMAGE.canonical(), TRUTH.canonical().voxels
+    own_mm = canonical.spacing_mm[0]
+    image, mask, volume = voxels_after("slice distance (mm)", 2 * own_mm)
+    assert len(image) == len(mask) and volume.spacing_mm[0] == pytest.approx(2 * own_mm)
+    height = (len(truth) - 1) * own_mm
+    assert (len(image) - 1) * 2 * own_mm <= height < (len(image) + 1) * 2 * own_mm
+    # A centre on a slice: half of it and a quarter of either neighbour, as far as they reach.
+    centre = 1
+    plain = canonical.voxels.astype(np.float64)
+    np.testing.assert_allclose(image[0], (plain[0] * 0.5 + plain[1] + plain[2] * 0.5) / 2, rtol=1e-5)
+    assert np.array_equal(mask[0], truth[centre])
+    thin, thin_mask, thin_volume = voxels_after("slice distance (mm)", own_mm / 2)
+    assert thin_volume.spacing_mm[0] == pytest.approx(own_mm / 2) and len(thin) >= 2 * len(truth) - 3
+    share = thin_mask.sum() * thin_volume.spacing_mm[0] / (truth.sum() * own_mm)
+    assert share == pytest.approx(1.0, abs=0.15)
+
+
+def test_a_slab_is_a_stretch_of_the_liver():
+    truth = TRUTH.canonical().voxels
+    liver = int(truth.any(axis=(1, 2)).sum())
+    image, mask, _ = voxels_after("share of the liver's slices", 0.5)
+    assert len(mask) == round(0.5 * liver) and mask.any(axis=(1, 2)).all()
+    plain = IMAGE.canonical().voxels
+    assert any(np.array_equal(image, plain[first : first + len(image)]) for first in range(len(plain)))
+
+
+def test_robustness_writes_a_row_a_scan_and_change_and_draws(trained, in_study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(robustness, "CHANGES", {name: (change, values[-2:]) for name, (change, values)
+                                                in robustness.CHANGES.items()})  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["robustness", "--model", str(trained / "model"), "--card", "cards/a.yaml",
+                                     "--scans", "2", "-o", str(tmp_path)])  # fmt: skip
+    assert robustness.main() == 0
+    rows = (tmp_path / "robustness.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * sum(len(values) for _, values in robustness.CHANGES.values())
+    assert (tmp_path / "robustness.png").stat().st_size > 10_000 and (tmp_path / "robustness.svg").is_file()
+    assert "gamma" in capsys.readouterr().out
+
+
+def test_forty_renderings_are_drawn_and_an_experiment_without_them_is_refused(tmp_path, study):
+    experiment = yaml.safe_load((ROOT / "experiments/anyscanner_volume_cpu.yaml").read_text())
+    experiment["data"] |= {"size": 48, "spacing_mm": [9.0, 9.0]}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(experiment))
+    drawing = script("renderings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["renderings", "--cfg", str(tmp_path / "small.yaml"), "-o", str(tmp_path / "p.png")])
+        assert drawing.main() == 0
+        pixels = np.asarray(Image.open(tmp_path / "p.png").convert("L"))
+        assert pixels.shape == (5 * 48, 8 * 48)
+        tiles = pixels.reshape(5, 48, 8, 48).transpose(0, 2, 1, 3).reshape(40, -1)
+        assert tiles.std(axis=1).min() > 5 and len({tile.tobytes() for tile in tiles}) == 40
+        patch.setattr(
+            "sys.argv", ["renderings", "--cfg", str(study / "experiment.yaml"), "-o", str(tmp_path / "q.png")]
+        )
+        assert drawing.main() == 2 and not (tmp_path / "q.png").exists()
