@@ -88,7 +88,8 @@ def trained_as_in_the_report(task: str, scanner: str, patients: Sequence[str], n
     folds_file.write_text(yaml.safe_dump({"folds": folds}), encoding="utf-8")
     values = read_yaml(Path(CONFIGS[task]))
     values["name"] = name
-    values["data"] |= {"datasets": cards, "folds": FOLDS, "fold": 0, "test_fraction": 0, "folds_file": str(folds_file)}
+    values["data"] |= {"datasets": cards, "folds": FOLDS, "fold": 0, "test_fraction": 0, "test_patients": None}
+    values["data"]["folds_file"] = str(folds_file)
     if steps is not None:
         values["train"] |= {"steps": steps, "validate_every": steps, "checkpoint_every": min(200, steps)}
     experiment = check_keys(Experiment, values, CONFIGS[task])

@@ -117,11 +117,12 @@ def many_bits(seeds: tf.Tensor, count: int) -> tf.Tensor:
     mixing of C. Wellons' hash-prospector, 2018, twice), which XLA makes part of what uses them, a fifth of the time
     of Philox. Good enough for the noise of pixels, and the same everywhere.
     """
-    keys = tf.map_fn(
-        lambda seed: tf.random.stateless_uniform([2], seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox"),
-        seeds,
-        fn_output_signature=tf.TensorSpec([2], tf.uint32),
-    )
+
+    def draw(seed: tf.Tensor) -> tf.Tensor:
+        keys = tf.random.stateless_uniform([2], seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox")
+        return tf.cast(keys, tf.int64)  # of which a GPU can make a list
+
+    keys = tf.cast(tf.map_fn(draw, seeds, fn_output_signature=tf.TensorSpec([2], tf.int64)), tf.uint32)
 
     def mixed(bits: tf.Tensor) -> tf.Tensor:
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
