@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model",
         type=Path,
-        help="models/<task>/<version>, or models/<task> for the newest (default: the one that comes with lvseg, where the task has one)",
+        help="models/<task>/<version>, or models/<task> for the newest (default: what comes with lvseg, if anything)",
     )
     parser.add_argument(
         "-o", "--out", type=Path, required=True, help="a file .vtk, .nii.gz, .vti, .nrrd or .mha, or a folder"
