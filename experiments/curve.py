@@ -24,12 +24,12 @@ import yaml
 
 from lvseg import agreement, biomarkers, command, metrics, waterfat
 from lvseg.adapt import Plan, adapt
-from lvseg.cards import Scan, find_scans, load_card, read_image, read_labels
+from lvseg.cards import Scan, read_image, read_labels
 from lvseg.config import Experiment
 from lvseg.errors import InputError
 from lvseg.keys import check_keys, read_yaml
 from lvseg.predict import Segmenter
-from lvseg.prepare import simulate_missing
+from lvseg.prepare import card_scans
 from lvseg.train import train
 
 DIRECTIONS = {"ge": ("philips",), "philips": ("ge",), "siemens": ("philips", "ge")}  # new scanner: known ones
@@ -43,13 +43,6 @@ OUT = Path("runs/curve")
 def card_of(task: str, scanner: str) -> Path:
     """The card of a simulated scanner."""
     return Path(f"data/phantom_{scanner}_{ENDINGS[task]}.yaml")
-
-
-def scans_of(path: Path) -> list[Scan]:
-    """All scans of a card, simulated where they are missing."""
-    card, root = load_card(path)
-    simulate_missing(card, root)
-    return find_scans(card, root)
 
 
 def ordered(names: Sequence[str], purpose: str) -> list[str]:
@@ -78,7 +71,7 @@ def trained_as_in_the_report(task: str, scanner: str, patients: Sequence[str], n
     known = [card_of(task, other) for other in DIRECTIONS[scanner]]
     cards, folds = [str(path) for path in known], [[] for _ in range(FOLDS)]
     for path in known:
-        for place, patient in enumerate(ordered(sorted({scan.patient for scan in scans_of(path)}), "fold")):
+        for place, patient in enumerate(ordered(sorted({scan.patient for scan in card_scans(path)}), "fold")):
             folds[place % FOLDS].append(patient)
     if patients:
         cards.append(str(card_with(card_of(task, scanner), patients, OUT / f"{name}.yaml")))
@@ -168,7 +161,7 @@ def run(arguments: argparse.Namespace) -> None:
     path = OUT / f"{arguments.task}.csv"
     done = {(row["scanner"], row["way"], int(row["patients"]), int(row["draw"])) for row in rows_of(path)}
     for scanner in arguments.only if not arguments.table else []:
-        scans = scans_of(card_of(arguments.task, scanner))
+        scans = card_scans(card_of(arguments.task, scanner))
         pool, held_out = parts(scans)
         own = [scan for scan in scans if scan.patient in held_out]
         for count in arguments.patients:

@@ -19,10 +19,10 @@ import numpy as np
 from scipy import ndimage
 
 from lvseg import command, metrics
-from lvseg.cards import find_scans, load_card, read_image, read_labels
+from lvseg.cards import read_image, read_labels
 from lvseg.postprocess import postprocess
 from lvseg.predict import Segmenter
-from lvseg.prepare import simulate_missing
+from lvseg.prepare import card_scans
 from lvseg.volume import Array, Volume
 
 Change = Callable[[Array, Array, float, tuple[float, float, float], np.random.Generator], tuple[Array, Array, float]]
@@ -109,11 +109,7 @@ def changed(image: Volume, truth: Volume, name: str, value: float, seed: int) ->
 def measure(model: Path, cards: Sequence[Path], scans: int, out: Path) -> list[dict[str, object]]:
     """Writes and returns a row a scan and change."""
     segmenter, rows = Segmenter(model), []
-    chosen = []
-    for path in cards:
-        card, root = load_card(path)
-        simulate_missing(card, root)
-        chosen += find_scans(card, root)[:scans]
+    chosen = [scan for path in cards for scan in card_scans(path)[:scans]]
     for seed, scan in enumerate(command.progress(chosen, "measuring")):
         image = read_image(scan)
         truth = read_labels(scan, image)

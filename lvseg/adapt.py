@@ -158,13 +158,9 @@ def _info(model: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError("MODEL_UNAVAILABLE", f"Expected model.json in {folder}, received none to read.") from error
     if "members" in info or "experiment" not in info:
-        what = "an ensemble" if "members" in info else "one that an earlier version exported"
+        what = "an ensemble" if "members" in info else "one that an earlier version trained"
         raise InputError(
-            "BAD_MODEL",
-            f"Expected a model of one network with its experiment, received {what} in {folder}; export it from its run"
-            " again."
-            if "members" not in info
-            else f"Expected a model of one network with its experiment, received {what} in {folder}.",
+            "BAD_MODEL", f"Expected a model of one network with its experiment, received {what} in {folder}."
         )
     return info
 

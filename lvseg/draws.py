@@ -59,14 +59,14 @@ def of_stream(seeds: tf.Tensor, stream: int) -> tf.Tensor:
     return seeds + tf.constant([stream, 0], tf.int64)
 
 
-def uniform(seed: tf.Tensor, shape: Sequence[int], dtype: tf.DType = tf.float64) -> tf.Tensor:
-    """Draws a sample's numbers, uniform between 0 and 1 (float32 rounds some to 1), from its seed, int64 [2], alone.
+def uniform(seed: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+    """Draws a sample's numbers, float64 and uniform between 0 and 1, from its seed, int64 [2], alone.
 
     TensorFlow's own uniform and normal numbers differ between its kernels and XLA; Philox's bits do not, so the bits
-    are drawn and made numbers here: in float64 to round alike everywhere, in float32 where they are many.
+    are drawn and made numbers here.
     """
     bits = tf.random.stateless_uniform(shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox")
-    return (tf.cast(bits, dtype) + 0.5) * 2.0**-32
+    return (tf.cast(bits, tf.float64) + 0.5) * 2.0**-32
 
 
 def strength(seeds: tf.Tensor, stream: int, probability: float, lowest: float, highest: float) -> tf.Tensor:

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from lvseg import agreement, biomarkers, command, figures, metrics, overlays, quality, report, waterfat
-from lvseg.cards import Scan, find_scans, load_card, read_image, read_labels
+from lvseg.cards import Scan, load_card, read_image, read_labels
 from lvseg.config import load_experiment
 from lvseg.degrade import KINDS, degrade
 from lvseg.errors import InputError
 from lvseg.keys import read_yaml
 from lvseg.postprocess import STEPS
 from lvseg.predict import Segmenter
-from lvseg.prepare import dataset_scans, simulate_missing
+from lvseg.prepare import card_scans, dataset_scans
 from lvseg.surfaces import TOLERANCES_MM, surface_distances
 from lvseg.volume import Array, Volume
 
@@ -135,15 +135,14 @@ def _of_cards(run: Path, paths: Sequence[Path]) -> list[Scan]:
     own = read_yaml(run / "model" / "model.json")
     scans = []
     for path in paths:
-        card, root = load_card(path)
+        card, _ = load_card(path)
         if (card.task, card.classes) != (own["task"], own["labels"]):
             raise InputError(
                 "BAD_MODEL",
                 f"Expected a card of the run's task and classes, {own['task']} with {', '.join(own['labels'])},"
                 f" received {card.task} with {', '.join(card.classes)} in {path}.",
             )
-        simulate_missing(card, root)
-        scans += find_scans(card, root)
+        scans += card_scans(path)
     return scans
 
 

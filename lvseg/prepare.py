@@ -175,6 +175,13 @@ def _folder(card: Card, data: Data) -> Path:
     return Path(data.shards) / f"{card.name}-{digest(_made_by(card, data))[:8]}"
 
 
+def card_scans(path: Path) -> list[Scan]:
+    """All scans of a card, simulated first where it says so and they are not there yet."""
+    card, root = load_card(path)
+    simulate_missing(card, root)
+    return find_scans(card, root)
+
+
 def simulate_missing(card: Card, root: Path, jobs: int = -1, at_most: int | None = None) -> None:
     """Makes the patients, or the first `at_most`, of a card that says how to simulate them, where they are missing."""
     if card.simulate is not None:

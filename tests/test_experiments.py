@@ -46,7 +46,7 @@ def run(*arguments: object) -> int:
 
 
 def test_no_patient_is_both_segmented_and_measured(known_and_new):
-    scans = curve.scans_of(Path("cards/b.yaml"))
+    scans = curve.card_scans(Path("cards/b.yaml"))
     pool, held_out = curve.parts(scans)
     assert not set(pool) & set(held_out) and len(pool) + len(held_out) == len({each.patient for each in scans})
     assert curve.parts(scans[::-1]) == (pool, held_out)
@@ -58,13 +58,13 @@ def test_no_patient_is_both_segmented_and_measured(known_and_new):
 def test_a_training_as_in_the_report_sees_the_known_scanner_and_the_chosen_patients_alone(known_and_new, monkeypatch):
     seen = []
     monkeypatch.setattr(curve, "train", seen.append)
-    pool, _ = curve.parts(curve.scans_of(Path("cards/b.yaml")))
+    pool, _ = curve.parts(curve.card_scans(Path("cards/b.yaml")))
     curve.trained_as_in_the_report("volume", "b", pool[:3], "one", 50)
     from lvseg import prepare
 
     sets = prepare.prepare(seen[0].data)
     split = prepare.split(seen[0].data, sets)
-    known = {each.patient for each in curve.scans_of(Path("cards/a.yaml"))}
+    known = {each.patient for each in curve.card_scans(Path("cards/a.yaml"))}
     assert set(split.train) > set(pool[:3]) and set(split.validation) < known and not split.test
     assert set(split.train) | set(split.validation) == known | set(pool[:3])
     assert (
@@ -89,7 +89,7 @@ def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, m
     monkeypatch.setattr(curve, "adapt", adapt)
     options = ["--task", "volume", "--model", trained / "model", "--only", "b", "--draws", 2]
     assert run(*options, "--patients", 0, 2) == 0
-    pool, held_out = curve.parts(curve.scans_of(Path("cards/b.yaml")))
+    pool, held_out = curve.parts(curve.card_scans(Path("cards/b.yaml")))
     assert [way for way, _ in made] == ["report", "report", "any", "report", "any"]
     assert made[0] == ("report", ()) and set(made[1][1]) <= set(pool) and made[1][1] != made[3][1]
     assert set(made[2][1]) == set(made[1][1]) and set(made[4][1]) == set(made[3][1])

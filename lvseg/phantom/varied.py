@@ -92,7 +92,7 @@ def _draw_echo(field_t: float, draw: np.random.Generator) -> Sequence:
 
 def _draw_echoes(field_t: float, draw: np.random.Generator) -> Sequence:
     """Six echoes, from which water and fat are separated."""
-    first_ms, apart_ms = float(draw.uniform(1.0, 1.3)), float(draw.uniform(0.95, 1.15) if field_t < 2 else 0.0)
-    apart_ms = apart_ms or float(draw.uniform(0.8, 1.0))
+    first_ms = float(draw.uniform(1.0, 1.3))
+    apart_ms = float(draw.uniform(*(0.95, 1.15) if field_t < 2 else (0.8, 1.0)))
     times = tuple(first_ms + apart_ms * echo for echo in range(ECHOES))
     return Sequence(field_t, float(draw.uniform(7.0, 10.0)), float(draw.uniform(3.0, 5.0)), times, ())
