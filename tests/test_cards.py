@@ -108,7 +108,7 @@ def test_every_shipped_card_is_valid_and_says_its_licence_and_where_it_is_told_a
         assert card.name == path.stem and path.name in text
         assert card.spacing_mm is not None and card.licence and card.citation
     simulated = {card.name: card.simulate for card in cards.values() if card.simulate is not None}
-    assert len(simulated) == 9 and len({each.seed for each in simulated.values()}) == 9
+    assert 0 < len(simulated) == len({each.seed for each in simulated.values()})
     for name, card in ((card.name, card) for card in cards.values() if card.name in simulated):
         assert card.scanner == card.simulate.scanner == name.removeprefix("phantom_")
     trained = [

@@ -784,8 +784,8 @@ def test_predict_segments_the_series_that_its_option_names_and_lists_them_withou
         def __init__(self, _model: Path) -> None:
             self.info = {}
 
-        def segment(self, scan, *_progress):
-            seen.append(scan)
+        def segment(self, scan, *_progress, modality):
+            seen.append((scan, modality))
             return predict.Segmentation(
                 scan.with_voxels((scan.voxels > 1500).astype(np.uint8)), {"volume_ml": {}, "flags": []}
             )
@@ -798,8 +798,11 @@ def test_predict_segments_the_series_that_its_option_names_and_lists_them_withou
     assert "'W,TE4.6' with 3 slices" in capsys.readouterr().err
     assert not seen
     assert predict.main([*command, "--series", "12/F"]) == 0
-    np.testing.assert_array_equal(seen[0].voxels, pixels_of(3) + 1000)
-    assert read_volume(tmp_path / "mask.nrrd").shape == seen[0].shape
+    assert predict.main([*command, "--series", "12/F", "--modality", "mr"]) == 0
+    (scan, modality), (_, named) = seen
+    assert (modality, named) == (None, "MR")
+    np.testing.assert_array_equal(scan.voxels, pixels_of(3) + 1000)
+    assert read_volume(tmp_path / "mask.nrrd").shape == scan.shape
 
 
 @pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])
