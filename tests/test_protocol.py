@@ -28,12 +28,22 @@ files = st.builds(
 limits = st.builds(
     protocol.Limits, upload_bytes=counts, content_bytes=counts, members=counts, chunk_bytes=st.integers(1, 2**20)
 )
+facts = st.builds(
+    protocol.JobFacts,
+    job=digests,
+    name=printable,
+    model=tasks,
+    state=st.sampled_from(["receiving", "queue", "segment", "done"]),
+    position=counts,
+)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "job": st.binary(min_size=32, max_size=32),
     "payload": st.binary(min_size=1, max_size=64),
     "models": st.lists(models, max_size=3).map(tuple),
     "files": st.lists(files, max_size=3).map(tuple),
+    "jobs": st.lists(facts, max_size=3).map(tuple),
     "limits": limits,
+    "modality": st.sampled_from(["", "CT", "MR"]),
     "ready": st.booleans(),
     "retryable": st.booleans(),
     "sha256": digests,
