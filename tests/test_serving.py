@@ -279,7 +279,10 @@ def test_a_busy_server_is_asked_again_until_it_takes_the_scan(server: Server, he
     scan = scan_file(tmp_path, seed=9)
     contents = [scan_file(tmp_path, seed, name="other.nii.gz").read_bytes() for seed in range(4)]
     with Raw(server.endpoint) as peer, ThreadPoolExecutor(1) as pool, server.connect() as late:
-        jobs = [send_all(peer, content) for content in contents]
+        jobs = [send_all(peer, contents[0])]
+        while peer.take_until(protocol.Progress).stage != "segment":  # until it runs, it counts as one that waits
+            pass
+        jobs += [send_all(peer, content) for content in contents[1:]]
         peer.socket.send_multipart(protocol.encode(protocol.Ping()))
         # Answered in order: once it has answered this, it has all four.
         while not isinstance(peer.take(), protocol.Pong):
