@@ -25,6 +25,7 @@ from lvseg import biomarkers, command, metrics
 from lvseg.cards import Scan, find_scans, load_card
 from lvseg.config import load_experiment
 from lvseg.formats import read_volume
+from lvseg.predict import newest_version
 
 EXPERIMENT = Path("experiments/demo.yaml")
 OUT = Path("demo")
@@ -122,10 +123,12 @@ def links(scans: list[Scan]) -> list[Path]:
 
 def serve(scans: list[Scan]) -> list[Path]:
     """Starts a server on a free port, sends it the scans, ends it; returns the masks that came back."""
-    endpoint = OUT / "endpoint"
+    endpoint, access = OUT / "endpoint", OUT / "access"
+    module("serving.admin", "--access", access, "allow-model", newest_version(OUT / "models" / "volume"))
     server = subprocess.Popen(
         [sys.executable, "-m", "serving.server", "--cfg", "serving/server.yaml", "--models", str(OUT / "models"),
-         "--spool", str(OUT / "spool"), "--bind", "tcp://127.0.0.1:*", "--endpoint-file", str(endpoint)]
+         "--spool", str(OUT / "spool"), "--access", str(access), "--bind", "tcp://127.0.0.1:*", "--http", "127.0.0.1:0",
+         "--endpoint-file", str(endpoint)]
     )  # fmt: skip
     try:
         deadline = time.monotonic() + SERVER_READY_S
@@ -137,7 +140,7 @@ def serve(scans: list[Scan]) -> list[Path]:
             time.sleep(0.1)
         paths = links(scans)
         module("serving.client", "submit", *paths, "--model", "volume", "-o", OUT / "served",
-               "--server", endpoint.read_text().strip())  # fmt: skip
+               "--key", access / "local.json", "--server", endpoint.read_text().strip())  # fmt: skip
         return [OUT / "served" / path.name.replace(".nii.gz", ".vtk") for path in paths]
     finally:
         server.send_signal(signal.SIGTERM)

@@ -1,447 +1,44 @@
-"""Sends scans to a server and writes the segmentations that come back; as a library (`Client`) and as a command.
+"""The client's command: sends scans to a server and writes the segmentations that come back.
 
     python -m serving.client submit scan.nii.gz --model volume -o liver.vtk
 
-Nothing here waits without a limit: a server that is not there, does not answer or makes no progress ends in an error
-with a sentence that says what to check. Runs without TensorFlow, NumPy and the rest of lvseg.
+`serving.connection` is the same as a library. Runs without TensorFlow, NumPy and the rest of lvseg.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
-import hashlib
 import json
 import re
 import signal
 import sys
+import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import zmq
+from serving import keys, protocol
+from serving.connection import HOME_KEY, Client, check_model, find_credentials
+from serving.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_ERROR, ClientError, KeyFileError
+from serving.outputs import check_outputs, output_paths, writing
+from serving.scans import check_readable, files_of, reading, stem_of, suffix_by_content
 
-from serving import protocol
-from serving.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_ERROR, EXIT_NETWORK, ClientError
-from serving.outputs import check_outputs, is_sidecar, output_paths, sidecar_of, writing
-from serving.scans import Package, check_readable, files_of, is_sent_unchanged, name_of, package, reading
-
-SERVER = "tcp://127.0.0.1:5557"
-CONNECT_S = 5.0
-SILENCE_S = 20.0  # the server answers STATUS within milliseconds; this long without a word and it is gone
-ASK_S = 2.0  # without news for this long, STATUS asks; it also finds the job again after a lost connection
-FETCHES_AHEAD = 8
 PLAIN_LINE_EVERY_S = 2.0
-PORT_MAX = 65535
+LOOK_EVERY_S, SETTLED_S, PATIENCE_S = 1.0, 5.0, 10.0  # of --watch
+STDIN = Path("-")
 
 EXAMPLE = """examples:
   python -m serving.client submit scan.nii.gz --model volume -o liver.vtk
   python -m serving.client submit patient1/ patient2/ --model volume -o masks --format nii.gz --json volumes.json
-  python -m serving.client models
-  python -m serving.client ping
+  python -m serving.client submit --watch incoming --model volume -o masks
+  python -m serving.client keys new --name site-a --server-key KEY --server tcp://segmentation.example:5557
+  python -m serving.client status
 """
-
-OnProgress = Callable[[str, int, int], None]
-
-
-class Unreachable(ClientError):
-    """Nobody answers at the server's address; exit code 4."""
-
-    def __init__(self, server: str) -> None:
-        super().__init__(
-            "UNREACHABLE",
-            f"Expected an answer from a server at {server}, received none: check that it runs (its line 'ready' shows"
-            " its address) and that no firewall is between.",
-            EXIT_NETWORK,
-        )
-
-
-class Refused(ClientError):
-    """The server said no; `error` is its message."""
-
-    def __init__(self, error: protocol.Error, server: str, members: Sequence[str] = ()) -> None:
-        def local(match: re.Match[str]) -> str:
-            number = int(match[1])
-            return members[number - 1] if 1 <= number <= len(members) else match[0]
-
-        sentence = re.sub(r"\b([0-9]{6})\.(?:bin|dcm|ima|000)\b", local, error.text)
-        if (error.code, error.fault) == ("NOT_FOUND", "access"):  # the readers have a code of that name, too
-            sentence = (
-                f"Expected the server at {server} to know the job, received '{sentence}' (it was restarted, or gave the"
-                " job up; send the scan again)."
-            )
-        exit_codes = {"input": EXIT_BAD_INPUT, "access": EXIT_NETWORK, "server": EXIT_ERROR}
-        super().__init__(error.code, sentence, exit_codes[error.fault])
-        self.error = error
-
-
-def check_model(name: str) -> None:
-    """Refuses what no server can know as a model, such as a folder.
-
-    Raises:
-        ClientError: MODEL_UNKNOWN, exit code 2.
-    """
-    if not protocol.is_model_name(name):
-        raise ClientError(
-            "MODEL_UNKNOWN",
-            f"Expected the name of a model such as volume (see the command models), received {name!r}.",
-            EXIT_BAD_INPUT,
-        )
-
-
-class Client:
-    """A connection to a server; use it in a `with` statement, from one thread.
-
-    Args:
-        server: its address, such as tcp://127.0.0.1:5557.
-        connect_s: give up when no server takes the connection and greets within this.
-
-    Raises:
-        ClientError: BAD_ADDRESS, UNREACHABLE or PROTO_UNSUPPORTED, exit code 4 (2 for the address).
-    """
-
-    def __init__(self, server: str = SERVER, connect_s: float = CONNECT_S) -> None:
-        self.server = server
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 200)
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a server that is not there
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 250)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 5000)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, protocol.FRAME_BYTES_MAX)
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
-        self._socket.setsockopt(zmq.RCVHWM, 64)
-        self._socket.setsockopt(zmq.SNDHWM, 64)
-        try:
-            self._connect(connect_s)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the connection."""
-        self._socket.close()
-        self._context.term()
-
-    def welcome(self, limit_s: float = CONNECT_S) -> protocol.Welcome:
-        """What the server says of itself: limits, models, whether they are loaded.
-
-        Raises:
-            ClientError: UNREACHABLE or PROTO_UNSUPPORTED.
-        """
-        limit = time.monotonic() + limit_s
-        self._say(protocol.Hello(protocol.VERSION, protocol.VERSION, protocol.BUILD), limit)
-        return self._expect(protocol.Welcome, limit)
-
-    def ping(self, limit_s: float = CONNECT_S) -> float:
-        """The milliseconds that a word there and back takes.
-
-        Raises:
-            ClientError: UNREACHABLE.
-        """
-        began = time.monotonic()
-        self._say(protocol.Ping(), began + limit_s)
-        self._expect(protocol.Pong, began + limit_s)
-        return 1000 * (time.monotonic() - began)
-
-    def segment(
-        self,
-        scan: Path,
-        model: str,
-        out: Path,
-        timeout_s: float = 600.0,
-        on_progress: OnProgress = lambda stage, done, total: None,
-    ) -> tuple[list[Path], dict[str, Any]]:
-        """Has one scan segmented.
-
-        Args:
-            scan: a file, or a folder of DICOM files.
-            model: name of a model that the server has.
-            out: the mask's file, .vtk, .nii.gz, .vti, .nrrd or .mha; written whole or not at all.
-            timeout_s: limit for everything together.
-            on_progress: told the stage and how far it is, in bytes while sending and receiving, scans before this one
-                while in the queue, slices or batches while segmenting.
-
-        Returns:
-            The files written, `out` first, then `<out>.json` if the mask is an oblique .vtk; and the measurements.
-
-        Raises:
-            ClientError: anything else than an answer.
-        """
-        limit = time.monotonic() + timeout_s
-        output = next((known for known in protocol.OUTPUTS if out.name.endswith(f".{known}")), None)
-        if output is None:
-            names = ", ".join(f".{known}" for known in protocol.OUTPUTS)
-            raise ClientError("BAD_OUTPUT", f"Expected a file that ends in {names}, received {out}.", EXIT_BAD_INPUT)
-        check_model(model)
-        check_readable(scan)
-        check_outputs([scan], [out])
-        on_progress("pack", 0, 0)
-        self._check_sizes(scan)
-        sent = package(scan)
-        with sent.file:
-            self._check(sent.name, sent.bytes, sent.content_bytes, len(sent.members))
-            accepted = self._announce(sent, model, output, limit)
-            job = accepted.job
-            try:
-                self._upload(accepted, sent, limit, on_progress)
-                done = self._wait(job, sent, limit, on_progress)
-                return self._collect(job, done, sent, out, output, limit, on_progress)
-            finally:
-                self._forget(job)
-
-    # ---- the steps of a job
-
-    def _connect(self, connect_s: float) -> None:
-        unfit = ClientError(
-            "BAD_ADDRESS", f"Expected a server's address such as {SERVER}, received {self.server}.", EXIT_BAD_INPUT
-        )
-        port = re.fullmatch(r"tcp://[^;]+:([0-9]{1,5})", self.server)
-        if not port or not 0 < int(port[1]) <= PORT_MAX:  # ZeroMQ takes any number modulo 65536
-            raise unfit
-        try:
-            self._socket.connect(self.server)
-        except zmq.ZMQError as error:
-            raise unfit from error
-        self.greeting = self.welcome(connect_s)
-
-    def _check_sizes(self, scan: Path) -> None:
-        """What the files' sizes tell, before time and disk are spent on packing them."""
-        with reading(scan):
-            sizes = [path.stat().st_size for path in files_of(scan)]
-        upload_bytes = sum(sizes) if is_sent_unchanged(scan) else 0
-        self._check(name_of(scan), upload_bytes, sum(sizes), len(sizes) if scan.is_dir() else 0)
-
-    def _check(self, name: str, upload_bytes: int, content_bytes: int, members: int) -> None:
-        """Against the server's limits before a byte is sent; the server checks again."""
-        limits = self.greeting.limits
-        for what, size, limit in (
-            ("bytes to send", upload_bytes, limits.upload_bytes),
-            ("bytes", content_bytes, limits.content_bytes),
-            ("files", members, limits.members),
-        ):
-            if size > limit:
-                raise ClientError(
-                    "TOO_LARGE", f"Expected at most {limit} {what}, received {size} in {name}.", EXIT_BAD_INPUT
-                )
-
-    def _announce(self, sent: Package, model: str, output: str, limit: float) -> protocol.Accepted:
-        """A new job; waits, up to the limit, while the server is busy."""
-        while True:
-            left_ms = min(86_400_000, max(1, int(1000 * (limit - time.monotonic()))))
-            submit = protocol.Submit(
-                sent.name, sent.kind, model, output, sent.codec, sent.bytes, sent.content_bytes, sent.sha256, left_ms
-            )
-            answer_limit = min(limit, time.monotonic() + SILENCE_S)
-            self._say(submit, answer_limit)
-            try:
-                accepted: protocol.Accepted = self._expect(protocol.Accepted, answer_limit)
-                return accepted
-            except Refused as refused:
-                wait_s = refused.error.retry_after_ms / 1000
-                if refused.code != "BUSY" or time.monotonic() + wait_s > limit:
-                    raise
-                time.sleep(wait_s)
-
-    def _upload(self, accepted: protocol.Accepted, sent: Package, limit: float, on_progress: OnProgress) -> None:
-        """Sends the bytes as credit allows. STATUS, whose answer says where to go on, repairs whatever goes wrong."""
-        job, offset, until = accepted.job, accepted.offset, accepted.until
-        asked = False  # for STATUS; chunks sent before its answer would be out of place
-        messages = self._messages(job, limit, sent, lambda: f"{offset} of {sent.bytes} bytes were sent")
-        while True:
-            while not asked and offset < until:
-                sent.file.seek(offset)
-                payload = sent.file.read(min(self.greeting.limits.chunk_bytes, until - offset))
-                self._say(protocol.Chunk(job, offset, payload), limit)
-                offset += len(payload)
-                on_progress("send", offset, sent.bytes)
-            message = next(messages)
-            if isinstance(message, protocol.Accepted):
-                offset, until, asked = message.offset, message.until, False
-            elif isinstance(message, protocol.Credit):
-                until = max(until, message.until)
-            elif isinstance(message, protocol.Stored | protocol.Progress | protocol.Done):
-                return
-            elif isinstance(message, protocol.Error):
-                if message.code not in ("BAD_OFFSET", "OVER_CREDIT"):
-                    raise Refused(message, self.server, sent.members)
-                if not asked:
-                    self._say(protocol.Status(job), limit)
-                asked = True
-            elif message is None:
-                asked = True
-
-    def _wait(self, job: bytes, sent: Package, limit: float, on_progress: OnProgress) -> protocol.Done:
-        where = "it was sent"
-        self._say(protocol.Status(job), limit)
-        messages = self._messages(job, limit, sent, lambda: where)
-        while True:
-            message = next(messages)
-            if isinstance(message, protocol.Done):
-                return message
-            if isinstance(message, protocol.Error):
-                raise Refused(message, self.server, sent.members)
-            if isinstance(message, protocol.Progress):
-                queued = message.stage == "queue"
-                where = f"{message.position} scans were before it" if queued else f"it was at '{message.stage}'"
-                on_progress(message.stage, message.position if queued else message.done, message.total)
-
-    def _collect(
-        self,
-        job: bytes,
-        done: protocol.Done,
-        sent: Package,
-        out: Path,
-        output: str,
-        limit: float,
-        on_progress: OnProgress,
-    ) -> tuple[list[Path], dict[str, Any]]:
-        """Fetches the result; its files appear under their names only when all of them are whole."""
-        measurements: dict[str, Any] = {}
-        moves: list[tuple[Path, Path]] = []
-        try:
-            with writing(out):
-                out.parent.mkdir(parents=True, exist_ok=True)
-                for file in done.files:
-                    pieces = self._fetch(job, file, sent, limit, on_progress)
-                    if file.name == "measurements.json":
-                        measurements = json.loads(b"".join(pieces))
-                        continue
-                    path = out.with_name(out.name + file.name.removeprefix(f"mask.{output}"))
-                    moves.append((path.with_name(f".partial-{uuid.uuid4().hex[:8]}-{path.name}"), path))
-                    with moves[-1][0].open("xb") as temporary:
-                        temporary.writelines(pieces)
-                paths = [path for _, path in moves]
-                if output == "vtk" and (sidecar := sidecar_of(out)) not in paths and is_sidecar(sidecar):
-                    sidecar.unlink()  # an earlier file's directions would be wrong for this one
-                for temporary_path, path in reversed(moves):
-                    temporary_path.replace(path)
-                return paths, measurements
-        finally:
-            for temporary_path, _ in moves:
-                temporary_path.unlink(missing_ok=True)
-
-    def _fetch(
-        self, job: bytes, file: protocol.ResultFile, sent: Package, limit: float, on_progress: OnProgress
-    ) -> Iterator[bytes]:
-        """A file's bytes as they come; checks its digest at the end."""
-        got = asked = 0
-        digest = hashlib.sha256()
-        chunk = self.greeting.limits.chunk_bytes
-        messages = self._messages(job, limit, sent, lambda: f"{got} of {file.bytes} bytes of the result came")
-        while got < file.bytes:
-            while asked < file.bytes and asked < got + FETCHES_AHEAD * chunk:
-                self._say(protocol.Fetch(job, file.name, asked, chunk), limit)
-                asked += chunk
-            message = next(messages)
-            if isinstance(message, protocol.Data) and (message.name, message.offset) == (file.name, got):
-                digest.update(message.payload)
-                got += len(message.payload)
-                on_progress("receive", got, file.bytes)
-                yield message.payload
-            elif isinstance(message, protocol.Error):
-                raise Refused(message, self.server, sent.members)
-            elif message is None:
-                asked = got
-        if digest.hexdigest() != file.sha256:
-            raise ClientError(
-                "RESULT_CORRUPT",
-                f"Expected the result as the server made it, received other bytes for {sent.name}.",
-                EXIT_NETWORK,
-            )
-
-    def _forget(self, job: bytes) -> None:
-        """Tells the server that it may delete the job; should that fail, the server's own time limit does it."""
-        with contextlib.suppress(ClientError):
-            limit = time.monotonic() + 2.0
-            self._say(protocol.Close(job), limit)
-            while (message := self._take(limit)) is not None:
-                if isinstance(message, protocol.Closed | protocol.Error) and message.job == job:
-                    return
-
-    # ---- single messages
-
-    def _messages(self, job: bytes, limit: float, sent: Package, where: Callable[[], str]) -> Iterator[Any]:
-        """The job's messages as they come; None after ASK_S of silence, when STATUS has been sent.
-
-        Raises:
-            ClientError: TIMEOUT at the limit, UNREACHABLE after SILENCE_S without a word.
-        """
-        heard = asked = time.monotonic()
-        while True:
-            now = time.monotonic()
-            if now >= limit:
-                raise ClientError(
-                    "TIMEOUT",
-                    f"Expected the result of {sent.name} in time, received none ({where()}): raise --timeout-s, or ask"
-                    f" whether the server at {self.server} is overloaded.",
-                    EXIT_NETWORK,
-                )
-            if now - heard >= SILENCE_S:
-                raise ClientError(
-                    "UNREACHABLE",
-                    f"Expected news of {sent.name}, received nothing from {self.server} for {SILENCE_S:.0f} s"
-                    f" ({where()}): check that the server still runs and that the network is up.",
-                    EXIT_NETWORK,
-                )
-            message = self._take(min(limit, asked + ASK_S))
-            if message is None and time.monotonic() >= asked + ASK_S:
-                asked = time.monotonic()
-                with contextlib.suppress(Unreachable):
-                    self._say(protocol.Status(job), asked)
-                yield None
-            elif message is not None and message.job == job:
-                heard = asked = time.monotonic()
-                yield message
-
-    def _expect(self, kind: type[Any], limit: float) -> Any:
-        while (message := self._take(limit)) is not None:
-            if isinstance(message, kind):
-                return message
-            if isinstance(message, protocol.Error) and not message.job:
-                raise Refused(message, self.server)
-        raise Unreachable(self.server)
-
-    def _say(self, message: Any, limit: float) -> None:
-        try:
-            frames = protocol.encode(message)
-        except protocol.BadFrame as error:
-            raise ClientError(error.code, error.text, EXIT_BAD_INPUT) from error
-        wait_ms = max(0, int(1000 * (limit - time.monotonic())))
-        if not self._socket.poll(min(wait_ms, int(1000 * SILENCE_S)), zmq.POLLOUT):
-            raise Unreachable(self.server)
-        try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again as error:
-            raise Unreachable(self.server) from error
-
-    def _take(self, limit: float) -> Any:
-        """The next message, or None at the limit."""
-        if not self._socket.poll(max(0, int(1000 * (limit - time.monotonic())) + 1)):
-            return None
-        try:
-            return protocol.decode(self._socket.recv_multipart(zmq.NOBLOCK), protocol.TO_CLIENT)
-        except protocol.BadFrame as error:
-            raise ClientError(
-                error.code,
-                f"Expected a server of protocol {protocol.MAGIC.decode()} at {self.server}, received other frames.",
-                EXIT_NETWORK,
-            ) from error
-
-
-# ---- the command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -459,57 +56,256 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ClientError as error:
         print(f"{parser.prog}: {error.sentence}", file=sys.stderr)
         return error.exit_code
+    except KeyFileError as error:
+        print(f"{parser.prog}: {error.sentence}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; what was finished is kept.", file=sys.stderr)
         return EXIT_ERROR
 
 
+# ---- submit
+
+
 def _submit(arguments: argparse.Namespace) -> int:
     check_model(arguments.model)
-    for scan in arguments.scans:
-        check_readable(scan)
-    outputs = output_paths(arguments.scans, arguments.out, arguments.format)
-    check_outputs(arguments.scans, outputs, arguments.json)
-    results: list[dict[str, Any]] = []
-    exit_code = EXIT_DONE
-    with Client(arguments.server) as client, _progress() as show:
-        for scan, out in zip(arguments.scans, outputs, strict=True):
-            try:
-                paths, measurements = client.segment(
-                    scan, arguments.model, out, arguments.timeout_s, lambda *news, name=scan.name: show(name, *news)
-                )
-            except ClientError as error:
-                if len(arguments.scans) == 1 or error.exit_code != EXIT_BAD_INPUT:
-                    raise
-                exit_code = EXIT_BAD_INPUT  # one bad scan of many costs that scan alone
-                results.append({"scan": str(scan), "error": {"code": error.code, "text": error.sentence}})
-                print(f"serving.client: {error.sentence}", file=sys.stderr)
-                continue
-            results.append({"scan": str(scan), "files": [str(path) for path in paths], **measurements})
-            print(out)
+    if bool(arguments.scans) == bool(arguments.watch):
+        raise ClientError("BAD_ARGUMENT", "Expected SCAN or --watch, received both or neither.", EXIT_BAD_INPUT)
+    if arguments.watch:
+        return _watch(arguments)
+    with _from_stdin(arguments.scans) as scans:
+        for scan in scans:
+            check_readable(scan)
+        outputs = output_paths(scans, arguments.out, arguments.format)
+        check_outputs(scans, outputs, arguments.json)
+        with _progress() as show:
+            results, exit_code = _segment_all(arguments, list(zip(scans, outputs, strict=True)), show)
     if arguments.json:
-        temporary = arguments.json.with_name(f".partial-{uuid.uuid4().hex[:8]}-{arguments.json.name}")
-        with writing(arguments.json):
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
-                temporary.replace(arguments.json)
-            finally:
-                temporary.unlink(missing_ok=True)
+        _write_json(arguments.json, results)
     return exit_code
 
 
+def _segment_all(
+    arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path]], show: Callable[[str, str, int, int], None]
+) -> tuple[list[dict[str, Any]], int]:
+    """Several scans at once, each over a connection of its own, so that one is sent while another is worked on.
+
+    Returns:
+        What is to be said of each scan, in their order; and the exit code.
+
+    Raises:
+        ClientError: what ends all of it: the network, the access, or the one scan there is.
+    """
+    stop = threading.Event()
+    own = threading.local()
+    clients: list[Client] = []
+
+    def one(scan: Path, out: Path) -> dict[str, Any]:
+        if not hasattr(own, "client"):
+            own.client = _client(arguments, stop)
+            clients.append(own.client)
+        try:
+            paths, measurements = own.client.segment(
+                scan, arguments.model, out, arguments.timeout_s, lambda *news: show(scan.name, *news),
+                (arguments.modality or "").upper(),
+            )  # fmt: skip
+        except ClientError as error:
+            if len(scans) == 1 or error.exit_code != EXIT_BAD_INPUT:
+                raise
+            print(f"serving.client: {error.sentence}", file=sys.stderr)  # one bad scan of many costs that scan alone
+            return {"scan": str(scan), "error": {"code": error.code, "text": error.sentence}}
+        print(out, flush=True)
+        return {"scan": str(scan), "files": [str(path) for path in paths], **measurements}
+
+    pool = concurrent.futures.ThreadPoolExecutor(min(arguments.at_once, len(scans)))
+    try:
+        tasks = [pool.submit(one, scan, out) for scan, out in scans]
+        for task in concurrent.futures.as_completed(tasks):
+            task.result()
+        results = [task.result() for task in tasks]
+    finally:
+        stop.set()  # after an error, or Ctrl-C, which only the main thread hears
+        pool.shutdown(cancel_futures=True)
+        for client in clients:
+            client.close()
+    return results, EXIT_BAD_INPUT if any("error" in result for result in results) else EXIT_DONE
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    """Segments what is dropped into a folder, until Ctrl-C. A scan is done once its mask, or its failure, is written.
+
+    A scan counts as whole once it has not changed for SETTLED_S.
+    """
+    folder, out = arguments.watch, arguments.out
+    if not folder.is_dir():
+        raise ClientError("NOT_FOUND", f"Expected a folder to watch, received {folder}.", EXIT_BAD_INPUT)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    if out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents:
+        raise ClientError("BAD_OUTPUT", f"Expected -o apart from the folder watched, received {out}.", EXIT_BAD_INPUT)
+    _client(arguments, threading.Event()).close()  # a wrong address or key is told at once
+    seen: dict[Path, tuple[tuple[int, ...], float]] = {}
+    with _progress() as show:
+        while True:
+            now = time.monotonic()
+            fresh = []
+            for scan in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+                mask = out / f"{stem_of(scan)}.{arguments.format or 'vtk'}"
+                if mask.exists() or _failure_of(mask).exists():
+                    continue
+                mark = _mark(scan)
+                if scan not in seen or seen[scan][0] != mark:
+                    seen[scan] = (mark, now)
+                elif now - seen[scan][1] >= SETTLED_S:
+                    fresh.append((scan, mask))
+            try:
+                _segment_dropped(arguments, fresh, show)
+            except ClientError as error:  # the network or the server: the scans are still there
+                print(f"serving.client: {error.sentence} Trying again.", file=sys.stderr)
+                time.sleep(PATIENCE_S)
+            time.sleep(LOOK_EVERY_S)
+
+
+def _segment_dropped(
+    arguments: argparse.Namespace, fresh: Sequence[tuple[Path, Path]], show: Callable[[str, str, int, int], None]
+) -> None:
+    """Segments scans, and writes down those that cannot be, so that they are not tried again and again."""
+    usable = []
+    for scan, mask in fresh:
+        try:
+            check_readable(scan)
+            check_outputs([scan], [mask])
+            usable.append((scan, mask))
+        except ClientError as error:
+            print(f"serving.client: {error.sentence}", file=sys.stderr)
+            _write_json(_failure_of(mask), {"scan": str(scan), "error": {"code": error.code, "text": error.sentence}})
+    for first in range(0, len(usable), arguments.at_once):
+        some = usable[first : first + arguments.at_once]
+        try:
+            results, _ = _segment_all(arguments, some, show)
+        except ClientError as error:
+            if len(some) != 1 or error.exit_code != EXIT_BAD_INPUT:
+                raise
+            results = [{"scan": str(some[0][0]), "error": {"code": error.code, "text": error.sentence}}]
+            print(f"serving.client: {error.sentence}", file=sys.stderr)
+        for (_, mask), result in zip(some, results, strict=True):
+            where = _failure_of(mask) if "error" in result else mask.with_name(mask.name + ".result.json")
+            _write_json(where, result)
+
+
+def _failure_of(mask: Path) -> Path:
+    return mask.with_name(mask.name + ".failed.json")
+
+
+def _mark(scan: Path) -> tuple[int, ...]:
+    """What changes while a scan is still being copied."""
+    try:
+        with reading(scan):
+            facts = [path.stat() for path in files_of(scan)]
+    except ClientError:  # an empty folder, which will be filled, or a file that is gone
+        return (time.monotonic_ns(),) if not scan.exists() else ()
+    return (len(facts), sum(one.st_size for one in facts), max(one.st_mtime_ns for one in facts))
+
+
+@contextlib.contextmanager
+def _from_stdin(scans: Sequence[Path]) -> Iterator[list[Path]]:
+    """The scans, with `-` as a file of what standard input holds, named by what it is."""
+    if STDIN not in scans:
+        yield list(scans)
+        return
+    if len(scans) > 1:
+        raise ClientError("BAD_ARGUMENT", "Expected - alone, received other scans beside it.", EXIT_BAD_INPUT)
+    with tempfile.TemporaryDirectory(prefix="lvseg-") as folder:
+        path = Path(folder) / "stdin"
+        with path.open("xb") as file:
+            while piece := sys.stdin.buffer.read(1024 * 1024):
+                file.write(piece)
+        named = path.with_name("stdin" + suffix_by_content(path))
+        path.rename(named)
+        yield [named]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".partial-{uuid.uuid4().hex[:8]}-{path.name}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+# ---- the other commands
+
+
+def _client(arguments: argparse.Namespace, stop: threading.Event | None = None) -> Client:
+    if arguments.insecure:
+        return Client(arguments.server, insecure=True, stop=stop)
+    return Client(arguments.server, find_credentials(arguments.key), stop=stop)
+
+
 def _models(arguments: argparse.Namespace) -> int:
-    with Client(arguments.server) as client:
+    with _client(arguments) as client:
         for model in client.greeting.models:
             print(f"{model.name}/{model.version}  {model.sha256}")
     return EXIT_DONE
 
 
 def _ping(arguments: argparse.Namespace) -> int:
-    with Client(arguments.server) as client:
+    with _client(arguments) as client:
         state = "ready" if client.greeting.ready else "loading its models"
         print(f"{client.greeting.build}, {state}, {client.ping():.1f} ms")
+    return EXIT_DONE
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        listing = client.jobs()
+    for job in listing.jobs:
+        place = f", {job.position} before it" if job.state == "queue" else ""
+        print(f"{job.job[:12]}  {job.model:16}  {job.state}{place}  {job.name}")
+    if listing.total > len(listing.jobs):
+        print(f"and {listing.total - len(listing.jobs)} older ones")
+    return EXIT_DONE
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        for given in arguments.jobs:
+            found = [job for job in client.jobs().jobs if job.job.startswith(given.lower())]
+            is_key = re.fullmatch(r"[0-9a-f]{64}", given.lower())
+            if len(found) != 1 and not is_key:
+                raise ClientError(
+                    "NOT_FOUND",
+                    f"Expected the beginning of one job's key (see the command status), received {given}, with which"
+                    f" {len(found)} begin.",
+                    EXIT_BAD_INPUT,
+                )
+            client.cancel(bytes.fromhex(found[0].job if found else given))
+            print(f"{given} is cancelled.")
+    return EXIT_DONE
+
+
+def _new_key(arguments: argparse.Namespace) -> int:
+    if not keys.is_key(arguments.server_key):
+        raise ClientError(
+            "BAD_KEY",
+            f"Expected the server's public key as --server-key, {keys.KEY_CHARACTERS} characters (its operator gets it"
+            f" with: python -m serving.admin server-key), received {arguments.server_key}.",
+            EXIT_BAD_INPUT,
+        )
+    path = arguments.key or Path.home() / HOME_KEY
+    pair = keys.new_pair()
+    keys.write_credentials(path, keys.Credentials(arguments.name, pair, arguments.server_key, arguments.server or ""))
+    print(f"Keys written to {path}. The server's operator lets them in with:")
+    print(f"  python -m serving.admin allow-client {arguments.name} '{pair.public}'")
+    return EXIT_DONE
+
+
+def _show_key(arguments: argparse.Namespace) -> int:
+    credentials = find_credentials(arguments.key)
+    print(f"{credentials.name}  {credentials.pair.public}")
     return EXIT_DONE
 
 
@@ -555,6 +351,13 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _few(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 64:
+        raise argparse.ArgumentTypeError(f"expected 1 to 64, received {text}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serving.client",
@@ -563,8 +366,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    server = argparse.ArgumentParser(add_help=False)
-    server.add_argument("--server", default=SERVER, metavar="ADDRESS", help=f"default: {SERVER}")
+    key = argparse.ArgumentParser(add_help=False)
+    key.add_argument(
+        "--key", type=Path, metavar="FILE",
+        help=f"this client's keys (default: $LVSEG_KEY, access/local.json, then ~/{HOME_KEY})",
+    )  # fmt: skip
+    server = argparse.ArgumentParser(add_help=False, parents=[key])
+    server.add_argument("--server", metavar="ADDRESS", help="default: the one in the file of keys, or this computer")
+    server.add_argument(
+        "--insecure", action="store_true", help="without keys, for a server that runs so on this computer"
+    )
     submit = commands.add_parser(
         "submit",
         parents=[server],
@@ -572,17 +383,35 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    submit.add_argument("scans", nargs="+", type=Path, metavar="SCAN", help="a file, or a folder of DICOM files")
-    submit.add_argument("--model", required=True, help="such as volume; see the command models")
+    submit.add_argument(
+        "scans", nargs="*", type=Path, metavar="SCAN", help="a file, a folder or a zip of DICOM files, - for stdin"
+    )
+    submit.add_argument("--watch", type=Path, metavar="FOLDER", help="segment what is put there, until Ctrl-C")
+    submit.add_argument("--model", required=True, help="such as volume, or volume/3; see the command models")
     submit.add_argument(
         "-o", "--out", required=True, type=Path, help="a file .vtk, .nii.gz, .vti, .nrrd or .mha, or a folder"
     )
     submit.add_argument("--format", choices=protocol.OUTPUTS, help="of the files in a folder (default: vtk)")
     submit.add_argument("--json", type=Path, metavar="FILE", help="write the measurements here")
+    submit.add_argument("--modality", choices=("mr", "ct"), help="where the scan's file does not tell, as NIfTI")
     submit.add_argument("--timeout-s", type=_seconds, default=600.0, metavar="S", help="for each scan (default: 600)")
+    submit.add_argument("--at-once", type=_few, default=4, metavar="N", help="scans under way at a time (default: 4)")
     submit.set_defaults(run=_submit)
+    commands.add_parser("status", parents=[server], help="list this client's jobs").set_defaults(run=_status)
+    cancel = commands.add_parser("cancel", parents=[server], help="end jobs")
+    cancel.add_argument("jobs", nargs="+", metavar="JOB", help="its key, or how it begins")
+    cancel.set_defaults(run=_cancel)
     commands.add_parser("models", parents=[server], help="list what the server serves").set_defaults(run=_models)
     commands.add_parser("ping", parents=[server], help="ask whether the server is there").set_defaults(run=_ping)
+    of_keys = commands.add_parser("keys", help="make and show this client's keys").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    new = of_keys.add_parser("new", parents=[key], help="make a pair of keys; the secret one stays here")
+    new.add_argument("--name", required=True, help="what the server's operator calls this client")
+    new.add_argument("--server-key", required=True, metavar="KEY", help="the server's public key")
+    new.add_argument("--server", metavar="ADDRESS", help="where it is, such as tcp://10.0.0.5:5557")
+    new.set_defaults(run=_new_key)
+    of_keys.add_parser("show", parents=[key], help="this client's public key").set_defaults(run=_show_key)
     return parser
 
 

@@ -20,12 +20,15 @@ class Limits(Keys):
     content_bytes: int = pydantic.Field(default=2048 * MIB, gt=0)  # of one scan unpacked
     members: int = pydantic.Field(default=5000, gt=0)  # files of one DICOM series
     queue: int = pydantic.Field(default=64, gt=0)  # scans that wait
-    uploads: int = pydantic.Field(default=16, gt=0)  # scans that come in at once
-    jobs: int = pydantic.Field(default=1024, gt=0)  # everything the table holds, results to be fetched included
+    uploads: int = pydantic.Field(default=64, gt=0)  # scans that come in at once
+    jobs: int = pydantic.Field(default=4096, gt=0)  # everything the table holds, results to be fetched included
+    jobs_per_client: int = pydantic.Field(default=1024, gt=0)
+    submits_a_minute: int = pydantic.Field(default=600, gt=0)  # of one client
     chunk_bytes: int = pydantic.Field(default=MIB // 4, gt=0, le=MIB)
     window_bytes: int = pydantic.Field(default=4 * MIB, gt=0)  # a client may send this much ahead of what is on disk
     spool_free_bytes: int = pydantic.Field(default=512 * MIB, ge=0)  # keep this much of the spool's disk free
-    worker_memory_bytes: int | None = pydantic.Field(default=None, gt=0)  # RLIMIT_DATA of a worker; null with a GPU
+    worker_memory_bytes: int | None = pydantic.Field(default=None, gt=0)  # RLIMIT_DATA with models; null with a GPU
+    unpacker_memory_bytes: int | None = pydantic.Field(default=8192 * MIB, gt=0)  # RLIMIT_DATA of the others
 
 
 class Deadlines(Keys):
@@ -37,8 +40,9 @@ class Deadlines(Keys):
     read_s: float = pydantic.Field(default=120, gt=0)
     segment_s: float = pydantic.Field(default=1800, gt=0)
     write_s: float = pydantic.Field(default=120, gt=0)
-    upload_idle_s: float = pydantic.Field(default=60, gt=0)  # an upload that stands still is deleted
-    result_keep_s: float = pydantic.Field(default=3600, gt=0)  # a result that nobody closes is deleted
+    upload_idle_s: float = pydantic.Field(default=3600, gt=0)  # an upload that stands still is deleted
+    result_keep_s: float = pydantic.Field(default=86_400, gt=0)  # a result that nobody closes is deleted
+    drain_s: float = pydantic.Field(default=60, ge=0)  # at SIGTERM jobs at work may be done; others wait in the spool
 
 
 class ServerConfig(Keys):
@@ -47,7 +51,13 @@ class ServerConfig(Keys):
     models: Folder = Path("models")
     bind: str = "tcp://127.0.0.1:5557"
     spool: Folder = Path("spool")
+    access: Folder = Path("access")
+    http: str | None = None
     workers: int = pydantic.Field(default=1, gt=0, le=64)
+    devices: list[str] | None = None
+    unpackers: int = pydantic.Field(default=1, gt=0, le=64)
+    packers: int = pydantic.Field(default=1, gt=0, le=64)
+    serve: dict[str, list[int]] = {}  # noqa: RUF012 frozen, and copied by pydantic
     limits: Limits = Limits()
     deadlines: Deadlines = Deadlines()
 

@@ -9,7 +9,8 @@ class ClientError(Exception):
     """What ends a request: a stable code, a sentence for people, and the exit code of the command.
 
     Args:
-        code: the server's, or NOT_FOUND, NOT_READABLE, INPUT_TRUNCATED, BAD_OUTPUT, UNREACHABLE, TIMEOUT of this side.
+        code: the server's, or NOT_FOUND, NOT_READABLE, INPUT_TRUNCATED, BAD_OUTPUT, BAD_KEY, UNREACHABLE, TIMEOUT,
+            SERVER_KEY_MISMATCH, NOT_AUTHORISED of this side.
         sentence: what was expected, what came, what to check.
         exit_code: EXIT_BAD_INPUT, EXIT_NETWORK or EXIT_ERROR.
     """
@@ -19,3 +20,11 @@ class ClientError(Exception):
         self.code = code
         self.sentence = sentence
         self.exit_code = exit_code
+
+
+class KeyFileError(ValueError):
+    """A file with keys that cannot be used, or may not be written; `sentence` says why."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence

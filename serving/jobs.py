@@ -1,63 +1,111 @@
-"""The table of jobs: who sent what, how far it is, who is next. No sockets; all that a restart needs is here.
+"""The table of jobs: who sent what, how far it is, who is next. No sockets.
 
-A job's states: RECEIVING (upload comes in) > QUEUED > RUNNING > DONE or FAILED, and gone when its owner closes it or
-its time is up. Times are of the monotonic clock, in seconds.
+A job's states: RECEIVING (the upload comes in) > WAITING and RUNNING, once for each of STEPS > DONE or FAILED, and gone
+when nobody wants it any more or its time is up.
+
+What a client was told to be safe is safe: every change that a restart has to know is one transaction of an SQLite
+database (write-ahead log, synchronous), made after the files it speaks of were flushed to the disk. Each job's folder
+also holds `job.json`, from which the database is made anew should it be damaged.
+
+    spool/jobs.sqlite
+    spool/<key>/job.json  upload  work/  result/
+
+Times are of the monotonic clock, in seconds, but for what the database keeps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import errno
 import hashlib
-import secrets
+import json
+import logging
+import os
+import re
 import shutil
+import sqlite3
+import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from serving import protocol
 
-ATTEMPTS_MAX = 2  # a scan that twice took its worker down is not given a third
+LOSSES_MAX = 2  # a scan that twice took its worker down is not given a third
+STEPS = ("unpack", "segment", "pack")  # each by a kind of worker of its own
+DATABASE, JOB, UPLOAD, WORK, RESULT = "jobs.sqlite", "job.json", "upload", "work", "result"
+JOB_FOLDER = re.compile(r"[0-9a-f]{64}")
+LOCKED_S = 2.0
+PIECE_BYTES = 1024 * 1024
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    key TEXT PRIMARY KEY, number INTEGER NOT NULL, owner TEXT NOT NULL, submit TEXT NOT NULL, state TEXT NOT NULL,
+    offset INTEGER NOT NULL, losses INTEGER NOT NULL, created REAL NOT NULL, changed REAL NOT NULL,
+    files TEXT NOT NULL, error TEXT NOT NULL
+) STRICT
+"""
+COLUMNS = ("key", "number", "owner", "submit", "state", "offset", "losses", "created", "changed", "files", "error")
+
+log = logging.getLogger("serving.jobs")
+
+
+class SpoolDamaged(Exception):
+    """The database broke while the server ran: it has to start again, which makes it anew from the jobs' folders."""
 
 
 class State(enum.Enum):
     """Where a job is on its way."""
 
     RECEIVING = "receiving"
-    QUEUED = "queued"
+    WAITING = "waiting"
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One scan on its way.
 
     Args:
-        key: 32 random bytes; under a plain connection, knowing it is the proof of owning the job.
-        owner: who may see it ("" for anyone on a plain connection; with CURVE the client's public key).
-        route: connection that its messages go to, the last one that asked.
+        key: `protocol.job_key`.
+        number: counts up from job to job; the order of the queue.
+        owner: who may see it: the client's public key, or "" for anyone on a plain connection.
         submit: what was announced.
         folder: its folder in the spool.
+        created: seconds since 1970.
         touched: time of the last message or change, from which it ages.
         expires: time by which it has to run.
+        routes: connections that want to hear of it.
+        sender: the connection that uploads it.
+        step: index in STEPS of what it waits for or is at.
+        durable: bytes of the upload that are on disk for certain.
     """
 
     key: bytes
+    number: int
     owner: str
-    route: bytes
     submit: protocol.Submit
     folder: Path
+    created: float
     touched: float
     expires: float
+    routes: set[bytes] = field(default_factory=set)
+    sender: bytes = b""
     state: State = State.RECEIVING
+    step: int = 0
     offset: int = 0
+    durable: int = 0
     until: int = 0
     file: BinaryIO | None = None
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
-    attempts: int = 0
+    losses: int = 0
+    received_ms: int = 0
+    stored: float = 0.0
+    queued_ms: int = 0
     progress: protocol.Progress | None = None
     files: tuple[protocol.ResultFile, ...] = ()
     error: protocol.Error | None = None
@@ -70,55 +118,95 @@ class Job:
 
 
 class JobTable:
-    """All jobs of a server.
+    """All jobs of a server, as far as they go in its spool.
 
     Args:
-        spool: folder that holds a folder a job.
+        spool: folder that holds a folder a job; it has to be this process's alone.
+        now: monotonic time.
+
+    Raises:
+        OSError: the spool cannot be used.
     """
 
-    def __init__(self, spool: Path) -> None:
+    def __init__(self, spool: Path, now: float) -> None:
         self._spool = spool
         self._jobs: dict[bytes, Job] = {}
-        self._queue: deque[Job] = deque()
+        self._lines: dict[int, deque[Job]] = {step: deque() for step in range(len(STEPS))}
+        self._number = 0
+        self._database = self._opened()
+        self._recover(now)
 
     def __iter__(self) -> Iterator[Job]:
         return iter(list(self._jobs.values()))
 
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def close(self) -> None:
+        """Lets go of the files; everything that is on disk stays for the next start."""
+        for job in self:
+            self._close_file(job)
+        self._database.close()
+
+    # ---- how many
+
     @property
     def queued(self) -> int:
-        """How many wait for a worker."""
-        return len(self._queue)
+        """How many are still to be segmented."""
+        return len(self._lines[0]) + self._unpacking + len(self._lines[1])
+
+    @property
+    def _unpacking(self) -> int:
+        return sum(job.state is State.RUNNING and job.step == 0 for job in self._jobs.values())
 
     @property
     def receiving(self) -> int:
         """How many are being uploaded."""
         return sum(job.state is State.RECEIVING for job in self._jobs.values())
 
-    def add(self, submit: protocol.Submit, owner: str, route: bytes, now: float) -> Job:
-        """A new job with its folder and open upload file.
+    def waiting(self, step: int) -> int:
+        """How many wait for a step."""
+        return len(self._lines[step])
 
-        Raises:
-            OSError: the spool cannot take it; nothing is left behind.
-        """
-        key = secrets.token_bytes(protocol.KEY_BYTES)
-        job = Job(key, owner, route, submit, self._spool / key.hex(), now, now + submit.deadline_ms / 1000)
-        job.folder.mkdir(mode=0o700)
-        try:
-            job.file = (job.folder / "upload").open("xb", buffering=0)
-        except OSError:
-            shutil.rmtree(job.folder)
-            raise
-        self._jobs[key] = job
-        return job
+    def of_owner(self, owner: str) -> list[Job]:
+        """An owner's jobs, the newest first."""
+        own = (job for job in self._jobs.values() if job.owner == owner and not job.abandoned)
+        return sorted(own, key=lambda job: -job.number)
+
+    # ---- one job
 
     def get(self, key: bytes, owner: str) -> Job | None:
         """The owner's job of that key; somebody else's is as unknown as none at all."""
         job = self._jobs.get(key)
         return job if job and job.owner == owner and not job.abandoned else None
 
-    def by_key(self, key: bytes) -> Job | None:
-        """For the workers, who own no jobs."""
-        return self._jobs.get(key)
+    def is_ending(self, key: bytes) -> bool:
+        """Whether a job of that key was cancelled and its worker has not let go of it yet."""
+        job = self._jobs.get(key)
+        return job is not None and job.abandoned
+
+    def add(self, key: bytes, submit: protocol.Submit, owner: str, now: float) -> Job:
+        """A new job with its folder and open upload file.
+
+        Raises:
+            OSError: the spool cannot take it; nothing is left behind.
+        """
+        self._number += 1
+        expires = now + submit.deadline_ms / 1000
+        job = Job(key, self._number, owner, submit, self._spool / key.hex(), time.time(), now, expires)
+        shutil.rmtree(job.folder, ignore_errors=True)
+        job.folder.mkdir(mode=0o700)
+        try:
+            facts = {"number": job.number, "owner": owner, "submit": asdict(submit), "created": job.created}
+            (job.folder / JOB).write_text(json.dumps(facts), encoding="utf-8")
+            job.file = (job.folder / UPLOAD).open("xb", buffering=0)
+            self._save(job)
+        except BaseException:
+            self._close_file(job)
+            shutil.rmtree(job.folder, ignore_errors=True)
+            raise
+        self._jobs[key] = job
+        return job
 
     def write(self, job: Job, payload: bytes) -> None:
         """Appends to the upload.
@@ -134,48 +222,123 @@ class JobTable:
         job.digest.update(payload)
         job.offset += len(payload)
 
-    def stored(self, job: Job) -> bool:
-        """Closes a whole upload and queues it, if it has the digest that was announced."""
-        self._close_file(job)
+    def flush(self, job: Job) -> None:
+        """Makes what came so far safe, so that an upload goes on from there after a crash.
+
+        Raises:
+            OSError: the spool is full or broken.
+        """
+        if job.file is not None:
+            os.fdatasync(job.file.fileno())
+        job.durable = job.offset
+        self._save(job)
+
+    def stored(self, job: Job, now: float) -> bool:
+        """Closes a whole upload and queues it, if it has the digest that was announced; it is then safe.
+
+        Raises:
+            OSError: the spool is full or broken.
+        """
         if job.digest.hexdigest() != job.submit.sha256:
             return False
-        job.state = State.QUEUED
-        self._queue.append(job)
+        if job.file is not None:
+            os.fsync(job.file.fileno())
+        _sync_folder(job.folder)
+        _sync_folder(self._spool)
+        self._close_file(job)
+        job.durable, job.stored = job.offset, now
+        job.state, job.step = State.WAITING, 0
+        try:
+            self._save(job)
+        except OSError:
+            job.state = State.RECEIVING
+            raise
+        self._lines[0].append(job)
         return True
 
-    def next(self) -> Job | None:
-        """Takes the first of the queue, or None."""
-        if not self._queue:
+    def reopen(self, job: Job) -> None:
+        """Opens the upload again after a restart, at its last safe byte.
+
+        Raises:
+            OSError: the spool is broken.
+        """
+        if job.file is not None:
+            return
+        path = job.folder / UPLOAD
+        with path.open("r+b") as file:
+            file.truncate(job.durable)
+            digest = hashlib.sha256()
+            while piece := file.read(PIECE_BYTES):
+                digest.update(piece)
+        job.digest = digest
+        job.file = path.open("ab", buffering=0)
+
+    # ---- the queue
+
+    def next(self, step: int, can: Callable[[Job], bool] | None = None) -> Job | None:
+        """Takes the first of those that wait for a step, or None.
+
+        Args:
+            step: index in STEPS.
+            can: whether the worker can do a job; None for any.
+        """
+        line = self._lines[step]
+        job = next((one for one in line if can is None or can(one)), None)
+        if job is None:
             return None
-        job = self._queue.popleft()
-        job.state = State.RUNNING
-        job.attempts += 1
-        job.progress = None
+        line.remove(job)
+        job.state, job.progress = State.RUNNING, None
         return job
 
+    def advance(self, job: Job) -> None:
+        """The step is done; the job waits for the next one."""
+        job.state, job.step, job.progress = State.WAITING, job.step + 1, None
+        line = self._lines[job.step]
+        # In the order in which they came, whoever was faster before.
+        line.insert(next((place for place, one in enumerate(line) if one.number > job.number), len(line)), job)
+
     def again(self, job: Job) -> bool:
-        """Puts a job whose worker was lost first in the queue, unless that happened too often."""
-        if job.attempts >= ATTEMPTS_MAX:
+        """Puts a job whose worker was lost first in the line, unless that happened too often."""
+        job.losses += 1
+        self._save_later(job)
+        if job.losses >= LOSSES_MAX:
             return False
-        job.state = State.QUEUED
-        self._queue.appendleft(job)
+        job.state, job.progress = State.WAITING, None
+        self._lines[job.step].appendleft(job)
         return True
 
     def position(self, job: Job) -> int:
-        """How many jobs will run before this one; 0 for one that runs."""
-        return self._queue.index(job) if job.state is State.QUEUED else 0
+        """How many jobs that are not being segmented yet will be before this one."""
+        if job.state is not State.WAITING or job.step > 1:
+            return 0
+        if job.step == 1:
+            return self._lines[1].index(job)
+        return len(self._lines[1]) + self._unpacking + self._lines[0].index(job)
+
+    # ---- the end
 
     def done(self, job: Job, files: tuple[protocol.ResultFile, ...], now: float) -> None:
-        """Keeps the result and deletes the scan."""
-        job.state, job.files, job.touched = State.DONE, files, now
-        (job.folder / "upload").unlink(missing_ok=True)
-        shutil.rmtree(job.folder / "work", ignore_errors=True)
+        """Keeps the result, made safe before it counts, and deletes the scan.
+
+        Raises:
+            OSError: the spool is broken.
+        """
+        for file in files:
+            with (job.folder / RESULT / file.name).open("rb") as result:
+                os.fsync(result.fileno())
+        _sync_folder(job.folder / RESULT)
+        _sync_folder(job.folder)
+        job.state, job.files, job.touched, job.progress = State.DONE, files, now, None
+        self._save_later(job)
+        (job.folder / UPLOAD).unlink(missing_ok=True)
+        shutil.rmtree(job.folder / WORK, ignore_errors=True)
 
     def fail(self, job: Job, error: protocol.Error, now: float) -> None:
         """Keeps the reason and deletes everything else."""
-        self._leave_queue(job)
+        self._leave_line(job)
         self._close_file(job)
-        job.state, job.error, job.touched = State.FAILED, error, now
+        job.state, job.error, job.touched, job.progress = State.FAILED, error, now, None
+        self._save_later(job)
         shutil.rmtree(job.folder, ignore_errors=True)
 
     def remove(self, job: Job) -> None:
@@ -183,17 +346,212 @@ class JobTable:
         if job.state is State.RUNNING:
             job.abandoned = True
             return
-        self._leave_queue(job)
+        self._leave_line(job)
         self._close_file(job)
+        with _told_as_os_error():
+            try:
+                self._database.execute("DELETE FROM jobs WHERE key = ?", (job.key.hex(),))
+            except sqlite3.OperationalError:
+                log.error("job %s: its row stays until the next start", job.label)
         shutil.rmtree(job.folder, ignore_errors=True)
         del self._jobs[job.key]
 
-    def _leave_queue(self, job: Job) -> None:
-        if job.state is State.QUEUED:
-            self._queue.remove(job)
+    # ---- the database
+
+    def _opened(self) -> sqlite3.Connection:
+        path = self._spool / DATABASE
+        try:
+            return _connect(path)
+        except sqlite3.OperationalError as error:  # locked, or the disk: both may be over at the next start
+            raise OSError(errno.EIO, f"its database says '{error}'") from error
+        except sqlite3.DatabaseError:
+            aside = path.with_name(f"{DATABASE}.damaged-{int(time.time())}")
+            log.error("the database is damaged: kept as %s, made anew from the jobs' folders", aside.name)
+            path.replace(aside)
+            for suffix in ("-wal", "-shm"):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            return _connect(path)
+
+    def _save(self, job: Job) -> None:
+        submit = json.dumps(asdict(job.submit))
+        files = json.dumps([asdict(file) for file in job.files])
+        error = json.dumps({**asdict(job.error), "job": job.key.hex()}) if job.error else ""
+        values = (
+            job.key.hex(), job.number, job.owner, submit, job.state.value, job.durable, job.losses, job.created,
+            time.time(), files, error,
+        )  # fmt: skip
+        marks = ", ".join("?" * len(COLUMNS))
+        with _told_as_os_error():
+            self._database.execute(f"INSERT OR REPLACE INTO jobs ({', '.join(COLUMNS)}) VALUES ({marks})", values)
+
+    def _save_later(self, job: Job) -> None:
+        """As `_save`, where a failure costs no more than doing the job's last part again after a crash."""
+        try:
+            self._save(job)
+        except OSError as error:
+            log.error("job %s: its row could not be written (%s)", job.label, error.strerror)
+
+    def _recover(self, now: float) -> None:
+        """Takes over what an earlier server left: waiting jobs wait again, uploads go on, results are kept."""
+        rows = {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in self._rows()}
+        folders = {path.name: path for path in self._spool.iterdir() if JOB_FOLDER.fullmatch(path.name)}
+        for name, folder in folders.items():
+            row = rows.pop(name, None) or _row_of(folder)
+            job = _job_of(row, folder, now) if row else None
+            if job is None or not self._take_over(job):
+                log.error("job %s: what is left of it is of no use", name[:12])
+                shutil.rmtree(folder, ignore_errors=True)
+                with _told_as_os_error():
+                    self._database.execute("DELETE FROM jobs WHERE key = ?", (name,))
+        for name, row in rows.items():  # failed ones have no folder
+            job = _job_of(row, self._spool / name, now)
+            if job is not None and job.state is State.FAILED:
+                self._jobs[job.key] = job
+                self._number = max(self._number, job.number)
+            else:
+                with _told_as_os_error():
+                    self._database.execute("DELETE FROM jobs WHERE key = ?", (name,))
+        for job in sorted(self._jobs.values(), key=lambda one: one.number):
+            if job.state is State.WAITING:
+                self._lines[0].append(job)
+            if job.state is not State.FAILED:
+                log.info("job %s: taken over, %s", job.label, job.state.value)
+            self._save(job)
+
+    def _rows(self) -> list[tuple[Any, ...]]:
+        with _told_as_os_error():
+            return list(self._database.execute(f"SELECT {', '.join(COLUMNS)} FROM jobs"))
+
+    def _take_over(self, job: Job) -> bool:
+        """Whether a job's files are as its row says; puts it where it goes on."""
+        upload = job.folder / UPLOAD
+        size = upload.stat().st_size if upload.is_file() else -1
+        if job.state is State.DONE:
+            sizes = [(job.folder / RESULT / file.name, file.bytes) for file in job.files]
+            if all(path.is_file() and path.stat().st_size == bytes_ for path, bytes_ in sizes) and sizes:
+                shutil.rmtree(job.folder / WORK, ignore_errors=True)
+                upload.unlink(missing_ok=True)
+                self._keep(job)
+                return True
+            job.state = State.WAITING  # done again, where the scan is still there
+        if job.state in (State.WAITING, State.RUNNING):
+            job.files = ()
+            if size != job.submit.bytes:
+                return False
+            job.state, job.step, job.offset, job.durable = State.WAITING, 0, size, size
+            for name in (WORK, RESULT):
+                shutil.rmtree(job.folder / name, ignore_errors=True)
+        elif job.state is State.RECEIVING:
+            if size < job.durable:
+                return False
+            job.offset = job.durable
+        else:
+            return False
+        self._keep(job)
+        return True
+
+    def _keep(self, job: Job) -> None:
+        self._jobs[job.key] = job
+        self._number = max(self._number, job.number)
+
+    def _leave_line(self, job: Job) -> None:
+        if job.state is State.WAITING:
+            self._lines[job.step].remove(job)
 
     @staticmethod
     def _close_file(job: Job) -> None:
         if job.file is not None:
             job.file.close()
             job.file = None
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=LOCKED_S, isolation_level=None)
+    try:
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=FULL")
+        database.execute(SCHEMA)
+        (verdict,) = database.execute("PRAGMA quick_check").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
+        database.execute(f"SELECT {', '.join(COLUMNS)} FROM jobs LIMIT 1")
+    except sqlite3.Error:
+        database.close()
+        raise
+    return database
+
+
+@contextlib.contextmanager
+def _told_as_os_error() -> Iterator[None]:
+    """What SQLite says of the disk, as what the disk would say.
+
+    Raises:
+        OSError: ENOSPC for a full disk, EIO for a lock that lasts and whatever else may pass.
+        SpoolDamaged: the database cannot be used any more.
+    """
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        number = errno.ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
+        raise OSError(number, f"the database says '{error}'") from error
+    except sqlite3.DatabaseError as error:
+        raise SpoolDamaged(str(error)) from error
+
+
+def _row_of(folder: Path) -> dict[str, Any] | None:
+    """What a job's folder tells where the database has lost it.
+
+    A result folder, which appears whole, is a result; a whole upload waits; a part of one begins again.
+    """
+    try:
+        facts = json.loads((folder / JOB).read_bytes())
+        submit = facts["submit"]
+        files = [asdict(described(path)) for path in sorted((folder / RESULT).glob("*"))]
+        if files:
+            state = State.DONE
+        elif described(folder / UPLOAD).sha256 == submit["sha256"]:
+            state = State.WAITING
+        else:
+            state = State.RECEIVING
+        row = {"key": folder.name, "state": state.value, "losses": 0, "offset": 0, "error": ""}
+        return {**row, **facts, "submit": json.dumps(submit), "files": json.dumps(files), "changed": facts["created"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _job_of(row: Mapping[str, Any], folder: Path, now: float) -> Job | None:
+    """A job from its row, or None where the row is none that this version wrote."""
+    try:
+        submit = protocol.Submit(**json.loads(row["submit"]))
+        protocol.encode(submit)
+        age_s = max(0.0, time.time() - float(row["changed"]))
+        waited_s = max(0.0, time.time() - float(row["created"]))
+        job = Job(
+            bytes.fromhex(row["key"]), int(row["number"]), str(row["owner"]), submit, folder, float(row["created"]),
+            now - age_s, now + max(0.0, submit.deadline_ms / 1000 - waited_s),
+            state=State(row["state"]), durable=int(row["offset"]), losses=int(row["losses"]),
+        )  # fmt: skip
+        job.files = tuple(protocol.ResultFile(**file) for file in json.loads(row["files"]))
+        if row["error"]:
+            error = json.loads(row["error"])
+            job.error = protocol.Error(**{**error, "job": bytes.fromhex(error["job"])})
+            protocol.encode(job.error)
+        protocol.encode(protocol.Done(job.key, job.files))
+    except (ValueError, TypeError, KeyError):
+        return None
+    return job if (job.state is State.FAILED) == (job.error is not None) else None
+
+
+def described(path: Path) -> protocol.ResultFile:
+    """A file's name, size and digest."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return protocol.ResultFile(path.name, path.stat().st_size, digest)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -16,6 +16,7 @@ keys. The schema is strict in both directions: every key is there, no other is, 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ PAYLOAD_BYTES_MAX = 1024 * 1024
 FRAME_BYTES_MAX = PAYLOAD_BYTES_MAX + 64 * 1024
 COUNT_MAX = 2**53 - 1  # whole numbers up to here are the same in every language's JSON
 TEXT_CHARACTERS_MAX = 2000
+LISTED_MAX, LISTED_CHARACTERS_MAX = 32, 60  # what fits a header whatever the names
 NAME_CHARACTERS_MAX = 200
 
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
@@ -162,7 +164,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Model:
-    """A model that is served: `models/<name>/<version>/`, and the digest of its weights."""
+    """A version that is served: `models/<name>/<version>/`, and the digest of all its files."""
 
     name: str = _task()
     version: int = _count()
@@ -171,7 +173,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ResultFile:
-    """One file of a result: `mask.<format>`, `mask.json` beside an oblique .vtk, `measurements.json`."""
+    """One file of a result: `mask.<format>`, `mask.vtk.json` beside an oblique .vtk, `result.json`."""
 
     name: str = _file_name()
     bytes: int = _count()
@@ -199,6 +201,17 @@ class Welcome:
     ready: bool = _flag()
     limits: Limits = _record(Limits)  # noqa: RUF009 makes a field, not a default
     models: tuple[Model, ...] = _records(Model, 64)
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """A job in LISTING: its key in hexadecimal, the scan's name (its end, where it is long), and where it is."""
+
+    job: str = _digest()
+    name: str = _text(LISTED_CHARACTERS_MAX)
+    model: str = _task()
+    state: str = _one_of("receiving", "queue", "unpack", "read", "segment", "write", "done", "failed")
+    position: int = _count()
 
 
 @dataclass(frozen=True)
@@ -238,14 +251,17 @@ class Submit:
     """C>S: announces a scan. One at a time per connection: the answer is ACCEPTED or ERROR.
 
     `name`: base name for messages, never used on disk but for a suffix in SUFFIXES. `kind`: "file", or "series" for a
-    zip of DICOM files whose member names are ignored but for `member_suffix`. `bytes` and `sha256`: of the bytes as
-    sent. `content_bytes`: of what `codec` unpacks them to. `deadline_ms`: give up when not begun by then, counted from
-    SUBMIT.
+    zip of DICOM files whose member names are ignored but for `member_suffix`. `version`: of the model, 0 for the
+    current one. `modality`: "CT" or "MR" where the scan's own file does not tell, else "". `bytes` and `sha256`: of
+    the bytes as sent. `content_bytes`: of what `codec` unpacks them to. `deadline_ms`: give up when not begun by then,
+    counted from SUBMIT. The same bytes with the same wishes from the same client are the same job, see `job_key`.
     """
 
     name: str = _scan_name()
     kind: str = _one_of("file", "series")
     model: str = _task()
+    version: int = _count()
+    modality: str = _one_of("", "CT", "MR")
     output: str = _one_of(*OUTPUTS)
     codec: str = _one_of("raw", "zstd")
     bytes: int = _count(minimum=1)
@@ -256,7 +272,11 @@ class Submit:
 
 @dataclass(frozen=True)
 class Accepted:
-    """S>C: send from byte `offset` on, up to byte `until`. Also the answer to STATUS while a job is uploaded."""
+    """S>C: send from byte `offset` on, up to byte `until`. Also the answer to STATUS while a job is uploaded.
+
+    `offset` at the end of the upload: the server has the scan already; PROGRESS or DONE follows. `until` equal to
+    `offset` before the end: another connection of the same client is sending the same scan; ask STATUS now and then.
+    """
 
     job: bytes = _key()
     offset: int = _count()
@@ -293,6 +313,19 @@ class Status:
     """C>S: where is my job; also claims its messages for this connection, which heals a lost one."""
 
     job: bytes = _key()
+
+
+@dataclass(frozen=True)
+class List:
+    """C>S: which jobs of mine are there."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """S>C: answer to LIST, the newest first; `total` counts those that had no room as well."""
+
+    total: int = _count()
+    jobs: tuple[JobFacts, ...] = _records(JobFacts, LISTED_MAX)
 
 
 @dataclass(frozen=True)
@@ -336,14 +369,28 @@ class Data:
 
 @dataclass(frozen=True)
 class Close:
-    """C>S: I have what I want: everything of this job may be deleted. Before DONE it cancels the job."""
+    """C>S: this connection wants no more of the job; once none does, the server deletes all of it, done or not."""
 
     job: bytes = _key()
 
 
 @dataclass(frozen=True)
 class Closed:
-    """S>C: the job is forgotten."""
+    """S>C: this connection hears no more of the job."""
+
+    job: bytes = _key()
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """C>S: the job is to end, for every connection of its owner. Again and again is the same as once."""
+
+    job: bytes = _key()
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """S>C: answer to CANCEL."""
 
     job: bytes = _key()
 
@@ -353,30 +400,39 @@ class Closed:
 
 @dataclass(frozen=True)
 class Ready:
-    """W>G: models are loaded and warm; give me work."""
+    """W>G: models, if this worker holds any, are loaded and warm; give me work."""
 
     models: tuple[Model, ...] = _records(Model, 64)
 
 
 @dataclass(frozen=True)
 class Unable:
-    """W>G: a model cannot be served; this worker ends."""
+    """W>G: a model cannot be served."""
 
+    model: str = _task()
+    version: int = _count()
     code: str = _code()
     text: str = _text()
 
 
 @dataclass(frozen=True)
 class Work:
-    """G>W: one job. The worker finds the upload in the job's folder of the spool and writes its result there."""
+    """G>W: one step of a job, the worker's kind says which. It finds and leaves its files in the job's folder.
+
+    `version` is that of a loaded model. `received_ms` and `queued_ms` are for the result's timings.
+    """
 
     job: bytes = _key()
     name: str = _scan_name()
     kind: str = _one_of("file", "series")
     model: str = _task()
+    version: int = _count()
+    modality: str = _one_of("", "CT", "MR")
     output: str = _one_of(*OUTPUTS)
     codec: str = _one_of("raw", "zstd")
     content_bytes: int = _count(minimum=1)
+    received_ms: int = _count()
+    queued_ms: int = _count()
 
 
 @dataclass(frozen=True)
@@ -391,7 +447,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Result:
-    """W>G: done; the files lie in the job's result folder."""
+    """W>G: the step is done; after the last one the files lie in the job's result folder."""
 
     job: bytes = _key()
     files: tuple[ResultFile, ...] = _records(ResultFile, 16)
@@ -399,7 +455,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Failed:
-    """W>G: the job failed, the worker goes on. `code` CANCELLED answers CANCEL."""
+    """W>G: the job failed, the worker goes on. `code` CANCELLED answers STOP."""
 
     job: bytes = _key()
     code: str = _code()
@@ -414,7 +470,7 @@ class Heartbeat:
 
 
 @dataclass(frozen=True)
-class Cancel:
+class Stop:
     """G>W: nobody wants this job any more; stop at the next batch."""
 
     job: bytes = _key()
@@ -434,10 +490,14 @@ TYPES: dict[int, type[Any]] = {
     0x20: Status,
     0x21: Progress,
     0x22: Done,
+    0x23: List,
+    0x24: Listing,
     0x30: Fetch,
     0x31: Data,
     0x40: Close,
     0x41: Closed,
+    0x42: Cancel,
+    0x43: Cancelled,
     0x80: Ready,
     0x81: Unable,
     0x82: Work,
@@ -445,14 +505,38 @@ TYPES: dict[int, type[Any]] = {
     0x84: Result,
     0x85: Failed,
     0x86: Heartbeat,
-    0x87: Cancel,
+    0x87: Stop,
 }
 _NUMBERS = {kind: number for number, kind in TYPES.items()}
 
-FROM_CLIENT = frozenset({Hello, Ping, Submit, Chunk, Status, Fetch, Close})
-TO_CLIENT = frozenset({Welcome, Pong, Error, Accepted, Credit, Stored, Progress, Done, Data, Closed})
+FROM_CLIENT = frozenset({Hello, Ping, Submit, Chunk, Status, List, Fetch, Close, Cancel})
+TO_CLIENT = frozenset(
+    {Welcome, Pong, Error, Accepted, Credit, Stored, Progress, Done, Listing, Data, Closed, Cancelled}
+)
 FROM_WORKER = frozenset({Ready, Unable, Step, Result, Failed, Heartbeat})
-TO_WORKER = frozenset({Work, Cancel})
+TO_WORKER = frozenset({Work, Stop})
+
+
+# ---- a job's name
+
+
+def job_key(owner: str, submit: Submit, model_sha256: str) -> bytes:
+    """The key of a job: what makes two announcements the same one.
+
+    The owner is part of it, so that nobody learns from an answer that somebody else sent the same scan.
+
+    Args:
+        owner: public key of the client, "" on a plain connection.
+        submit: the announcement; its name and deadline do not count.
+        model_sha256: digest of the model version that it means.
+
+    Returns:
+        32 bytes.
+    """
+    wishes = [submit.kind, submit.codec, submit.output, submit.modality, submit.model, str(submit.version)]
+    parts = [f"LVS{VERSION}", owner, submit.sha256, str(submit.bytes), str(submit.content_bytes), model_sha256, *wishes]
+    suffix = suffix_of(submit.name) if submit.kind == "file" else ""  # readers choose by it
+    return hashlib.sha256("\n".join([*parts, suffix]).encode()).digest()
 
 
 # ---- the inverse pair

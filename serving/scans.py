@@ -18,6 +18,12 @@ from serving.errors import EXIT_BAD_INPUT, ClientError
 ZSTD_LEVEL = 1  # packs faster than a network of 1 Gbit/s carries
 PIECE_BYTES = 1024 * 1024
 FOLDERS_DEEP = 8  # as far down as the reader of DICOM looks
+# Where in a file which bytes tell what it is.
+SIGNATURES = (
+    (0, b"\x1f\x8b", ".nii.gz"), (0, b"PK\x03\x04", ".zip"), (128, b"DICM", ".dcm"), (344, b"n+1\0", ".nii"),
+    (4, b"n+2\0", ".nii"), (0, b"NRRD", ".nrrd"), (0, b"# vtk DataFile", ".vtk"), (0, b"<?xml", ".vti"),
+    (0, b"<VTKFile", ".vti"), (0, b"ObjectType", ".mha"),
+)  # fmt: skip
 SPOOL_BYTES = 64 * 1024 * 1024  # an upload up to this size waits in memory, a larger one in a temporary file
 
 
@@ -110,6 +116,22 @@ def files_of(scan: Path) -> list[Path]:
             "NOT_READABLE", f"Expected a file or a folder, received a device or a pipe: {scan}.", EXIT_BAD_INPUT
         )
     return [scan]
+
+
+def suffix_by_content(path: Path) -> str:
+    """The suffix of what a file holds, told by its first bytes.
+
+    Raises:
+        ClientError: NOT_READABLE, exit code 2, for what is none of the known.
+    """
+    with path.open("rb") as file:
+        first = file.read(512)
+    for place, signature, suffix in SIGNATURES:
+        if first[place : place + len(signature)] == signature:
+            return suffix
+    raise ClientError(
+        "NOT_READABLE", "Expected a scan on standard input, received bytes of no format that is known.", EXIT_BAD_INPUT
+    )
 
 
 def name_of(scan: Path) -> str:

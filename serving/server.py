@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import errno
 import fcntl
-import json
-import logging
 import os
-import re
+import resource
 import shutil
 import signal
 import sys
@@ -17,67 +15,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lvseg.errors import InputError
-from serving import protocol, supervisor
-from serving.gate import IPC_FOLDER, CannotServe, Gate
+from serving import access, catalogue, crew, logs
+from serving.errors import KeyFileError
+from serving.gate import IPC_FOLDER, CannotServe, Gate, check_bind
 
 EXAMPLE = """example:
   python -m serving.server --cfg serving/server.yaml --models models
   python -m serving.client submit scan.nii.gz --model volume -o liver.vtk
 """
-_JOB_FOLDER = re.compile(r"[0-9a-f]{64}")
-
-log = logging.getLogger("serving.server")
-
-
-def find_models(folder: Path) -> dict[str, Path]:
-    """The newest version's folder of each task in a models folder, `models/<task>/<version>/`.
-
-    Args:
-        folder: the models folder.
-
-    Raises:
-        InputError: MODEL_UNAVAILABLE.
-    """
-    if not folder.is_dir():
-        raise InputError("MODEL_UNAVAILABLE", f"Expected a folder of models, received no such folder: {folder}.")
-    newest: dict[str, Path] = {}
-    for task in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        versions = [path for path in task.iterdir() if path.is_dir() and re.fullmatch(r"[0-9]{1,9}", path.name)]
-        if versions:
-            newest[task.name] = max(versions, key=lambda path: int(path.name))
-    for version in newest.values():
-        if not (version / "saved_model.pb").is_file():
-            raise InputError("MODEL_UNAVAILABLE", f"Expected a SavedModel, received no saved_model.pb in {version}.")
-    if not newest:
-        raise InputError("MODEL_UNAVAILABLE", f"Expected models as <task>/<version>/, received none in {folder}.")
-    return newest
-
-
-def describe(name: str, version: Path) -> protocol.Model:
-    """What clients are told of a model.
-
-    Args:
-        name: of the task.
-        version: its folder.
-
-    Raises:
-        InputError: MODEL_UNAVAILABLE: no digest of the weights in model.json, or a name that no request can say.
-    """
-    path = version / "model.json"
-    try:
-        digest = json.loads(path.read_text())["weights_sha256"]
-        model = protocol.Model(name, int(version.name), digest)
-        protocol.encode(protocol.Ready((model,)))  # refuses what WELCOME could not say
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            "MODEL_UNAVAILABLE",
-            f"Expected a plain task name and a 'weights_sha256' for it, received neither in {path}.",
-        ) from error
-    return model
+OPEN_FILES = 65_536
+LOOPBACK = "tcp://127.0.0.1:"
 
 
 def claim_spool(folder: Path) -> int:
-    """Makes the spool (mode 0700), locks it for this process and deletes what a server that was killed left there.
+    """Makes the spool (mode 0700), locks it for this process and deletes the socket that a killed server left there.
 
     Args:
         folder: the spool.
@@ -101,9 +52,7 @@ def claim_spool(folder: Path) -> int:
     except OSError as error:
         os.close(lock)
         raise InputError("SPOOL_UNUSABLE", f"Expected a spool of its own, received one in use: {folder}.") from error
-    for left in folder.iterdir():
-        if _JOB_FOLDER.fullmatch(left.name) or left.name == IPC_FOLDER:
-            shutil.rmtree(left)
+    shutil.rmtree(folder / IPC_FOLDER, ignore_errors=True)
     return lock
 
 
@@ -125,7 +74,7 @@ def check_endpoint_file(path: Path) -> None:
         ) from error
 
 
-def main(argv: Sequence[str] | None = None, worker_command: Sequence[str] = supervisor.WORKER_COMMAND) -> int:
+def main(argv: Sequence[str] | None = None, worker_command: Sequence[str] = crew.WORKER_COMMAND) -> int:
     """Runs the server.
 
     Args:
@@ -133,18 +82,19 @@ def main(argv: Sequence[str] | None = None, worker_command: Sequence[str] = supe
         worker_command: what to start as a worker; tests give one with a model of their own.
 
     Returns:
-        0 after SIGTERM or SIGINT; 2 for a wrong configuration or an unusable model; 1 if workers cannot be kept alive.
+        0 after SIGTERM or SIGINT; 2 for a wrong configuration or an unusable model; 1 if workers cannot be kept alive,
+        or the spool cannot be used.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    logs.to_standard_error()
     os.umask(0o077)  # scans and results are nobody else's to read
     stop_signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda caught, _frame: stop_signals.append(caught))
     try:
         _serve(arguments, stop_signals, worker_command)
-    except InputError as error:
+    except (InputError, KeyFileError) as error:
         print(f"{parser.prog}: {error.sentence}", file=sys.stderr)
         return 2
     except CannotServe as error:
@@ -156,17 +106,20 @@ def main(argv: Sequence[str] | None = None, worker_command: Sequence[str] = supe
 def _serve(arguments: argparse.Namespace, stop_signals: list[int], worker_command: Sequence[str]) -> None:
     from serving import config
 
-    given = {key: getattr(arguments, key) for key in ("models", "bind", "spool")}
+    given = {key: getattr(arguments, key) for key in ("models", "bind", "spool", "access", "http")}
     settings = config.load(arguments.cfg, **given)
-    folders = {name: path.resolve() for name, path in find_models(settings.models).items()}
-    models = [describe(name, path) for name, path in folders.items()]
+    check_bind(settings.bind, arguments.insecure)
+    catalogue.versions_in(settings.models)
     if arguments.endpoint_file:
         check_endpoint_file(arguments.endpoint_file)
     lock = claim_spool(settings.spool)
     try:
-        gate = Gate(settings, models, folders, worker_command)
+        pair = None if arguments.insecure else access.first_start(settings.access, local_address(settings.bind))
+        catalogue.trust_on_first_start(settings.access, settings.models)
+        _open_many_files()
+        gate = Gate(settings, pair, worker_command)
         try:
-            gate.run(lambda: bool(stop_signals), lambda: _report_ready(gate, arguments.endpoint_file))
+            gate.run(lambda: len(stop_signals), lambda: _report_ready(gate, arguments.endpoint_file))
         finally:
             gate.close()
             if arguments.endpoint_file and gate.was_ready:  # before, it may be that of another server
@@ -175,13 +128,26 @@ def _serve(arguments: argparse.Namespace, stop_signals: list[int], worker_comman
         os.close(lock)
 
 
+def local_address(bind: str) -> str:
+    """What a client on this computer connects to, or "" where the port is not known beforehand."""
+    port = bind.rpartition(":")[2]
+    return LOOPBACK + port if port.isdigit() and port != "0" else ""
+
+
+def _open_many_files() -> None:
+    """A connection is an open file, and the usual limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, OPEN_FILES), hard))
+
+
 def _report_ready(gate: Gate, endpoint_file: Path | None) -> None:
     """One line on standard output, and the address in a file for programs that chose port 0."""
     if endpoint_file:
         temporary = endpoint_file.with_name(f".partial-{uuid.uuid4().hex[:8]}-{endpoint_file.name}")
         temporary.write_text(gate.endpoint + "\n")
         temporary.replace(endpoint_file)
-    names = " ".join(f"{model.name}/{model.version}" for model in gate.models)
+    names = " ".join(f"{model.name}/{model.version}" for model in gate.workers.models)
     print(f"ready {gate.endpoint} {names}", flush=True)
 
 
@@ -196,6 +162,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", metavar="DIR", help="folder with <task>/<version>/, over the file's")
     parser.add_argument("--bind", metavar="ADDRESS", help="such as tcp://127.0.0.1:5557; port * picks one")
     parser.add_argument("--spool", metavar="DIR", help="where scans lie while they are worked on")
+    parser.add_argument("--access", metavar="DIR", help="keys, and the lists of who and what is let in")
+    parser.add_argument("--http", metavar="ADDRESS", help="for /livez, /readyz and /metrics, such as 127.0.0.1:9557")
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="without encryption and keys, for anyone on this computer; loopback only",
+    )
     parser.add_argument("--endpoint-file", type=Path, metavar="FILE", help="gets the address once the server is ready")
     return parser
 

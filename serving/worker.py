@@ -1,18 +1,24 @@
-"""The process that holds the models: takes one job at a time from the gate, answers with files in the job's folder.
+"""A process that does one step of a job at a time, and leaves what it made in the job's folder of the spool.
 
-Three threads, because TensorFlow may hold the main one for minutes: the main thread reads, segments and writes; one
-owns the socket to the gate, sends heartbeats and hears of cancelled jobs; one waits on standard input, a pipe whose
-other end the gate holds, and ends the process when that closes, so no worker outlives its gate however that died.
+Of three kinds (`serving.jobs.STEPS`): unpack and pack know nothing of TensorFlow and are held by the kernel's limits,
+since they parse what strangers sent; segment holds the models. Between them go plain arrays and JSON, never pickles:
+
+    upload > work/scan.npy, scan.json > work/labels.npy, segmentation.json > result/mask.<format>, result.json
+
+Three threads, because TensorFlow may hold the main one for minutes: the main thread works; one owns the socket to the
+gate, sends heartbeats and hears of jobs to stop; one waits on standard input, a pipe whose other end the gate holds,
+and ends the process when that closes, so no worker outlives its gate however that died.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import errno
 import json
 import logging
 import os
 import queue
+import resource
 import shutil
 import signal
 import sys
@@ -20,23 +26,27 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import zmq
 
 from lvseg.errors import InputError
-from serving import protocol, unpack
+from serving import logs, protocol, unpack
+from serving.jobs import RESULT, STEPS, UPLOAD, WORK, described
 
 if TYPE_CHECKING:
     from lvseg.predict import Segmentation
     from lvseg.volume import Volume
 
-UPLOAD, WORK, RESULT = "upload", "work", "result"  # in a job's folder of the spool
+SCAN, LABELS = "scan", "labels"  # .npy and .json, .npy, in a job's work folder
+SEGMENTATION = "segmentation.json"
 HEARTBEAT_S = 1.0
 PROGRESS_EVERY_S = 0.1
-EXIT_UNABLE = 3
+PROOF_MM = 0.01
+FIRST_STAGE = {"unpack": "unpack", "segment": "segment", "pack": "write"}
+OPEN_FILES_MAX = 256
 ZIP_BYTES_MAX = 2 * 1024**3  # unpacked, of a zip that a user sends as a file
 
 log = logging.getLogger("serving.worker")
@@ -47,7 +57,9 @@ class Segments(Protocol):
 
     info: dict[str, Any]
 
-    def segment(self, scan: Volume, on_progress: Callable[[int, int], None] | None = None) -> Segmentation: ...
+    def segment(
+        self, scan: Volume, on_progress: Callable[[int, int], None] | None = None, *, modality: str | None = None
+    ) -> Segmentation: ...
 
 
 class Cancelled(Exception):
@@ -88,7 +100,7 @@ class Link:
         self._out = self._context.socket(zmq.PAIR)
         self._out.bind("inproc://out")
         self._work: queue.SimpleQueue[protocol.Work] = queue.SimpleQueue()
-        self.cancelled = b""
+        self.stopped = b""
         threading.Thread(target=self._run, args=(endpoint, identity), daemon=True, name="link").start()
 
     def send(self, message: Any) -> None:
@@ -117,9 +129,10 @@ class Link:
             if gate in ready:
                 message = protocol.decode(gate.recv_multipart(), protocol.TO_WORKER)
                 if isinstance(message, protocol.Work):
+                    self.stopped = b""  # it may be a job of that key again
                     self._work.put(message)
                 else:
-                    self.cancelled = message.job
+                    self.stopped = message.job
             if time.monotonic() >= beat_at:
                 beat_at = time.monotonic() + HEARTBEAT_S
                 gate.send_multipart(protocol.encode(protocol.Heartbeat()))
@@ -132,17 +145,27 @@ class Reporter:
         self._link = link
         self._job = job
         self._sent_at = 0.0
-        self.stage = "unpack"
+        self._began = time.monotonic()
+        self.stage = ""
+        self.seconds: dict[str, float] = {}
 
     def begin(self, stage: str) -> None:
         """The next stage, always told."""
+        self.end()
         self.stage = stage
         self._sent_at = 0.0
         self(0, 0)
 
+    def end(self) -> None:
+        """The stage is over: `seconds` has its time."""
+        now = time.monotonic()
+        if self.stage:
+            self.seconds[self.stage] = round(now - self._began, 4)
+        self._began = now
+
     def __call__(self, done: int, total: int) -> None:
         """`done` of `total` batches of the stage; also where a cancelled job ends."""
-        if self._link.cancelled == self._job:
+        if self._link.stopped == self._job:
             raise Cancelled
         now = time.monotonic()
         if now - self._sent_at >= PROGRESS_EVERY_S or done == total:
@@ -150,112 +173,273 @@ class Reporter:
             self._link.send(protocol.Step(self._job, self.stage, done, total))
 
 
-def answer(
-    work: protocol.Work, folder: Path, segmenter: Segments, members: int, report: Reporter
-) -> tuple[protocol.ResultFile, ...]:
-    """Does one job.
+# ---- what each kind does: from what lies in the job's folder to what the next kind finds there
+
+
+def unpack_scan(work: protocol.Work, folder: Path, members: int, report: Reporter) -> None:
+    """The upload as an array with its geometry.
 
     Args:
         work: the job.
         folder: the job's folder in the spool, with the upload.
-        segmenter: of the model that the job names.
         members: limit for the files of a series.
-        report: told of stages and batches.
-
-    Returns:
-        The result's files, which lie in `folder / RESULT`.
+        report: told of stages.
 
     Raises:
         InputError: whatever is wrong with the scan.
         Cancelled: nobody waits for it any more.
     """
-    from lvseg.formats import read_volume, write_volume
+    from lvseg.formats import read_volume
 
     report.begin("unpack")
-    scan_path = _unpacked(work, folder, members)
+    path = _unpacked(work, folder, members)
     report.begin("read")
-    scan = replace(read_volume(scan_path), source=work.name)
+    scan = replace(read_volume(path), source=work.name)
+    report.end()
+    save_scan(scan, folder / WORK, report.seconds)
+
+
+def segment_scan(work: protocol.Work, folder: Path, segmenter: Segments, report: Reporter) -> None:
+    """The array's labels.
+
+    Args:
+        work: the job.
+        folder: the job's folder in the spool, in which the scan was unpacked.
+        segmenter: of the version that the job names.
+        report: told of batches.
+
+    Raises:
+        InputError: the network cannot take the scan.
+        Cancelled: nobody waits for it any more.
+    """
+    import numpy as np
+
     report.begin("segment")
-    segmentation = segmenter.segment(scan, report)
+    scan, seconds = load_scan(folder / WORK)
+    segmentation = segmenter.segment(scan, report, modality=work.modality or None)
+    report.end()
+    np.save(folder / WORK / f"{LABELS}.npy", segmentation.mask.voxels, allow_pickle=False)
+    facts = {"measurements": segmentation.measurements, "seconds": {**seconds, **report.seconds}}
+    (folder / WORK / SEGMENTATION).write_text(json.dumps(facts, allow_nan=False), encoding="utf-8")
+
+
+def pack_result(work: protocol.Work, folder: Path, report: Reporter) -> tuple[protocol.ResultFile, ...]:
+    """The labels as the client asked for them, read again to prove that they lie where the scan does.
+
+    Args:
+        work: the job.
+        folder: the job's folder in the spool, in which the scan was segmented.
+        report: told of the stage.
+
+    Returns:
+        The result's files, which lie in `folder / RESULT`.
+
+    Raises:
+        Cancelled: nobody waits for it any more.
+    """
+    import numpy as np
+
+    from lvseg.formats import read_volume, write_volume
+
     report.begin("write")
+    scan, _ = load_scan(folder / WORK)
+    labels = np.load(folder / WORK / f"{LABELS}.npy", allow_pickle=False)
+    facts = json.loads((folder / WORK / SEGMENTATION).read_text(encoding="utf-8"))
     unfinished = folder / WORK / RESULT
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an attempt that was killed
     unfinished.mkdir()
-    paths = write_volume(segmentation.mask, unfinished / f"mask.{work.output}")
-    measurements = unfinished / "measurements.json"
-    measurements.write_text(json.dumps(segmentation.measurements, indent=2, allow_nan=False) + "\n")
-    files = tuple(_described(path) for path in [*paths, measurements])
+    mask = scan.with_voxels(labels)
+    paths = write_volume(mask, unfinished / f"mask.{work.output}")
+    proof = prove(mask, read_volume(paths[0]))
+    report.end()
+    answer = facts["measurements"]
+    answer["geometry"] = {**answer.get("geometry", {}), **proof}
+    seconds = {"receive": work.received_ms / 1000, "queue": work.queued_ms / 1000, **facts["seconds"]}
+    answer["seconds"] = {**seconds, **report.seconds}
+    result = unfinished / "result.json"
+    result.write_text(json.dumps(answer, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    files = tuple(described(path) for path in [*paths, result])
+    shutil.rmtree(folder / RESULT, ignore_errors=True)
     unfinished.replace(folder / RESULT)
     return files
 
 
-def serve(
-    endpoint: str,
-    identity: str,
-    spool: Path,
-    models: Mapping[str, Path],
-    members: int,
-    load: Callable[[Path], Segments] = load_segmenter,
-) -> int:
-    """Loads and warms up the models, then does jobs until the gate goes away.
-
-    Args:
-        endpoint: ZeroMQ address of the gate's side for workers.
-        identity: what the gate calls this process.
-        spool: folder with a folder for each job, named by its key in hexadecimal.
-        models: version folder of each model's name.
-        members: limit for the files of a series.
-        load: makes a segmenter of a version folder.
+def prove(mask: Volume, written: Volume) -> dict[str, Any]:
+    """What a reader finds in the file, against the labels on the scan's own grid.
 
     Returns:
-        EXIT_UNABLE, after telling the gate which model cannot be served.
+        `proof`: "same voxels, same places"; `furthest_mm`: how far a corner of the grid lies from where it should.
+
+    Raises:
+        RuntimeError: the file says something else than the labels.
     """
-    threading.Thread(target=_end_with_gate, daemon=True, name="lifeline").start()
-    link = Link(endpoint, identity.encode())
-    segmenters: dict[str, Segments] = {}
-    for name, path in models.items():
+    import numpy as np
+
+    own, other = mask.canonical(), written.canonical()
+    if own.shape != other.shape or not np.array_equal(own.voxels, other.voxels):
+        raise RuntimeError("the written labels are not those of the network")
+    corners = np.array(np.meshgrid(*((0, count - 1) for count in own.shape))).reshape(3, -1).T
+    furthest_mm = float(np.abs(own.world_mm(corners) - other.world_mm(corners)).max())
+    if furthest_mm > PROOF_MM:
+        raise RuntimeError("the written labels lie elsewhere than the scan")
+    return {"proof": "same voxels, same places", "furthest_mm": round(furthest_mm, 6)}
+
+
+def save_scan(scan: Volume, folder: Path, seconds: Mapping[str, float]) -> None:
+    """Writes a scan as `load_scan` reads it: its voxels as .npy, everything else as JSON."""
+    import numpy as np
+
+    np.save(folder / f"{SCAN}.npy", scan.voxels, allow_pickle=False)
+    facts = {
+        "affine": scan.affine.tolist(),
+        "source": scan.source,
+        "metadata": dict(scan.metadata),
+        "seconds": dict(seconds),
+    }
+    (folder / f"{SCAN}.json").write_text(json.dumps(facts, default=_plain), encoding="utf-8")
+
+
+def load_scan(folder: Path) -> tuple[Volume, dict[str, float]]:
+    """Reads what `save_scan` wrote; the voxels stay on the disk until they are used."""
+    import numpy as np
+
+    from lvseg.volume import Volume
+
+    facts = json.loads((folder / f"{SCAN}.json").read_text(encoding="utf-8"))
+    voxels = np.load(folder / f"{SCAN}.npy", mmap_mode="r", allow_pickle=False)
+    return Volume(voxels, np.array(facts["affine"]), facts["source"], facts["metadata"]), facts["seconds"]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A version that this process may load."""
+
+    name: str
+    version: int
+    sha256: str
+    folder: Path
+
+    @classmethod
+    def of_argument(cls, text: str) -> Served:
+        """From `name/version/sha256=folder`."""
+        place, _, folder = text.partition("=")
+        name, version, sha256 = place.split("/")
+        return cls(name, int(version), sha256, Path(folder))
+
+
+def serve(
+    kind: str,
+    link: Link,
+    spool: Path,
+    models: Sequence[Served],
+    members: int,
+    job_cpu_s: int = 0,
+    load: Callable[[Path], Segments] = load_segmenter,
+) -> None:
+    """Loads and warms up the models, if any, then does jobs until the gate goes away; returns never.
+
+    Args:
+        kind: one of `serving.jobs.STEPS`.
+        link: to the gate.
+        spool: folder with a folder for each job, named by its key in hexadecimal.
+        models: what to load, of each model the current version first.
+        members: limit for the files of a series.
+        job_cpu_s: processor time for one job, after which the kernel ends the process; 0 for any.
+        load: makes a segmenter of a version folder.
+    """
+    segmenters: dict[tuple[str, int], Segments] = {}
+    ready: list[protocol.Model] = []
+    for served in models:
         try:
-            segmenters[name] = load(path)
-            warm_up(segmenters[name])
+            _check_digest(served)
+            segmenter = load(served.folder)
+            warm_up(segmenter)
         except Exception as error:
             if _is_shortage(error):
                 raise  # the next attempt may find more memory
-            link.send(_unable(error, path))
-            _end_with_gate()
-            return EXIT_UNABLE
-    link.send(protocol.Ready(tuple(_model(name, models[name], segmenters[name]) for name in models)))
+            link.send(_unable(error, served))
+            continue
+        segmenters[served.name, served.version] = segmenter
+        ready.append(protocol.Model(served.name, served.version, served.sha256))
+    if kind != "segment":
+        import lvseg.formats  # noqa: F401 now, so that no user's scan pays for it
+    link.send(protocol.Ready(tuple(ready)))
     while True:
         work = link.take()
         folder = spool / work.job.hex()
         report = Reporter(link, work.job)
+        _allow_cpu(job_cpu_s)
         try:
-            files = answer(work, folder, segmenters[work.model], members, report)
+            files: tuple[protocol.ResultFile, ...] = ()
+            if kind == "unpack":
+                unpack_scan(work, folder, members, report)
+            elif kind == "segment":
+                segment_scan(work, folder, segmenters[work.model, work.version], report)
+            else:
+                files = pack_result(work, folder, report)
             link.send(protocol.Result(work.job, files))
         except Exception as error:  # one bad scan must not cost the next user the loaded models
             code, fault, sentence = _explained(error, work, folder, spool, report.stage)
-            link.send(protocol.Failed(work.job, code, report.stage, fault, sentence))
+            link.send(protocol.Failed(work.job, code, report.stage or FIRST_STAGE[kind], fault, sentence))
 
 
 def main(argv: Sequence[str] | None = None, load: Callable[[Path], Segments] = load_segmenter) -> int:
     """The command that the gate starts; not for people."""
     parser = argparse.ArgumentParser(prog="python -m serving.worker", description="Started by serving.server.")
+    parser.add_argument("--kind", required=True, choices=STEPS)
     parser.add_argument("--endpoint", required=True)
     parser.add_argument("--identity", required=True)
     parser.add_argument("--spool", required=True, type=Path)
-    parser.add_argument("--model", required=True, action="append", help="NAME=FOLDER")
+    parser.add_argument("--model", action="append", default=[], type=Served.of_argument)
     parser.add_argument("--members", required=True, type=int)
     parser.add_argument("--memory-bytes", type=int, default=0)
+    parser.add_argument("--job-cpu-s", type=int, default=0)
+    parser.add_argument("--file-bytes", type=int, default=0)
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gate's to handle
     os.umask(0o077)
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    logs.to_standard_error()
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    if arguments.memory_bytes:
-        import resource
+    _limit(arguments)
+    threading.Thread(target=_end_with_gate, daemon=True, name="lifeline").start()
+    link = Link(arguments.endpoint, arguments.identity.encode())
+    serve(
+        arguments.kind, link, arguments.spool, arguments.model, arguments.members, arguments.job_cpu_s, load
+    )  # returns never
+    return 1
 
+
+def _limit(arguments: argparse.Namespace) -> None:
+    """What the kernel holds this process to."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold a patient's scan
+    if arguments.memory_bytes:
         resource.setrlimit(resource.RLIMIT_DATA, (arguments.memory_bytes, arguments.memory_bytes))
-    models = {name: Path(folder) for name, _, folder in (entry.partition("=") for entry in arguments.model)}
-    return serve(arguments.endpoint, arguments.identity, arguments.spool, models, arguments.members, load)
+    if arguments.file_bytes:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond is then an error, not the end
+        resource.setrlimit(resource.RLIMIT_FSIZE, (arguments.file_bytes, arguments.file_bytes))
+    if arguments.kind != "segment":
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES_MAX, hard), hard))
+
+
+def _allow_cpu(seconds: int) -> None:
+    """From now on; the soft limit alone moves, and reaching it ends the process."""
+    if seconds:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit = int(used.ru_utime + used.ru_stime) + seconds
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def _check_digest(served: Served) -> None:
+    from serving.catalogue import digest_of
+
+    if digest_of(served.folder) != served.sha256:
+        raise InputError(
+            "MODEL_UNTRUSTED",
+            f"Expected a model as it was allowed, received other files in {served.folder} (if they are to be trusted:"
+            " python -m serving.admin allow-model).",
+        )
 
 
 def _end_with_gate() -> None:
@@ -292,28 +476,25 @@ def _stem(work: protocol.Work) -> str:
     return f"upload-{work.job.hex()[:12]}"
 
 
-def _described(path: Path) -> protocol.ResultFile:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return protocol.ResultFile(path.name, path.stat().st_size, digest)
-
-
-def _model(name: str, path: Path, segmenter: Segments) -> protocol.Model:
-    return protocol.Model(name, int(path.name), segmenter.info["weights_sha256"])
+def _plain(value: Any) -> Any:
+    """NumPy's scalars and arrays as JSON has them."""
+    return value.tolist()
 
 
 def _is_shortage(error: Exception) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
 
 
-def _unable(error: Exception, model: Path) -> protocol.Unable:
+def _unable(error: Exception, served: Served) -> protocol.Unable:
     """Why a model cannot be served; where TensorFlow failed on it goes to the log."""
     if isinstance(error, InputError):
-        return protocol.Unable(error.code, protocol.clean(error.sentence))
+        return protocol.Unable(served.name, served.version, error.code, protocol.clean(error.sentence))
     where = "".join(traceback.format_tb(error.__traceback__))
-    log.error("model %s cannot be loaded: %s\n%s", model, type(error).__name__, where)
-    sentence = f"Expected a model that loads and runs, received one that fails with {type(error).__name__} in {model}."
-    return protocol.Unable("MODEL_UNAVAILABLE", protocol.clean(sentence))
+    log.error("model %s cannot be loaded: %s\n%s", served.folder, type(error).__name__, where)
+    sentence = (
+        f"Expected a model that loads and runs, received one that fails with {type(error).__name__} in {served.folder}."
+    )
+    return protocol.Unable(served.name, served.version, "MODEL_UNAVAILABLE", protocol.clean(sentence))
 
 
 def _explained(error: Exception, work: protocol.Work, folder: Path, spool: Path, stage: str) -> tuple[str, str, str]:
@@ -327,6 +508,8 @@ def _explained(error: Exception, work: protocol.Work, folder: Path, spool: Path,
         for own in (place / f"{stem}{protocol.suffix_of(work.name)}", place / stem):
             sentence = sentence.replace(str(own), work.name).replace(own.name, work.name)
         return error.code, "input", protocol.clean(sentence.replace(str(spool), "the spool"))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "STORAGE_FULL", "server", f"Expected room for {work.name}, received a full spool; try again later."
     if _is_shortage(error):
         return "OUT_OF_MEMORY", "server", f"Expected a scan that fits the server's memory, received {work.name}."
     # Without the error's own text, which may name a file or a patient; the frames say where.

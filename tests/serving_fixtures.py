@@ -20,10 +20,15 @@ from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where it runs as a script
+
+from serving.connection import Client
+
 LIMIT_S = 20.0
 DEADLY = 6666  # a scan with this brightest voxel kills its worker
 STUCK = 7777  # one with this never ends
 DIGEST = "5e" * 32
+HOLD, RUNS = ".hold", ".runs"  # in the models folder, whose versions may not change
 
 
 def until(condition: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> Any:
@@ -37,18 +42,24 @@ def until(condition: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> 
 
 
 class BrightVoxels:
-    """Marks the voxels brighter than the scan's mean. While the model's folder holds a file `hold`, it waits."""
+    """Marks the voxels brighter than the scan's mean. While the models folder holds a file `.hold`, it waits."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.info = json.loads((folder / "model.json").read_text())
+        if self.info.get("broken"):
+            raise ValueError("a model that does not load")
 
-    def segment(self, scan: Any, on_progress: Callable[[int, int], None] | None = None) -> Any:
+    def segment(
+        self, scan: Any, on_progress: Callable[[int, int], None] | None = None, *, modality: str | None = None
+    ) -> Any:
         from lvseg.predict import Segmentation
 
+        with (self.folder.parents[1] / RUNS).open("a") as runs:
+            runs.write(f"{self.folder.name} {scan.source}\n")
         if scan.voxels.max() == DEADLY:
             os.kill(os.getpid(), signal.SIGKILL)
-        while (self.folder / "hold").exists() or scan.voxels.max() == STUCK:
+        while (self.folder.parents[1] / HOLD).exists() or scan.voxels.max() == STUCK:
             if on_progress:
                 on_progress(0, 1)
             time.sleep(0.005)
@@ -60,7 +71,7 @@ class BrightVoxels:
 
 @dataclass
 class Server:
-    """A server that runs. `models` is its models folder, with one model, bright/3."""
+    """A server that runs. `models` is its models folder, with one model, bright, of which version 3 is current."""
 
     process: subprocess.Popen[str]
     endpoint: str
@@ -71,15 +82,25 @@ class Server:
     @property
     def hold(self) -> Path:
         """While this file exists, no scan is finished."""
-        return self.models / "bright" / "3" / "hold"
+        return self.models / HOLD
 
-    def workers(self) -> list[int]:
-        """Process ids of its workers."""
-        return children(self.process.pid)
+    def runs(self, name: str) -> list[int]:
+        """The model versions that scans of a name were given to, one an attempt."""
+        lines = (self.models / RUNS).read_text().splitlines() if (self.models / RUNS).exists() else []
+        return [int(line.split(" ", 1)[0]) for line in lines if line.split(" ", 1)[1] == name]
+
+    def workers(self, kind: str = "segment") -> list[int]:
+        """Process ids of its workers of a kind."""
+        return [pid for pid in children(self.process.pid) if f"--kind\0{kind}\0" in command_of(pid)]
+
+    def connect(self, **how: Any) -> Client:
+        """A client of it."""
+        return Client(self.endpoint, insecure=True, **how)
 
     def spooled(self) -> list[Path]:
-        """What lies in its spool, but for the lock and the socket's folder."""
-        return [path for path in self.spool.iterdir() if path.name not in (".lock", ".ipc")]
+        """What lies in its spool, but for the lock, the socket's folder and the database."""
+        own = (".lock", ".ipc", "jobs.sqlite", "jobs.sqlite-wal", "jobs.sqlite-shm")
+        return [path for path in self.spool.iterdir() if path.name not in own]
 
 
 def children(pid: int) -> list[int]:
@@ -87,6 +108,13 @@ def children(pid: int) -> list[int]:
     with contextlib.suppress(OSError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
+
+
+def command_of(pid: int) -> str:
+    """A process's command line, its words apart by NUL."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
 
 
 def is_alive(pid: int) -> bool:
@@ -98,13 +126,19 @@ def is_alive(pid: int) -> bool:
 
 def make_models(folder: Path) -> Path:
     """A models folder with versions 1 and 3 of `bright`, of which 3 is the newest."""
-    for version in ("1", "3"):
-        path = folder / "bright" / version
-        path.mkdir(parents=True)
-        (path / "saved_model.pb").touch()
-        card = {"task": "bright", "spacing_mm": [2.0, 2.0], "size": 8, "weights_sha256": DIGEST}
-        (path / "model.json").write_text(json.dumps(card))
+    for version in (1, 3):
+        make_version(folder, version)
     return folder
+
+
+def make_version(models: Path, version: int, **card: Any) -> Path:
+    """One more version of `bright`."""
+    path = models / "bright" / str(version)
+    path.mkdir(parents=True)
+    (path / "saved_model.pb").touch()
+    facts = {"task": "bright", "spacing_mm": [2.0, 2.0], "size": 8, "weights_sha256": DIGEST, **card}
+    (path / "model.json").write_text(json.dumps(facts))
+    return path
 
 
 def write_config(folder: Path, **sections: Any) -> Path:
@@ -114,10 +148,20 @@ def write_config(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def start(folder: Path, endpoint_file: Path | None = None, **sections: Any) -> subprocess.Popen[str]:
+def start(
+    folder: Path, endpoint_file: Path | None = None, secure: bool = False, port: str = "*", **sections: Any
+) -> subprocess.Popen[str]:
     """Starts a server in a folder that has `models`; its log goes to `log`, its standard output to a pipe."""
     arguments = ["--cfg", str(write_config(folder, **sections)), "--models", str(folder / "models")]
-    arguments += ["--bind", "tcp://127.0.0.1:*", "--spool", str(folder / "spool")]
+    arguments += [
+        "--bind",
+        f"tcp://127.0.0.1:{port}",
+        "--spool",
+        str(folder / "spool"),
+        "--access",
+        str(folder / "access"),
+    ]
+    arguments += [] if secure else ["--insecure"]
     arguments += ["--endpoint-file", str(endpoint_file or folder / "endpoint")]
     with (folder / "log").open("w") as log:
         return subprocess.Popen(
@@ -126,17 +170,20 @@ def start(folder: Path, endpoint_file: Path | None = None, **sections: Any) -> s
 
 
 @contextlib.contextmanager
-def running(folder: Path, **sections: Any) -> Iterator[Server]:
-    """A server that is ready, ended afterwards; fails if a process of it is left."""
-    models = make_models(folder / "models")
-    process = start(folder, **sections)
+def running(folder: Path, **how: Any) -> Iterator[Server]:
+    """A server that is ready, ended afterwards; fails if a process of it is left.
+
+    In a folder in which one ran before, it is that one started again. `how` is as for `start`.
+    """
+    models = folder / "models" if (folder / "models").exists() else make_models(folder / "models")
+    process = start(folder, **how)
     try:
         assert process.stdout is not None
         readable, _, _ = select.select([process.stdout], [], [], LIMIT_S)
         assert readable, (folder / "log").read_text()
         line = process.stdout.readline().split()
         assert line[:1] == ["ready"], (folder / "log").read_text()
-        assert line[2:] == ["bright/3"]
+        assert line[2].startswith("bright/")
         assert (folder / "endpoint").read_text().strip() == line[1]
         yield Server(process, line[1], models, folder / "spool", folder / "log")
     finally:
@@ -164,5 +211,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     sys.exit(main())

@@ -1,10 +1,12 @@
 """DICOM series in: synthesised ones with every trap, and the real ones where they are."""
 
+import json
 import itertools
 import os
 import random
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pydicom
@@ -896,27 +898,24 @@ def test_a_zip_that_is_sent_to_the_server_is_unpacked_within_its_limits(tmp_path
     job.mkdir()
     (job / worker.UPLOAD).write_bytes(sent.read_bytes())
     size = sent.stat().st_size
-    work = protocol.Work(bytes(32), "scan.zip", "file", "volume", "nrrd", "raw", size)
-    seen = []
+    work = protocol.Work(bytes(32), "scan.zip", "file", "volume", 1, "", "nrrd", "raw", size, 0, 0)
+    stages = []
 
-    class Segmenter:
-        def segment(self, scan, _on_progress):
-            seen.append(scan)
-            return predict.Segmentation(scan.with_voxels(np.zeros(scan.shape, np.uint8)), {})
-
-    class Report:
-        def begin(self, stage: str) -> None:
-            seen.append(stage)
-
-    files = worker.answer(work, job, Segmenter(), 3, Report())
-    assert {file.name for file in files} == {"mask.nrrd", "measurements.json"}
-    [scan] = [one for one in seen if not isinstance(one, str)]
+    report = SimpleNamespace(begin=stages.append, end=lambda: None, seconds={"unpack": 0.5})
+    worker.unpack_scan(work, job, 3, report)
+    scan, seconds = worker.load_scan(job / worker.WORK)
+    assert stages == ["unpack", "read"] and seconds == {"unpack": 0.5} and scan.source == "scan.zip"
     np.testing.assert_array_equal(scan.voxels, pixels_of(3))
+    there = read_volume(sent)
+    np.testing.assert_array_equal(scan.affine, there.affine)
+    # What the network's side looks at is as a reader found it, but for names of files.
+    expected = json.loads(json.dumps(dict(there.metadata)))
+    assert {**scan.metadata, "slice_files": None} == {**expected, "slice_files": None}
     with pytest.raises(InputError, match="at most 2 files"):
-        worker.answer(work, job, Segmenter(), 2, Report())
+        worker.unpack_scan(work, job, 2, report)
     monkeypatch.setattr(worker, "ZIP_BYTES_MAX", 3000)
     with pytest.raises(InputError, match="fewer bytes"):
-        worker.answer(work, job, Segmenter(), 3, Report())
+        worker.unpack_scan(work, job, 3, report)
 
 
 def test_stacks_of_an_enhanced_object_are_told_apart_by_their_frames(tmp_path):

@@ -28,12 +28,22 @@ files = st.builds(
 limits = st.builds(
     protocol.Limits, upload_bytes=counts, content_bytes=counts, members=counts, chunk_bytes=st.integers(1, 2**20)
 )
+facts = st.builds(
+    protocol.JobFacts,
+    job=digests,
+    name=printable,
+    model=tasks,
+    state=st.sampled_from(["receiving", "queue", "segment", "done"]),
+    position=counts,
+)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "job": st.binary(min_size=32, max_size=32),
     "payload": st.binary(min_size=1, max_size=64),
     "models": st.lists(models, max_size=3).map(tuple),
     "files": st.lists(files, max_size=3).map(tuple),
+    "jobs": st.lists(facts, max_size=3).map(tuple),
     "limits": limits,
+    "modality": st.sampled_from(["", "CT", "MR"]),
     "ready": st.booleans(),
     "retryable": st.booleans(),
     "sha256": digests,
@@ -179,7 +189,7 @@ def test_a_side_takes_only_its_own_messages() -> None:
     ],
 )
 def test_neither_side_lets_a_bad_header_value_pass(name: str, value: Any) -> None:
-    good = protocol.Submit("scan.nii", "file", "volume", "vtk", "raw", 5, 5, "5e" * 32, 1000)
+    good = protocol.Submit("scan.nii", "file", "volume", 0, "", "vtk", "raw", 5, 5, "5e" * 32, 1000)
     frames = protocol.encode(good)
     header = {**json.loads(frames[3]), name: value}
     frames[3] = json.dumps(header).encode()
@@ -193,7 +203,7 @@ def test_neither_side_lets_a_bad_header_value_pass(name: str, value: Any) -> Non
 @given(st.text(max_size=300))
 def test_any_local_name_becomes_one_that_submit_takes(name: str) -> None:
     cleaned = protocol.clean_name(name)
-    submit = protocol.Submit(cleaned, "file", "volume", "vtk", "raw", 5, 5, "5e" * 32, 1000)
+    submit = protocol.Submit(cleaned, "file", "volume", 0, "", "vtk", "raw", 5, 5, "5e" * 32, 1000)
     assert protocol.decode(protocol.encode(submit)) == submit
 
 
@@ -217,7 +227,7 @@ def test_only_known_suffixes_reach_the_disk(name: str, suffix: str) -> None:
     ["volume", "Fat_fraction-2", "7", "a" * 64, "", "a" * 65, "models/volume", "-volume", "volume\n", "é", "a b"],
 )
 def test_a_models_name_is_one_that_submit_can_say(name: str) -> None:
-    submit = protocol.Submit("scan.nii.gz", "file", name, "vtk", "raw", 5, 5, "0" * 64, 1000)
+    submit = protocol.Submit("scan.nii.gz", "file", name, 0, "", "vtk", "raw", 5, 5, "0" * 64, 1000)
     if protocol.is_model_name(name):
         assert protocol.decode(protocol.encode(submit)).model == name
     else:

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bad_files import volume
-from serving_fixtures import children, is_alive, until
+from serving_fixtures import children, command_of, is_alive, until
 
 from lvseg.formats import read_volume, write_volume
 from lvseg.predict import Segmenter
-from serving.client import Client, ClientError
+from serving.connection import Client, ClientError
+from serving.keys import Credentials, read_credentials
 
 ROOT = Path(__file__).parents[1]
 START_S = 120.0
@@ -56,13 +57,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def endpoint(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a server as its command starts it."""
-    folder = tmp_path_factory.mktemp("server")
+def arguments_of(models: Path, folder: Path) -> list[str]:
+    """A server's, which meets no other one."""
     arguments = ["--cfg", "serving/server.yaml", "--models", str(models), "--bind", "tcp://127.0.0.1:*"]
+    own = ["--spool", str(folder / "spool"), "--access", str(folder / "access"), "--http", "127.0.0.1:0"]
+    return arguments + own
+
+
+@pytest.fixture(scope="module")
+def endpoint(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Credentials]]:
+    """Address of a server as its command starts it, and the keys that it made for clients on this computer."""
+    folder = tmp_path_factory.mktemp("server")
     process = subprocess.Popen(
-        [sys.executable, "-m", "serving.server", *arguments, "--spool", str(folder / "spool")],
+        [sys.executable, "-m", "serving.server", *arguments_of(models, folder)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -72,11 +79,12 @@ def endpoint(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         assert select.select([process.stdout], [], [], START_S)[0], "not ready"
         line = process.stdout.readline().split()
         assert (line[0], line[2:]) == ("ready", ["volume/1"])
-        (worker,) = children(process.pid)
-        yield line[1]
+        workers = children(process.pid)
+        assert len(workers) == 3
+        yield line[1], read_credentials(folder / "access" / "local.json")
         process.terminate()
         assert process.wait(LIMIT_S) == 0
-        assert not is_alive(worker)
+        assert not any(is_alive(worker) for worker in workers)
     finally:
         process.kill()
         process.wait()
@@ -84,27 +92,35 @@ def endpoint(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             process.stdout.close()
 
 
-def test_the_served_mask_is_that_of_predict_voxel_for_voxel(models: Path, endpoint: str, tmp_path: Path) -> None:
+def test_the_served_mask_is_that_of_predict_voxel_for_voxel(
+    models: Path, endpoint: tuple[str, Credentials], tmp_path: Path
+) -> None:
     segmenter = Segmenter(models / "volume")
     for seed, shape in enumerate([(5, 30, 34), (9, 40, 20)]):
         scan = write_volume(volume(shape, seed), tmp_path / f"{seed}.nii.gz")[0]
         expected = segmenter.segment(read_volume(scan))
-        with Client(endpoint) as client:
+        with Client(*endpoint) as client:
             (path,), measurements = client.segment(scan, "volume", tmp_path / f"{seed}_mask.nii.gz", LIMIT_S)
         served = read_volume(path)
         assert 0 < expected.mask.voxels.sum() < expected.mask.voxels.size
         np.testing.assert_array_equal(served.voxels, expected.mask.voxels)
         np.testing.assert_allclose(served.affine, expected.mask.affine, atol=1e-5)
+        geometry = measurements["geometry"]
+        assert geometry.pop("proof") == "same voxels, same places"
+        assert geometry.pop("furthest_mm") < 1e-3
+        seconds = measurements.pop("seconds")
+        assert list(seconds) == ["receive", "queue", "unpack", "read", "segment", "write"]
+        assert all(second >= 0 for second in seconds.values())
         assert measurements == json.loads(json.dumps(expected.measurements))
 
 
-def test_a_bad_scan_costs_the_next_one_nothing(endpoint: str, tmp_path: Path) -> None:
+def test_a_bad_scan_costs_the_next_one_nothing(endpoint: tuple[str, Credentials], tmp_path: Path) -> None:
     bad = tmp_path / "flat.nii.gz"
     flat = volume((5, 30, 34))
     flat.voxels[:] = 7
     write_volume(flat, bad)
     good = write_volume(volume((5, 30, 34)), tmp_path / "good.nii.gz")[0]
-    with Client(endpoint) as client:
+    with Client(*endpoint) as client:
         with pytest.raises(ClientError, match=r"everywhere in flat\.nii\.gz\.") as refused:
             client.segment(bad, "volume", tmp_path / "out.vtk", LIMIT_S)
         assert refused.value.code == "EMPTY_IMAGE"
@@ -112,10 +128,12 @@ def test_a_bad_scan_costs_the_next_one_nothing(endpoint: str, tmp_path: Path) ->
 
 
 @pytest.mark.skipif("LVSEG_REAL_DATA" not in os.environ, reason="needs LVSEG_REAL_DATA")
-def test_a_real_dicom_series_comes_back_on_its_own_grid(models: Path, endpoint: str, tmp_path: Path) -> None:
+def test_a_real_dicom_series_comes_back_on_its_own_grid(
+    models: Path, endpoint: tuple[str, Credentials], tmp_path: Path
+) -> None:
     series = Path(os.environ["LVSEG_REAL_DATA"]) / "ct_dicom_series"
     expected = Segmenter(models / "volume").segment(read_volume(series))
-    with Client(endpoint) as client:
+    with Client(*endpoint) as client:
         for output in ("nii.gz", "vtk"):
             paths, _ = client.segment(series, "volume", tmp_path / f"mask.{output}", LIMIT_S)
             served, own = read_volume(paths[0]).canonical(), expected.mask.canonical()
@@ -130,9 +148,8 @@ def test_a_damaged_model_ends_the_server_with_two_and_a_sentence(models: Path, t
     shutil.copytree(models, tmp_path / "models")
     path = tmp_path / "models" / "volume" / "1" / damaged
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    arguments = ["--cfg", "serving/server.yaml", "--models", str(tmp_path / "models"), "--bind", "tcp://127.0.0.1:*"]
     done = subprocess.run(
-        [sys.executable, "-m", "serving.server", *arguments, "--spool", str(tmp_path / "spool")],
+        [sys.executable, "-m", "serving.server", *arguments_of(tmp_path / "models", tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -146,15 +163,12 @@ def test_a_damaged_model_ends_the_server_with_two_and_a_sentence(models: Path, t
 
 def test_a_stopped_worker_is_not_waited_for_at_the_end(models: Path, tmp_path: Path) -> None:
     """A signal while the worker still loads TensorFlow, which hears none: the server ends all the same."""
-    arguments = ["--cfg", "serving/server.yaml", "--models", str(models), "--bind", "tcp://127.0.0.1:*"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "serving.server", *arguments, "--spool", str(tmp_path / "spool")], cwd=ROOT
-    )
+    process = subprocess.Popen([sys.executable, "-m", "serving.server", *arguments_of(models, tmp_path)], cwd=ROOT)
     try:
 
         def started() -> list[int]:
             pids = children(process.pid)  # a child that is no worker yet is still part of starting it
-            return [pid for pid in pids if b"serving.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            return [pid for pid in pids if "--kind\0segment\0" in command_of(pid)]
 
         (worker,) = until(started, "the worker starts", LIMIT_S)
         os.kill(worker, signal.SIGSTOP)

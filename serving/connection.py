@@ -1,0 +1,600 @@
+"""A client's connection to a server, as a library.
+
+    with Client() as client:
+        paths, measurements = client.segment(Path("scan.nii.gz"), "volume", Path("liver.vtk"))
+
+Nothing here waits without a limit: a server that is not there, does not let this client in, does not answer or makes no
+progress ends in an error with a sentence that says what to check. A connection that is lost, and a server that is
+started again, cost time but nothing else. Runs without TensorFlow, NumPy and the rest of lvseg.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import ipaddress
+import json
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from serving import keys, protocol
+from serving.errors import EXIT_BAD_INPUT, EXIT_ERROR, EXIT_NETWORK, ClientError, KeyFileError
+from serving.outputs import check_outputs, is_sidecar, sidecar_of, writing
+from serving.scans import Package, check_readable, files_of, is_sent_unchanged, name_of, package, reading
+
+SERVER = "tcp://127.0.0.1:5557"
+CONNECT_S = 5.0
+SILENCE_S = 60.0  # a server that is started again answers within this; without a word for longer it is gone
+SLICE_S = 0.2  # of a wait, after which it is looked whether to stop
+ASK_S = 2.0  # without news for this long, STATUS asks; it also finds the job again after a lost connection
+FETCHES_AHEAD = 8
+PORT_MAX = 65535
+# A connection that breaks off as it begins: once may be a server that is just being stopped.
+BROKEN_MAX = 3
+EVENTS = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+# Worth another try, whatever the attempt before has left: each begins where the server is.
+AGAIN = frozenset({"BUSY", "NOT_FOUND", "SERVER_STOPPING", "STORAGE_FULL", "OUT_OF_MEMORY"})
+OWN_KEY, LOCAL_KEY, HOME_KEY = "LVSEG_KEY", Path("access/local.json"), Path(".config/lvseg/client.json")
+
+OnProgress = Callable[[str, int, int], None]
+
+
+class Unreachable(ClientError):
+    """Nobody answers at the server's address; exit code 4."""
+
+    def __init__(self, server: str) -> None:
+        super().__init__(
+            "UNREACHABLE",
+            f"Expected an answer from a server at {server}, received none: check that it runs (its line 'ready' shows"
+            " its address) and that no firewall is between.",
+            EXIT_NETWORK,
+        )
+
+
+class Refused(ClientError):
+    """The server said no; `error` is its message."""
+
+    def __init__(self, error: protocol.Error, server: str, members: Sequence[str] = ()) -> None:
+        def local(match: re.Match[str]) -> str:
+            number = int(match[1])
+            return members[number - 1] if 1 <= number <= len(members) else match[0]
+
+        sentence = re.sub(r"\b([0-9]{6})\.(?:bin|dcm|ima|000)\b", local, error.text)
+        if (error.code, error.fault) == ("NOT_FOUND", "access"):  # the readers have a code of that name, too
+            sentence = (
+                f"Expected the server at {server} to know the job, received '{sentence}' (it gave the job up, or it is"
+                " somebody else's; send the scan again)."
+            )
+        exit_codes = {"input": EXIT_BAD_INPUT, "access": EXIT_NETWORK, "server": EXIT_ERROR}
+        super().__init__(error.code, sentence, exit_codes[error.fault])
+        self.error = error
+
+
+def check_model(name: str) -> None:
+    """Refuses what no server can know as a model, such as a folder.
+
+    Raises:
+        ClientError: MODEL_UNKNOWN, exit code 2.
+    """
+    plain, _, version = name.partition("/")
+    if not protocol.is_model_name(plain) or not re.fullmatch(r"([1-9][0-9]{0,8})?", version) or name.endswith("/"):
+        raise ClientError(
+            "MODEL_UNKNOWN",
+            f"Expected the name of a model such as volume or volume/3 (see the command models), received {name!r}.",
+            EXIT_BAD_INPUT,
+        )
+
+
+def find_credentials(path: Path | None = None) -> keys.Credentials:
+    """This client's keys.
+
+    Args:
+        path: the file; None for the first of $LVSEG_KEY, access/local.json (which a server makes for clients of its
+            user on its computer) and ~/.config/lvseg/client.json.
+
+    Raises:
+        ClientError: BAD_KEY, exit code 2.
+    """
+    named = os.environ.get(OWN_KEY)
+    places = [path] if path else [Path(named)] if named else [LOCAL_KEY, Path.home() / HOME_KEY]
+    place = next((one for one in places if one.exists()), places[-1])
+    try:
+        return keys.read_credentials(place)
+    except KeyFileError as error:
+        more = "" if place.exists() else " Make one with: python -m serving.client keys new."
+        raise ClientError("BAD_KEY", error.sentence + more, EXIT_BAD_INPUT) from error
+
+
+class Client:
+    """A connection to a server; use it in a `with` statement, from one thread.
+
+    Args:
+        server: its address, such as tcp://127.0.0.1:5557; None for that in the credentials.
+        credentials: this client's keys; None for those that `find_credentials` finds.
+        insecure: without keys and encryption, which only a server on this computer takes.
+        connect_s: give up when no server takes the connection and greets within this.
+        stop: once it is set, every wait ends with KeyboardInterrupt.
+
+    Raises:
+        ClientError: BAD_KEY or BAD_ADDRESS, exit code 2; UNREACHABLE, SERVER_KEY_MISMATCH, NOT_AUTHORISED or
+            PROTO_UNSUPPORTED, exit code 4.
+    """
+
+    def __init__(
+        self,
+        server: str | None = None,
+        credentials: keys.Credentials | None = None,
+        *,
+        insecure: bool = False,
+        connect_s: float = CONNECT_S,
+        stop: threading.Event | None = None,
+    ) -> None:
+        if credentials is None and not insecure:
+            credentials = find_credentials()
+        self.server = server or (credentials.server if credentials else "") or SERVER
+        self._secure = credentials is not None
+        self._stop = stop or threading.Event()
+        self._broken = 0
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 200)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a server that is not there
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 250)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 5000)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, protocol.FRAME_BYTES_MAX)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
+        self._socket.setsockopt(zmq.RCVHWM, 64)
+        self._socket.setsockopt(zmq.SNDHWM, 64)
+        if credentials is not None:
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, credentials.server_key.encode())
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, credentials.pair.public.encode())
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, credentials.pair.secret.encode())
+        self._monitor = self._socket.get_monitor_socket(EVENTS)
+        self._poller = zmq.Poller()
+        self._poller.register(self._monitor, zmq.POLLIN)
+        try:
+            self._connect(connect_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close()
+        self._context.term()
+
+    def welcome(self, limit_s: float = CONNECT_S) -> protocol.Welcome:
+        """What the server says of itself: limits, models, whether they are loaded.
+
+        Raises:
+            ClientError: UNREACHABLE or PROTO_UNSUPPORTED.
+        """
+        limit = time.monotonic() + limit_s
+        self._say(protocol.Hello(protocol.VERSION, protocol.VERSION, protocol.BUILD), limit)
+        return self._expect(protocol.Welcome, limit)
+
+    def ping(self, limit_s: float = CONNECT_S) -> float:
+        """The milliseconds that a word there and back takes.
+
+        Raises:
+            ClientError: UNREACHABLE.
+        """
+        began = time.monotonic()
+        self._say(protocol.Ping(), began + limit_s)
+        self._expect(protocol.Pong, began + limit_s)
+        return 1000 * (time.monotonic() - began)
+
+    def jobs(self, limit_s: float = CONNECT_S) -> protocol.Listing:
+        """This client's jobs, the newest first.
+
+        Raises:
+            ClientError: UNREACHABLE.
+        """
+        limit = time.monotonic() + limit_s
+        self._say(protocol.List(), limit)
+        listing: protocol.Listing = self._expect(protocol.Listing, limit)
+        return listing
+
+    def cancel(self, job: bytes, limit_s: float = CONNECT_S) -> None:
+        """Ends a job, done or not, for everyone who waits for it.
+
+        Args:
+            job: its key.
+            limit_s: for the answer.
+
+        Raises:
+            ClientError: NOT_FOUND or UNREACHABLE.
+        """
+        limit = time.monotonic() + limit_s
+        self._say(protocol.Cancel(job), limit)
+        while (message := self._take(limit)) is not None:
+            if isinstance(message, protocol.Cancelled) and message.job == job:
+                return
+            if isinstance(message, protocol.Error) and message.job == job:
+                raise Refused(message, self.server)
+        raise Unreachable(self.server)
+
+    def segment(
+        self,
+        scan: Path,
+        model: str,
+        out: Path,
+        timeout_s: float = 600.0,
+        on_progress: OnProgress = lambda stage, done, total: None,
+        modality: str = "",
+    ) -> tuple[list[Path], dict[str, Any]]:
+        """Has one scan segmented. The same call again after whatever went wrong goes on where the server is.
+
+        Args:
+            scan: a file, or a folder of DICOM files.
+            model: name of a model that the server has, with /<version> for another than the current one.
+            out: the mask's file, .vtk, .nii.gz, .vti, .nrrd or .mha; written whole or not at all.
+            timeout_s: limit for everything together.
+            on_progress: told the stage and how far it is, in bytes while sending and receiving, scans before this one
+                while in the queue, slices or batches while segmenting.
+            modality: "CT" or "MR" where the scan's file does not tell.
+
+        Returns:
+            The files written, `out` first, then `<out>.json` if the mask is an oblique .vtk; and the measurements.
+
+        Raises:
+            ClientError: anything else than an answer.
+        """
+        limit = time.monotonic() + timeout_s
+        output = next((known for known in protocol.OUTPUTS if out.name.endswith(f".{known}")), None)
+        if output is None:
+            names = ", ".join(f".{known}" for known in protocol.OUTPUTS)
+            raise ClientError("BAD_OUTPUT", f"Expected a file that ends in {names}, received {out}.", EXIT_BAD_INPUT)
+        check_model(model)
+        check_readable(scan)
+        check_outputs([scan], [out])
+        on_progress("pack", 0, 0)
+        self._check_sizes(scan)
+        sent = package(scan)
+        name, _, version = model.partition("/")
+        with sent.file:
+            self._check(sent.name, sent.bytes, sent.content_bytes, len(sent.members))
+            corrupt = 0
+            while True:
+                left_ms = min(86_400_000, max(1, int(1000 * (limit - time.monotonic()))))
+                submit = protocol.Submit(
+                    sent.name, sent.kind, name, int(version or 0), modality, output, sent.codec, sent.bytes,
+                    sent.content_bytes, sent.sha256, left_ms,
+                )  # fmt: skip
+                try:
+                    return self._run(submit, sent, out, limit, on_progress)
+                except Refused as refused:
+                    corrupt += refused.code == "DIGEST_MISMATCH"
+                    wait_s = max(0.1, refused.error.retry_after_ms / 1000)
+                    again = refused.code in AGAIN and refused.error.fault != "input"
+                    again |= refused.code == "DIGEST_MISMATCH" and corrupt <= 2
+                    if not again or time.monotonic() + wait_s > limit:
+                        raise
+                    on_progress("retry", 0, 0)
+                    self._sleep(wait_s)
+
+    # ---- the steps of a job
+
+    def _run(
+        self, submit: protocol.Submit, sent: Package, out: Path, limit: float, on_progress: OnProgress
+    ) -> tuple[list[Path], dict[str, Any]]:
+        """A scan from its announcement to its result's files, from wherever the server already is with it."""
+        accepted = self._announce(submit, limit)
+        job = accepted.job
+        try:
+            self._upload(accepted, sent, limit, on_progress)
+            done = self._wait(job, sent, limit, on_progress)
+            return self._collect(job, done, sent, out, submit.output, limit, on_progress)
+        finally:
+            self._forget(job)
+
+    def _connect(self, connect_s: float) -> None:
+        unfit = ClientError(
+            "BAD_ADDRESS", f"Expected a server's address such as {SERVER}, received {self.server}.", EXIT_BAD_INPUT
+        )
+        place = re.fullmatch(r"tcp://([^;]+):([0-9]{1,5})", self.server)
+        if not place or not 0 < int(place[2]) <= PORT_MAX:  # ZeroMQ takes any number modulo 65536
+            raise unfit
+        if not self._secure and not _is_loopback(place[1]):
+            raise ClientError(
+                "BAD_ADDRESS",
+                f"Expected a server on this computer for a connection without keys, received {self.server}.",
+                EXIT_BAD_INPUT,
+            )
+        try:
+            self._socket.connect(self.server)
+        except zmq.ZMQError as error:
+            raise unfit from error
+        self.greeting = self.welcome(connect_s)
+
+    def _check_sizes(self, scan: Path) -> None:
+        """What the files' sizes tell, before time and disk are spent on packing them."""
+        with reading(scan):
+            sizes = [path.stat().st_size for path in files_of(scan)]
+        upload_bytes = sum(sizes) if is_sent_unchanged(scan) else 0
+        self._check(name_of(scan), upload_bytes, sum(sizes), len(sizes) if scan.is_dir() else 0)
+
+    def _check(self, name: str, upload_bytes: int, content_bytes: int, members: int) -> None:
+        """Against the server's limits before a byte is sent; the server checks again."""
+        limits = self.greeting.limits
+        for what, size, limit in (
+            ("bytes to send", upload_bytes, limits.upload_bytes),
+            ("bytes", content_bytes, limits.content_bytes),
+            ("files", members, limits.members),
+        ):
+            if size > limit:
+                raise ClientError(
+                    "TOO_LARGE", f"Expected at most {limit} {what}, received {size} in {name}.", EXIT_BAD_INPUT
+                )
+
+    def _announce(self, submit: protocol.Submit, limit: float) -> protocol.Accepted:
+        """Where the upload begins or goes on: at its end, where the server has the scan already."""
+        answer_limit = min(limit, time.monotonic() + SILENCE_S)
+        self._say(submit, answer_limit)
+        accepted: protocol.Accepted = self._expect(protocol.Accepted, answer_limit)
+        return accepted
+
+    def _upload(self, accepted: protocol.Accepted, sent: Package, limit: float, on_progress: OnProgress) -> None:
+        """Sends the bytes as credit allows. STATUS, whose answer says where to go on, repairs whatever goes wrong."""
+        job, offset, until = accepted.job, accepted.offset, accepted.until
+        asked = False  # for STATUS; chunks sent before its answer would be out of place
+        messages = self._messages(job, limit, sent, lambda: f"{offset} of {sent.bytes} bytes were sent")
+        while True:
+            while not asked and offset < until:
+                sent.file.seek(offset)
+                payload = sent.file.read(min(self.greeting.limits.chunk_bytes, until - offset))
+                self._say(protocol.Chunk(job, offset, payload), limit)
+                offset += len(payload)
+                on_progress("send", offset, sent.bytes)
+            message = next(messages)
+            if isinstance(message, protocol.Accepted):
+                offset, until, asked = message.offset, message.until, False
+            elif isinstance(message, protocol.Credit):
+                until = max(until, message.until)
+            elif isinstance(message, protocol.Stored | protocol.Progress | protocol.Done):
+                return
+            elif isinstance(message, protocol.Error):
+                if message.code not in ("BAD_OFFSET", "OVER_CREDIT", "SERVER_STOPPING"):
+                    raise Refused(message, self.server, sent.members)
+                if not asked and message.code != "SERVER_STOPPING":
+                    self._say(protocol.Status(job), limit)
+                asked = True
+            elif message is None:
+                asked = True
+
+    def _wait(self, job: bytes, sent: Package, limit: float, on_progress: OnProgress) -> protocol.Done:
+        where = "it was sent"
+        self._say(protocol.Status(job), limit)
+        messages = self._messages(job, limit, sent, lambda: where)
+        while True:
+            message = next(messages)
+            if isinstance(message, protocol.Done):
+                return message
+            if isinstance(message, protocol.Error) and message.code != "SERVER_STOPPING":
+                raise Refused(message, self.server, sent.members)
+            if isinstance(message, protocol.Progress):
+                queued = message.stage == "queue"
+                where = f"{message.position} scans were before it" if queued else f"it was at '{message.stage}'"
+                on_progress(message.stage, message.position if queued else message.done, message.total)
+
+    def _collect(
+        self,
+        job: bytes,
+        done: protocol.Done,
+        sent: Package,
+        out: Path,
+        output: str,
+        limit: float,
+        on_progress: OnProgress,
+    ) -> tuple[list[Path], dict[str, Any]]:
+        """Fetches the result; its files appear under their names only when all of them are whole."""
+        measurements: dict[str, Any] = {}
+        moves: list[tuple[Path, Path]] = []
+        try:
+            with writing(out):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                for file in done.files:
+                    pieces = self._fetch(job, file, sent, limit, on_progress)
+                    if file.name == "result.json":
+                        measurements = json.loads(b"".join(pieces))
+                        continue
+                    path = out.with_name(out.name + file.name.removeprefix(f"mask.{output}"))
+                    moves.append((path.with_name(f".partial-{uuid.uuid4().hex[:8]}-{path.name}"), path))
+                    with moves[-1][0].open("xb") as temporary:
+                        temporary.writelines(pieces)
+                paths = [path for _, path in moves]
+                if output == "vtk" and (sidecar := sidecar_of(out)) not in paths and is_sidecar(sidecar):
+                    sidecar.unlink()  # an earlier file's directions would be wrong for this one
+                for temporary_path, path in reversed(moves):
+                    temporary_path.replace(path)
+                return paths, measurements
+        finally:
+            for temporary_path, _ in moves:
+                temporary_path.unlink(missing_ok=True)
+
+    def _fetch(
+        self, job: bytes, file: protocol.ResultFile, sent: Package, limit: float, on_progress: OnProgress
+    ) -> Iterator[bytes]:
+        """A file's bytes as they come; checks its digest at the end."""
+        got = asked = 0
+        digest = hashlib.sha256()
+        chunk = self.greeting.limits.chunk_bytes
+        messages = self._messages(job, limit, sent, lambda: f"{got} of {file.bytes} bytes of the result came")
+        while got < file.bytes:
+            while asked < file.bytes and asked < got + FETCHES_AHEAD * chunk:
+                self._say(protocol.Fetch(job, file.name, asked, chunk), limit)
+                asked += chunk
+            message = next(messages)
+            if isinstance(message, protocol.Data) and (message.name, message.offset) == (file.name, got):
+                digest.update(message.payload)
+                got += len(message.payload)
+                on_progress("receive", got, file.bytes)
+                yield message.payload
+            elif isinstance(message, protocol.Error):
+                raise Refused(message, self.server, sent.members)
+            elif message is None:
+                asked = got
+        if digest.hexdigest() != file.sha256:
+            raise ClientError(
+                "RESULT_CORRUPT",
+                f"Expected the result as the server made it, received other bytes for {sent.name}.",
+                EXIT_NETWORK,
+            )
+
+    def _forget(self, job: bytes) -> None:
+        """Tells the server that it may delete the job; should that fail, the server's own time limit does it."""
+        with contextlib.suppress(ClientError):
+            limit = time.monotonic() + 2.0
+            self._say(protocol.Close(job), limit)
+            while (message := self._take(limit)) is not None:
+                if isinstance(message, protocol.Closed | protocol.Error) and message.job == job:
+                    return
+
+    # ---- single messages
+
+    def _messages(self, job: bytes, limit: float, sent: Package, where: Callable[[], str]) -> Iterator[Any]:
+        """The job's messages as they come; None after ASK_S of silence, when STATUS has been sent.
+
+        Raises:
+            ClientError: TIMEOUT at the limit, UNREACHABLE after SILENCE_S without a word.
+        """
+        heard = asked = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now >= limit:
+                raise ClientError(
+                    "TIMEOUT",
+                    f"Expected the result of {sent.name} in time, received none ({where()}): raise --timeout-s, or ask"
+                    f" whether the server at {self.server} is overloaded.",
+                    EXIT_NETWORK,
+                )
+            if now - heard >= SILENCE_S:
+                raise ClientError(
+                    "UNREACHABLE",
+                    f"Expected news of {sent.name}, received nothing from {self.server} for {SILENCE_S:.0f} s"
+                    f" ({where()}): check that the server still runs and that the network is up.",
+                    EXIT_NETWORK,
+                )
+            message = self._take(min(limit, asked + ASK_S))
+            if message is None and time.monotonic() >= asked + ASK_S:
+                asked = time.monotonic()
+                with contextlib.suppress(Unreachable):
+                    self._say(protocol.Status(job), asked)
+                yield None
+            elif message is not None and message.job == job:
+                heard = asked = time.monotonic()
+                yield message
+
+    def _expect(self, kind: type[Any], limit: float) -> Any:
+        while (message := self._take(limit)) is not None:
+            if isinstance(message, kind):
+                return message
+            if isinstance(message, protocol.Error) and not message.job:
+                raise Refused(message, self.server)
+        raise Unreachable(self.server)
+
+    def _say(self, message: Any, limit: float) -> None:
+        try:
+            frames = protocol.encode(message)
+        except protocol.BadFrame as error:
+            raise ClientError(error.code, error.text, EXIT_BAD_INPUT) from error
+        if not self._ready(zmq.POLLOUT, min(limit, time.monotonic() + SILENCE_S)):
+            raise Unreachable(self.server)
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise Unreachable(self.server) from error
+
+    def _take(self, limit: float) -> Any:
+        """The next message, or None at the limit."""
+        if not self._ready(zmq.POLLIN, limit):
+            return None
+        try:
+            return protocol.decode(self._socket.recv_multipart(zmq.NOBLOCK), protocol.TO_CLIENT)
+        except protocol.BadFrame as error:
+            raise ClientError(
+                error.code,
+                f"Expected a server of protocol {protocol.MAGIC.decode()} at {self.server}, received other frames.",
+                EXIT_NETWORK,
+            ) from error
+
+    def _ready(self, event: int, limit: float) -> bool:
+        """Whether the socket can be read or written by the limit.
+
+        Raises:
+            ClientError: SERVER_KEY_MISMATCH or NOT_AUTHORISED, where the server will never talk to this client.
+            KeyboardInterrupt: the client is to stop.
+        """
+        self._poller.register(self._socket, event)
+        while True:
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+            left_s = limit - time.monotonic()
+            found = dict(self._poller.poll(max(0, int(1000 * min(left_s, SLICE_S)) + 1)))
+            if self._monitor in found:
+                self._heed(recv_monitor_message(self._monitor))
+            if self._socket in found:
+                return True
+            if left_s <= 0:
+                return False
+
+    def _heed(self, event: Any) -> None:
+        """What ZeroMQ says of a connection as it begins; without it a client that is not let in would wait in vain."""
+        kind = event["event"]
+        if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._broken = 0
+        elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            raise ClientError(
+                "NOT_AUTHORISED",
+                f"Expected a client that the server at {self.server} lets in, received one that it does not: its"
+                " operator allows this client's key (python -m serving.client keys show) with serving.admin.",
+                EXIT_NETWORK,
+            )
+        else:
+            self._broken += 1
+            if self._broken < BROKEN_MAX and kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                return
+            wrong = "whose key is that in this client's file" if self._secure else "without encryption (--insecure)"
+            raise ClientError(
+                "SERVER_KEY_MISMATCH",
+                f"Expected a server at {self.server} {wrong}, received a connection that it breaks off: check the"
+                " server's key (python -m serving.admin server-key) and address.",
+                EXIT_NETWORK,
+            )
+
+    def _sleep(self, wait_s: float) -> None:
+        if self._stop.wait(wait_s):
+            raise KeyboardInterrupt
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,320 @@
+"""The worker processes: started, watched, exchanged and ended. No process started here outlives the gate.
+
+Three kinds, one for each of `jobs.STEPS`, so that one scan is unpacked while another is on the device:
+
+    unpack   upload -> voxels     no TensorFlow, limited by the kernel in memory, time, files
+    segment  voxels -> labels     holds the models; one a device
+    pack     labels -> files      as unpack
+
+A change of the models is a new generation of `segment` processes beside the old ones, which serve until the new ones
+are ready, and go on where the new ones fail: no process ever unloads a model, so no memory stays behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from serving import jobs, protocol
+from serving.catalogue import Entry
+from serving.jobs import Job
+
+if TYPE_CHECKING:
+    from serving.config import ServerConfig
+
+WORKER_COMMAND = (sys.executable, "-m", "serving.worker")
+UNPACK, SEGMENT, PACK = range(len(jobs.STEPS))
+FIRST_STAGES = ("unpack", "segment", "write")  # of each step
+STARTS_MAX = 3  # of a kind of worker that ends before it is ready, in a row
+RESTART_MAX_S = 30.0
+
+log = logging.getLogger("serving.crew")
+
+
+@dataclass(eq=False)
+class Worker:
+    """One process. Times are of the monotonic clock, in seconds.
+
+    Args:
+        identity: its routing id, drawn anew for each process, so that a dead one's last words are told apart.
+        process: for signals and the exit status.
+        step: index in jobs.STEPS of what it does.
+        generation: of the models that it holds.
+        heard: time of the last message.
+        began: time its present stage began; while it is not ready, the time it was started.
+        ready: it takes work.
+        models: version by name that a name without a version means.
+        served: all that it has loaded.
+        job: what it works on.
+        stage: of that job.
+    """
+
+    identity: bytes
+    process: subprocess.Popen[bytes]
+    step: int
+    generation: int
+    heard: float
+    began: float
+    ready: bool = False
+    models: dict[str, int] = field(default_factory=dict)
+    served: tuple[protocol.Model, ...] = ()
+    failed: list[protocol.Unable] = field(default_factory=list)
+    job: Job | None = None
+    stage: str = "start"
+
+    def holds(self, job: Job) -> bool:
+        """Whether it has the model version that a job asks for."""
+        version = job.submit.version or self.models.get(job.submit.model)
+        return any((one.name, one.version) == (job.submit.model, version) for one in self.served)
+
+
+@dataclass
+class Generation:
+    """A set of models, and the processes that hold it or are to."""
+
+    number: int
+    entries: tuple[Entry, ...]
+    ready: bool = False
+    failed_starts: int = 0
+
+
+class Crew:
+    """All worker processes of a gate.
+
+    Args:
+        config: the server's file.
+        endpoint: ZeroMQ address of the gate's side for workers.
+        spool: absolute.
+        command: what to start as a worker, WORKER_COMMAND but for tests.
+    """
+
+    def __init__(self, config: ServerConfig, endpoint: str, spool: Path, command: Sequence[str]) -> None:
+        self._config = config
+        self._endpoint = endpoint
+        self._spool = spool
+        self._command = command
+        self._workers: dict[bytes, Worker] = {}
+        self._failed_starts = dict.fromkeys(range(len(jobs.STEPS)), 0)
+        self._restart_at = dict.fromkeys(range(len(jobs.STEPS)), 0.0)
+        self.serving: Generation | None = None
+        self.coming: Generation | None = None
+        self.reload_failed: str | None = None
+        self._generations = 0
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(list(self._workers.values()))
+
+    def get(self, identity: bytes) -> Worker | None:
+        """The worker of a routing id, or None for one that was given up."""
+        return self._workers.get(identity)
+
+    # ---- what is there
+
+    @property
+    def models(self) -> tuple[protocol.Model, ...]:
+        """What clients can ask for now: of each model the current version first."""
+        ready = [one for one in self._workers.values() if one.ready and one.step == SEGMENT and self._is_current(one)]
+        return ready[0].served if ready else ()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a scan would be done now: each kind of worker is there."""
+        return all(any(one.ready and one.step == step and self._is_current(one) for one in self) for step in
+                   range(len(jobs.STEPS)))  # fmt: skip
+
+    def count(self, step: int) -> int:
+        """How many processes of a kind there are to be."""
+        if step == SEGMENT:
+            return len(self._config.devices) if self._config.devices is not None else self._config.workers
+        return self._config.unpackers if step == UNPACK else self._config.packers
+
+    def idle(self, step: int) -> Iterator[Worker]:
+        """Workers that can take a job for a step."""
+        for worker in self:
+            if worker.step == step and worker.ready and worker.job is None and self._is_current(worker):
+                yield worker
+
+    def busy(self) -> bool:
+        """Whether any worker has a job."""
+        return any(worker.job is not None for worker in self)
+
+    # ---- models
+
+    def bring(self, entries: tuple[Entry, ...]) -> None:
+        """Loads a set of models in processes of its own; they take over once they are ready."""
+        self._end_generation(self.coming)
+        self.coming = None
+        if not entries:
+            self.reject("Expected an allowed model, received none (python -m serving.admin allow-model).")
+            return
+        self._generations += 1
+        self.coming = Generation(self._generations, entries)
+        self.reload_failed = None
+        self._restart_at[SEGMENT] = 0.0
+        log.info("models wanted: %s", ", ".join(f"{one.model}/{one.version}" for one in entries))
+
+    def became_ready(self, worker: Worker, models: tuple[protocol.Model, ...]) -> None:
+        """A worker is ready; exchanges the generations where all of the coming one are."""
+        worker.ready, worker.stage = True, "idle"
+        worker.served = models
+        for model in models:  # the current version of each stands first
+            worker.models.setdefault(model.name, model.version)
+        self._failed_starts[worker.step] = 0
+        coming = self.coming
+        if worker.step != SEGMENT or coming is None or worker.generation != coming.number:
+            return
+        refused = self._refusal(worker)
+        if refused is not None:
+            self.reject(refused)
+            return
+        mine = [one for one in self if one.step == SEGMENT and one.generation == coming.number]
+        if len(mine) == self.count(SEGMENT) and all(one.ready for one in mine):
+            old, self.serving, self.coming = self.serving, coming, None
+            coming.ready = True
+            log.info("models served: %s", ", ".join(f"{one.name}/{one.version}" for one in models) or "none")
+            self._end_generation(old)
+
+    def _refusal(self, worker: Worker) -> str | None:
+        """Why a worker of the coming generation may not take over, if so.
+
+        At the start a model that fails costs that model alone. Later it must not take the place of one that works.
+        """
+        may_lack_some = self.serving is None and worker.served
+        return worker.failed[0].text if worker.failed and not may_lack_some else None
+
+    def reject(self, why: str) -> None:
+        """Gives up the coming generation; what is served stays."""
+        log.error("models not taken: %s", why)
+        self.reload_failed = why
+        self._end_generation(self.coming)
+        self.coming = None
+
+    def _end_generation(self, generation: Generation | None) -> None:
+        """Ends a generation's idle processes; one with a job ends when that is done (see `release`)."""
+        if generation is None:
+            return
+        generation.ready = False
+        for worker in self:
+            if worker.step == SEGMENT and worker.generation == generation.number and worker.job is None:
+                self.dismiss(worker)
+
+    def release(self, worker: Worker) -> None:
+        """A worker has done its job; one whose models were replaced meanwhile is not needed any more."""
+        worker.job, worker.stage = None, "idle"
+        if not self._is_current(worker):
+            self.dismiss(worker)
+
+    def _is_current(self, worker: Worker) -> bool:
+        return worker.step != SEGMENT or (self.serving is not None and worker.generation == self.serving.number)
+
+    # ---- processes
+
+    def start_missing(self, now: float) -> None:
+        """Starts the processes that should be there and are not."""
+        for step in (UNPACK, PACK):
+            here = sum(worker.step == step for worker in self)
+            for _ in range(here, self.count(step)):
+                if now >= self._restart_at[step]:
+                    self._start(step, None, None, now)
+        for generation in (self.serving, self.coming):
+            if generation is None:
+                continue
+            devices: list[str | None] = [None] * self.count(SEGMENT)
+            devices = [*(self._config.devices or devices)]
+            here = sum(worker.step == SEGMENT and worker.generation == generation.number for worker in self)
+            for place in range(here, self.count(SEGMENT)):
+                if now >= self._restart_at[SEGMENT]:
+                    self._start(SEGMENT, generation, devices[place], now)
+
+    def silent_or_stuck(self, now: float) -> list[tuple[Worker, str]]:
+        """Workers that are dead, silent or get no further, and what is wrong with each."""
+        deadlines = self._config.deadlines
+        found = []
+        for worker in self:
+            stage_s = getattr(deadlines, f"{worker.stage}_s", None)
+            if worker.process.poll() is not None:
+                found.append((worker, f"ended with status {worker.process.returncode}"))
+            elif now - worker.heard > (deadlines.silent_s if worker.ready else deadlines.start_s):
+                found.append((worker, "silent"))
+            elif stage_s is not None and now - worker.began > stage_s:
+                found.append((worker, f"stuck at {worker.stage}"))
+        return found
+
+    def lose(self, worker: Worker, now: float) -> bool:
+        """Ends a process that failed; whether it is worth another one after so many that never got ready."""
+        self.dismiss(worker, at_once=True)
+        if worker.ready:
+            return True
+        self._failed_starts[worker.step] += 1
+        failed = self._failed_starts[worker.step]
+        self._restart_at[worker.step] = now + min(RESTART_MAX_S, 2.0 ** (failed - 1))
+        coming = self.coming
+        if coming is not None and worker.step == SEGMENT and worker.generation == coming.number:
+            coming.failed_starts += 1
+            if coming.failed_starts < STARTS_MAX:
+                return True
+            text = f"Expected a process that loads the models, received {STARTS_MAX} that ended before; see above."
+            self.reject(text)
+            return self.serving is not None
+        return failed < STARTS_MAX or self.serving is not None
+
+    def dismiss(self, worker: Worker, at_once: bool = False) -> None:
+        """Ends a process, stopped ones included, and reaps it."""
+        del self._workers[worker.identity]
+        end([worker], 0.0 if at_once else 3.0)
+
+    def end(self) -> None:
+        """Ends all processes."""
+        end(list(self._workers.values()))
+        self._workers.clear()
+
+    def _start(self, step: int, generation: Generation | None, device: str | None, now: float) -> None:
+        config = self._config
+        identity = secrets.token_hex(8)
+        arguments = ["--kind", jobs.STEPS[step], "--endpoint", self._endpoint, "--identity", identity]
+        arguments += ["--spool", str(self._spool), "--members", str(config.limits.members)]
+        memory_bytes = config.limits.worker_memory_bytes if step == SEGMENT else config.limits.unpacker_memory_bytes
+        if memory_bytes:
+            arguments += ["--memory-bytes", str(memory_bytes)]
+        if step != SEGMENT:
+            stage_s = max(config.deadlines.unpack_s + config.deadlines.read_s, config.deadlines.write_s)
+            arguments += ["--job-cpu-s", str(int(stage_s) + 1)]
+            arguments += ["--file-bytes", str(2 * config.limits.content_bytes)]
+        for entry in generation.entries if generation else ():
+            folder = config.models.resolve() / entry.model / str(entry.version)
+            arguments += ["--model", f"{entry.model}/{entry.version}/{entry.sha256}={folder}"]
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        process = subprocess.Popen(
+            [*self._command, *arguments],
+            stdin=subprocess.PIPE,  # never written to: the worker ends when it closes
+            stdout=sys.stderr.fileno(),  # the server's own standard output carries the ready line alone
+            env=environment,
+            start_new_session=True,  # Ctrl-C in a terminal goes to the gate, which ends its workers itself
+        )
+        number = generation.number if generation else 0
+        self._workers[identity.encode()] = Worker(identity.encode(), process, step, number, heard=now, began=now)
+
+
+def end(workers: Sequence[Worker], patience_s: float = 3.0, clock: Callable[[], float] = time.monotonic) -> None:
+    """Ends processes, with SIGKILL where SIGTERM does not do within `patience_s`, and reaps them."""
+    for worker in workers:
+        worker.process.terminate()
+    limit = clock() + patience_s
+    for worker in workers:
+        try:
+            worker.process.wait(max(0.0, limit - clock()))
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()
+        if worker.process.stdin:
+            worker.process.stdin.close()

@@ -1,0 +1,298 @@
+"""Who is let in: keys, lists, wrong keys and revoked ones over real sockets, and jobs that are their owner's alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+from serving_fixtures import LIMIT_S, Server, running, until
+from test_serving import ROOT, expect_right_mask, scan_file
+
+from serving import access, admin, keys, protocol
+from serving.connection import Client, ClientError
+from serving.errors import KeyFileError
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server as it starts by default, with keys of its own making."""
+    with running(tmp_path_factory.mktemp("secured"), secure=True) as server:
+        yield server
+
+
+def local(server: Server) -> keys.Credentials:
+    """What the server made for clients on this computer."""
+    return keys.read_credentials(server.models.parent / "access" / "local.json")
+
+
+def newcomer(server: Server, name: str, let_in: bool = True) -> keys.Credentials:
+    """Another client's keys."""
+    pair = keys.new_pair()
+    if let_in:
+        access.allow_client(server.models.parent / "access", name, pair.public)
+    return keys.Credentials(name, pair, local(server).server_key, server.endpoint)
+
+
+def refusal(server: Server, credentials: keys.Credentials | None, **how: bool) -> tuple[str, int, float]:
+    """Code, exit code and seconds of a connection that is not to be."""
+    began = time.monotonic()
+    with pytest.raises(ClientError) as refused:
+        Client(server.endpoint, credentials, **how)
+    assert refused.value.sentence.startswith("Expected ")
+    return refused.value.code, refused.value.exit_code, time.monotonic() - began
+
+
+def test_the_keys_that_the_first_start_makes_let_this_user_in(secured: Server, tmp_path: Path) -> None:
+    scan = scan_file(tmp_path)
+    with Client(secured.endpoint, local(secured)) as client:
+        client.segment(scan, "bright", tmp_path / "mask.nii.gz", LIMIT_S)
+    expect_right_mask(scan, tmp_path / "mask.nii.gz")
+    folder = secured.models.parent / "access"
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(
+        ["server.json", "clients.json", "models.json", "local.json", ".lock"], 0o600
+    )
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for pair in (keys.server_pair(folder / "server.json"), local(secured).pair):
+        assert pair.secret not in secured.log.read_text()
+        assert pair.secret not in repr(pair)
+
+
+@pytest.mark.parametrize(
+    ("case", "code"),
+    [
+        ("unknown client", "NOT_AUTHORISED"),
+        ("wrong server key", "SERVER_KEY_MISMATCH"),
+        ("no keys", "SERVER_KEY_MISMATCH"),
+    ],
+)
+def test_who_is_not_let_in_hears_so_within_two_seconds(secured: Server, case: str, code: str) -> None:
+    known = local(secured)
+    if case == "unknown client":
+        answer = refusal(secured, newcomer(secured, "stranger", let_in=False))
+    elif case == "wrong server key":
+        other = keys.Credentials("other", known.pair, keys.new_pair().public, "")
+        answer = refusal(secured, other)
+    else:
+        answer = refusal(secured, None, insecure=True)
+    assert answer[:2] == (code, 4)
+    assert answer[2] < 2.0
+
+
+def test_a_client_that_is_allowed_gets_in_at_once_and_one_that_is_revoked_is_out_at_once(
+    secured: Server, tmp_path: Path
+) -> None:
+    site = newcomer(secured, "site-a")
+    scan = scan_file(tmp_path)
+    with Client(secured.endpoint, site) as client:
+        client.segment(scan, "bright", tmp_path / "mask.vtk", LIMIT_S)
+        access.revoke_client(secured.models.parent / "access", "site-a")
+        began = time.monotonic()
+
+        def out() -> ClientError | None:
+            try:
+                client.segment(scan, "bright", tmp_path / "mask.vtk", LIMIT_S)
+            except ClientError as error:
+                return error
+            return None
+
+        refused = until(out, "the open connection is refused")
+        assert time.monotonic() - began < 2.0
+        assert (refused.code, refused.exit_code) == ("NOT_AUTHORISED", 4)
+    assert refusal(secured, site)[:2] == ("NOT_AUTHORISED", 4)
+    with Client(secured.endpoint, local(secured)) as other:  # nobody else's harm
+        other.segment(scan, "bright", tmp_path / "mask.vtk", LIMIT_S)
+
+
+def test_another_owner_s_job_is_as_unknown_as_none(secured: Server, tmp_path: Path) -> None:
+    secured.hold.touch()
+    try:
+        mine, theirs = newcomer(secured, "mine"), newcomer(secured, "theirs")
+        content = scan_file(tmp_path).read_bytes()
+        with connected(mine) as owner, connected(theirs) as stranger:
+            job = upload(owner, content)
+            for message in (
+                protocol.Status(job),
+                protocol.Cancel(job),
+                protocol.Close(job),
+                protocol.Fetch(job, "mask.vtk", 0, 10),
+                protocol.Chunk(job, 0, b"abc"),
+            ):
+                error = ask(stranger, message)
+                assert (type(error), error.code) == (protocol.Error, "NOT_FOUND")
+            assert ask(stranger, protocol.List()) == protocol.Listing(0, ())
+            (listed,) = ask(owner, protocol.List(), protocol.Listing).jobs
+            assert listed.job == job.hex()
+            # The same scan from another owner is another job: an answer tells nobody that it was sent before.
+            other = upload(stranger, content)
+            assert other != job
+            assert ask(owner, protocol.Cancel(job), protocol.Cancelled) == protocol.Cancelled(job)
+            assert ask(stranger, protocol.Cancel(other), protocol.Cancelled) == protocol.Cancelled(other)
+    finally:
+        secured.hold.unlink()
+
+
+class connected:
+    """A bare socket with keys."""
+
+    def __init__(self, credentials: keys.Credentials) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.CURVE_SERVERKEY, credentials.server_key.encode())
+        self.socket.setsockopt(zmq.CURVE_PUBLICKEY, credentials.pair.public.encode())
+        self.socket.setsockopt(zmq.CURVE_SECRETKEY, credentials.pair.secret.encode())
+        self.socket.connect(credentials.server)
+
+    def __enter__(self) -> zmq.Socket[bytes]:
+        return self.socket
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+        self.context.term()
+
+
+def ask(peer: zmq.Socket[bytes], message: object, *kinds: type[object]) -> object:
+    """The answer to a message, the first of some kinds."""
+    peer.send_multipart(protocol.encode(message))
+    return take(peer, *kinds)
+
+
+def take(peer: zmq.Socket[bytes], *kinds: type[object]) -> object:
+    while True:
+        assert peer.poll(int(1000 * LIMIT_S)), "no answer"
+        message = protocol.decode(peer.recv_multipart(), protocol.TO_CLIENT)
+        if not kinds or isinstance(message, kinds):
+            return message
+
+
+def upload(peer: zmq.Socket[bytes], content: bytes) -> bytes:
+    """A small scan as one chunk; the job's key."""
+    from test_serving import submit_of
+
+    accepted = ask(peer, submit_of(content), protocol.Accepted)
+    ask(peer, protocol.Chunk(accepted.job, 0, content), protocol.Stored)
+    return accepted.job
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o666, 0o660])
+def test_a_secret_that_others_can_read_is_refused_and_left_as_it_is(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "server.json"
+    keys.server_pair(path)
+    path.chmod(mode)
+    content = path.read_bytes()
+    with pytest.raises(KeyFileError, match=f"received mode {mode:04o}"):
+        keys.server_pair(path)
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (content, mode)
+
+
+def test_secrets_are_written_for_their_owner_alone_and_never_over_others(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        path = tmp_path / "new" / "client.json"
+        made = keys.Credentials("site", keys.new_pair(), keys.new_pair().public, "tcp://127.0.0.1:5557")
+        keys.write_credentials(path, made)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert keys.read_credentials(path) == made
+    with pytest.raises(KeyFileError, match="not overwritten"):
+        keys.write_credentials(path, made)
+    assert [one.name for one in path.parent.iterdir()] == ["client.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"public_key": "x" * 39},
+        {"secret_key": 5},
+        {"public_key": keys.new_pair().public},
+        {"format": "another"},
+        {"server_key": "~" * 40},
+        {"name": None},
+    ],
+)
+def test_a_file_with_other_keys_than_its_own_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "client.json"
+    keys.write_credentials(path, keys.Credentials("site", keys.new_pair(), keys.new_pair().public, ""))
+    content = {**json.loads(path.read_text()), **change}
+    keys.write_private(path, content, replace=True)
+    with pytest.raises(KeyFileError, match="Expected") as refused:
+        keys.read_credentials(path)
+    assert str(path) in refused.value.sentence
+
+
+def test_a_list_that_cannot_be_read_lets_nobody_in(tmp_path: Path) -> None:
+    pair = keys.new_pair()
+    access.allow_client(tmp_path, "site", pair.public)
+    clients = access.Clients(tmp_path / access.CLIENTS)
+    clients.refresh()
+    assert clients.name_of(pair.public) == "site"
+    assert clients.callback("lvseg", pair.public.encode())
+    (tmp_path / access.CLIENTS).chmod(0o644)
+    os.utime(tmp_path / access.CLIENTS, ns=(1, 1))
+    clients.refresh()
+    assert clients.name_of(pair.public) is None
+    assert not clients.callback("lvseg", pair.public.encode())
+
+
+def test_the_operator_s_command_allows_lists_and_revokes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, pair = ["--access", str(tmp_path / "access")], keys.new_pair()
+    assert admin.main([*folder, "server-key"]) == 0
+    assert keys.is_key(capsys.readouterr().out.strip())
+    for _ in range(2):  # the second time the name is taken
+        code = admin.main([*folder, "allow-client", "site-a", pair.public])
+    assert code == 2
+    assert "let in already: site-a" in capsys.readouterr().err
+    assert admin.main([*folder, "clients"]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()][-1] == ["site-a", pair.public]
+    for arguments, sentence in (
+        (["allow-client", "a b", keys.new_pair().public], "Expected a name of letters"),
+        (["allow-client", "site-b", "no key"], "Expected a public key"),
+        (["revoke-client", "site-b"], "Expected one of local, site-a, received site-b."),
+    ):
+        assert admin.main([*folder, *arguments]) == 2
+        assert sentence in capsys.readouterr().err
+    assert admin.main([*folder, "revoke-client", "site-a"]) == 0
+    capsys.readouterr()
+    assert admin.main([*folder, "clients"]) == 0
+    assert pair.public not in capsys.readouterr().out
+
+
+def test_a_client_elsewhere_makes_its_keys_and_is_let_in(secured: Server, tmp_path: Path) -> None:
+    path, scan = tmp_path / "home" / "client.json", scan_file(tmp_path)
+
+    def client(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "serving.client", *map(str, arguments)],
+            cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, env={**os.environ, "LVSEG_KEY": str(path)},
+        )  # fmt: skip
+
+    submit = ("submit", scan, "--model", "bright", "-o", tmp_path / "mask.vtk")
+    missing = client(*submit)
+    assert (missing.returncode, "keys new" in missing.stderr) == (2, True)
+    made = client("keys", "new", "--name", "site-x", "--server-key", local(secured).server_key, "--server",
+                  secured.endpoint, "--key", path)  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    outside = client(*submit)
+    assert (outside.returncode, "lets in" in outside.stderr) == (4, True)
+    name, public = client("keys", "show").stdout.split()
+    assert admin.main(["--access", str(secured.models.parent / "access"), "allow-client", name, public]) == 0
+    done = client(*submit)
+    assert done.returncode == 0, done.stderr
+    expect_right_mask(scan, tmp_path / "mask.vtk")
+
+
+def test_without_keys_only_a_server_on_this_computer_is_spoken_to() -> None:
+    with pytest.raises(ClientError, match="on this computer") as refused:
+        Client("tcp://192.0.2.1:5557", insecure=True)
+    assert (refused.value.code, refused.value.exit_code) == ("BAD_ADDRESS", 2)
