@@ -1,7 +1,7 @@
 """DICOM series in: synthesised ones with every trap, and the real ones where they are."""
 
-import json
 import itertools
+import json
 import os
 import random
 import zipfile
