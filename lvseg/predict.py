@@ -79,6 +79,28 @@ def newest_version(model: Path) -> Path:
     return max(versions, key=lambda path: int(path.name))
 
 
+def read_scan(path: Path, task: str, series: str | None = None) -> Volume:
+    """Reads what a model of a task sees: for fat fractions also of a folder or zip with a water and a fat image.
+
+    Args:
+        path: whatever `read_volume` reads.
+        task: of the model.
+        series: which of several DICOM series.
+
+    Raises:
+        InputError: what `read_volume` and `waterfat.from_water_fat` say.
+    """
+    try:
+        return read_volume(path, series)
+    except InputError as error:
+        if error.code != "MULTIPLE_SERIES" or task != FAT_FRACTION_TASK:
+            raise
+        pair = waterfat.pair_in(path)
+        if pair is None:
+            raise
+    return waterfat.from_water_fat(*pair)
+
+
 class Segmenter:
     """An exported model, loaded once, that segments scans one after another.
 
@@ -272,7 +294,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Examples: python -m lvseg.predict --model models/volume scan.nii.gz -o liver.vtk;"
         " python -m lvseg.predict --model models/fatfraction --water water.nii.gz --fat fat.nii.gz -o liver.vtk",
     )
-    parser.add_argument("scans", nargs="*", type=Path, metavar="SCAN", help="an image; for fat, a fat-fraction image")
+    parser.add_argument(
+        "scans",
+        nargs="*",
+        type=Path,
+        metavar="SCAN",
+        help="an image; for fat, a fat-fraction image, or a folder or zip with a water and a fat series",
+    )
     waterfat.add_pair_arguments(parser)
     parser.add_argument(
         "--scale", type=float, help="of a fat-fraction SCAN: percent a unit, where its file has no unit"
@@ -326,7 +354,8 @@ def _segment_scans(arguments: argparse.Namespace) -> int:
     results, failed = [], 0
     for path, out in command.progress(list(zip(scans, outputs, strict=True)), "segmenting"):
         try:
-            scan = waterfat.read_pair(pair, vars(arguments)) if pair else read_volume(path, arguments.series)
+            task = segmenter.info["task"]
+            scan = waterfat.read_pair(pair, vars(arguments)) if pair else read_scan(path, task, arguments.series)
             if arguments.scale is not None:
                 scan = waterfat.from_series(scan, arguments.scale)
             answer = segmenter.segment(scan, modality=arguments.modality and arguments.modality.upper())

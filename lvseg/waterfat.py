@@ -299,6 +299,23 @@ def from_series(series: Volume, scale: float | None = None) -> Volume:
     return _fraction(series, percent, provenance)
 
 
+def pair_in(path: Path) -> tuple[Volume, Volume] | None:
+    """The water and the fat image of a folder or zip of DICOM files that has one stack of each, else None.
+
+    They are known by the word of their image type: W and F, or WATER and FAT.
+
+    Raises:
+        InputError: what `read_volume` says of either, other than that there is none.
+    """
+    for water, fat in (("W", "F"), ("WATER", "FAT")):
+        try:
+            return read_volume(path, f"*/{water}"), read_volume(path, f"*/{fat}")
+        except InputError as error:
+            if error.code != "UNKNOWN_SERIES":
+                raise
+    return None
+
+
 def fat_fraction_percent(fraction: Volume, mask: Volume, label: int = 1) -> dict[str, float | None]:
     """Fat fraction inside one class of a mask: its mean, median and standard deviation (n), None where it is empty.
 

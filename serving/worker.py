@@ -189,12 +189,12 @@ def unpack_scan(work: protocol.Work, folder: Path, members: int, report: Reporte
         InputError: whatever is wrong with the scan.
         Cancelled: nobody waits for it any more.
     """
-    from lvseg.formats import read_volume
+    from lvseg.predict import read_scan
 
     report.begin("unpack")
     path = _unpacked(work, folder, members)
     report.begin("read")
-    scan = replace(read_volume(path), source=work.name)
+    scan = replace(read_scan(path, work.model), source=work.name)
     report.end()
     save_scan(scan, folder / WORK, report.seconds)
 
@@ -362,7 +362,7 @@ def serve(
         segmenters[served.name, served.version] = segmenter
         ready.append(protocol.Model(served.name, served.version, served.sha256))
     if kind != "segment":
-        import lvseg.formats  # noqa: F401 now, so that no user's scan pays for it
+        import lvseg.predict  # noqa: F401 now, so that no user's scan pays for it
     link.send(protocol.Ready(tuple(ready)))
     while True:
         work = link.take()

@@ -124,12 +124,12 @@ def bad_scans(folder: Path) -> dict[str, tuple[Path, str]]:
     return cases
 
 
-def error_of(read: Callable[[Path], object], path: Path) -> tuple[str, str]:
-    """Code and sentence of the InputError that `read(path)` raises; fails if it raises none."""
+def error_of(read: Callable[..., object], path: Path, *more: object) -> tuple[str, str]:
+    """Code and sentence of the InputError that `read(path, *more)` raises; fails if it raises none."""
     from lvseg.errors import InputError
 
     try:
-        read(path)
+        read(path, *more)
     except InputError as error:
         return error.code, error.sentence
     raise AssertionError(f"{path} was accepted")

@@ -34,7 +34,7 @@ from pydicom.uid import (
 )
 from scipy.spatial.transform import Rotation
 
-from lvseg import predict
+from lvseg import predict, waterfat
 from lvseg.errors import InputError
 from lvseg.formats import archive, read_volume, write_volume
 from serving import protocol, worker
@@ -784,7 +784,7 @@ def test_predict_segments_the_series_that_its_option_names_and_lists_them_withou
 
     class Segmenter:
         def __init__(self, _model: Path) -> None:
-            self.info = {}
+            self.info = {"task": "volume"}
 
         def segment(self, scan, *_progress, modality):
             seen.append((scan, modality))
@@ -805,6 +805,36 @@ def test_predict_segments_the_series_that_its_option_names_and_lists_them_withou
     assert (modality, named) == (None, "MR")
     np.testing.assert_array_equal(scan.voxels, pixels_of(3) + 1000)
     assert read_volume(tmp_path / "mask.nrrd").shape == scan.shape
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("one_series", [True, False])
+def test_a_water_and_a_fat_image_are_a_fat_fraction_scan_for_a_model_that_sees_those(tmp_path, one_series, is_zip):
+    datasets = dixon()[:6]
+    for number, dataset in enumerate(datasets):
+        if not one_series:
+            dataset.SeriesInstanceUID = f"{SERIES}.{number // 3}"
+    path = save(tmp_path / "study", datasets)
+    if is_zip:
+        members = {f"{number}.dcm": file.read_bytes() for number, file in enumerate(sorted(path.iterdir()))}
+        path = zipped(tmp_path / "study.zip", members)
+    fraction = predict.read_scan(path, "fatfraction")
+    water, fat = (read_volume(path, f"*/{word}") for word in "WF")
+    np.testing.assert_array_equal(fat.voxels, pixels_of(3) + 1000)
+    np.testing.assert_array_equal(fraction.voxels, waterfat.from_water_fat(water, fat).voxels)
+    assert fraction.metadata["units"] == "percent"
+    code, _ = error_of(predict.read_scan, path, "volume")
+    assert code == "MULTIPLE_SERIES"
+
+
+def test_what_is_no_pair_of_water_and_fat_stays_a_choice_for_people(tmp_path):
+    two_waters = [*dixon()[:6], *dixon()[:3]]
+    for number, dataset in enumerate(two_waters):
+        dataset.SeriesInstanceUID, dataset.SOPInstanceUID = f"{SERIES}.{number // 3}", f"{SERIES}.9.{number}"
+    for datasets in (two_waters, dixon()[6:]):
+        path = save(tmp_path / f"study{len(datasets)}", datasets)
+        code, sentence = error_of(predict.read_scan, path, "fatfraction")
+        assert code == "MULTIPLE_SERIES", sentence
 
 
 @pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])

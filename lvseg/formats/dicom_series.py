@@ -9,7 +9,8 @@ one position, in whatever else tells them apart.
 Nothing is picked: several series, or stacks, are an error that lists them, by nothing that names a patient. A choice is
 written SERIES, SERIES/STACK or, where there is one series, STACK. SERIES is a SeriesInstanceUID or an ending of one, a
 SeriesNumber or a SeriesDescription; STACK the words that the list shows for a stack, such as W or TE4.6, parted by
-commas, or `all`: every image of the series in one stack, for a scanner that was inconsistent about a word.
+commas, or `all`: every image of the series in one stack, for a scanner that was inconsistent about a word. `*` as
+SERIES is any: */W is the one stack of all series with that word.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ NO_IMAGES = frozenset(
         XRayRadiationDoseSRStorage,
     )
 )
-ALL = "all"
+ALL, ANY_SERIES = "all", "*/"
 UID_ENDING = 6
 UID_ENDING_LEAST = 4
 LISTED = 20
@@ -146,6 +147,8 @@ def choose(files: Sequence[DicomFile], choice: str | None, path: Path) -> list[F
                 " description or uid).",
             )
         return _only(groups[0], _stacks(groups[0]), path)
+    if choice.strip().startswith(ANY_SERIES):
+        return _with_word([stack for group in groups for stack in _stacks(group)], choice.strip()[2:], path).frames
     series, word = _chosen_series(groups, choice.strip())
     if series is None:
         raise InputError(
@@ -158,6 +161,11 @@ def choose(files: Sequence[DicomFile], choice: str | None, path: Path) -> list[F
         return _only(series, stacks, path)
     if word.lower() == ALL:
         return [frame for stack in stacks for frame in stack.frames]
+    return _with_word(stacks, word, path).frames
+
+
+def _with_word(stacks: Sequence[Stack], word: str, path: Path) -> Stack:
+    """The one stack whose label is, or else whose words hold, what is asked for; InputError UNKNOWN_SERIES."""
     asked = frozenset(part.strip().upper() for part in word.split(","))
     exact = [stack for stack in stacks if asked == frozenset(part.upper() for part in stack.label)]
     fitting = exact or [stack for stack in stacks if asked <= stack.words]
@@ -167,7 +175,7 @@ def choose(files: Sequence[DicomFile], choice: str | None, path: Path) -> list[F
             f"Expected one of the stacks {_stack_list(stacks)} in {path}, received {word[:80]!r}, which fits"
             f" {len(fitting)} of them.",
         )
-    return fitting[0].frames
+    return fitting[0]
 
 
 def _only(series: Sequence[DicomFile], stacks: Sequence[Stack], path: Path) -> list[Frame]:
