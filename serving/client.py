@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
 import json
 import re
@@ -96,6 +95,8 @@ def _segment_all(
     Raises:
         ClientError: what ends all of it: the network, the access, or the one scan there is.
     """
+    import concurrent.futures  # not for --help
+
     stop = threading.Event()
     own = threading.local()
     clients: list[Client] = []

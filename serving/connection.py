@@ -16,6 +16,7 @@ import ipaddress
 import json
 import os
 import re
+import struct
 import threading
 import time
 import uuid
@@ -25,7 +26,6 @@ from types import TracebackType
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from serving import keys, protocol
 from serving.errors import EXIT_BAD_INPUT, EXIT_ERROR, EXIT_NETWORK, ClientError, KeyFileError
@@ -558,15 +558,15 @@ class Client:
             left_s = limit - time.monotonic()
             found = dict(self._poller.poll(max(0, int(1000 * min(left_s, SLICE_S)) + 1)))
             if self._monitor in found:
-                self._heed(recv_monitor_message(self._monitor))
+                # Event and value as in zmq_socket_monitor(3); zmq.utils.monitor would bring asyncio along.
+                self._heed(struct.unpack("=hi", self._monitor.recv_multipart()[0])[0])
             if self._socket in found:
                 return True
             if left_s <= 0:
                 return False
 
-    def _heed(self, event: Any) -> None:
+    def _heed(self, kind: int) -> None:
         """What ZeroMQ says of a connection as it begins; without it a client that is not let in would wait in vain."""
-        kind = event["event"]
         if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._broken = 0
         elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
