@@ -150,6 +150,7 @@ class Client:
         self._secure = credentials is not None
         self._stop = stop or threading.Event()
         self._broken = 0
+        self._leaving = False  # while a job is closed, which is to be said even by a client that stops
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)
@@ -469,12 +470,16 @@ class Client:
 
     def _forget(self, job: bytes) -> None:
         """Tells the server that it may delete the job; should that fail, the server's own time limit does it."""
-        with contextlib.suppress(ClientError):
-            limit = time.monotonic() + 2.0
-            self._say(protocol.Close(job), limit)
-            while (message := self._take(limit)) is not None:
-                if isinstance(message, protocol.Closed | protocol.Error) and message.job == job:
-                    return
+        self._leaving = True
+        try:
+            with contextlib.suppress(ClientError):
+                limit = time.monotonic() + 2.0
+                self._say(protocol.Close(job), limit)
+                while (message := self._take(limit)) is not None:
+                    if isinstance(message, protocol.Closed | protocol.Error) and message.job == job:
+                        return
+        finally:
+            self._leaving = False
 
     # ---- single messages
 
@@ -553,7 +558,7 @@ class Client:
         """
         self._poller.register(self._socket, event)
         while True:
-            if self._stop.is_set():
+            if self._stop.is_set() and not self._leaving:
                 raise KeyboardInterrupt
             left_s = limit - time.monotonic()
             found = dict(self._poller.poll(max(0, int(1000 * min(left_s, SLICE_S)) + 1)))

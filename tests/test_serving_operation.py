@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from serving_fixtures import LIMIT_S, Server, is_alive, make_models, make_version, running, start, until
-from test_serving import Raw, expect_right_mask, expect_serving, scan_file, send_all
+from test_serving import ROOT, Raw, expect_right_mask, expect_serving, scan_file, send_all, submit_of
 
 from lvseg.errors import InputError
 from serving import admin, catalogue, protocol
@@ -250,8 +251,6 @@ def test_limits_of_a_client_are_told_as_busy(tmp_path: Path) -> None:
         for number in range(2):
             send_all(peer, scan_file(tmp_path, number).read_bytes())
             peer.take_until(protocol.Done)
-        from test_serving import submit_of
-
         codes = []
         for number in range(2, 7):
             error = peer.ask(submit_of(scan_file(tmp_path, number).read_bytes()))
@@ -269,11 +268,25 @@ def test_monitoring_is_on_loopback_alone(tmp_path: Path, address: str) -> None:
     assert "Expected 'http' as an IPv4 loopback address" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_client_that_is_interrupted_ends_its_jobs(tmp_path: Path, number: int) -> None:
+    with running(tmp_path, limits=LIMITS) as server:
+        server.hold.touch()
+        scans = [scan_file(tmp_path, seed, name=f"{seed}.nii.gz") for seed in range(3)]
+        command = [sys.executable, "-m", "serving.client", "submit", "--insecure", "--server", server.endpoint]
+        command += ["--model", "bright", "-o", str(tmp_path / "masks"), *map(str, scans)]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as client:
+            until(lambda: len(server.spooled()) == 3, "all are sent")
+            until(lambda: (server.models / ".runs").exists(), "one is segmented")
+            client.send_signal(number)
+            _, told = client.communicate(timeout=LIMIT_S)
+        assert client.returncode == 1
+        assert "interrupted; what was finished is kept" in told
+        assert "Traceback" not in told
+        until(lambda: server.spooled() == [] or server.hold.unlink(missing_ok=True), "the jobs are gone")
+
+
 def test_the_client_s_commands_list_and_cancel(tmp_path: Path) -> None:
-    import sys
-
-    from test_serving import ROOT
-
     with running(tmp_path, limits=LIMITS) as server, Raw(server.endpoint) as peer:
 
         def client(*arguments: str) -> subprocess.CompletedProcess[str]:
