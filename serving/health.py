@@ -23,7 +23,7 @@ from lvseg.errors import InputError
 LIVE_S = 10.0  # without a turn of its loop for this long the gate counts as dead
 REQUEST_S = 5.0
 PORT_MAX = 65535
-STAGES = ("receive", "queue", "unpack", "read", "segment", "write", "fetch")
+STAGES = ("receive", "queue", "unpack", "read", "segment", "write")
 BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 
 log = logging.getLogger("serving.health")
