@@ -832,6 +832,8 @@ class Gate:
     def _watch_workers(self, now: float) -> None:
         """Starts what is missing; gives up what is dead, silent or stuck."""
         for worker, what in self.workers.silent_or_stuck(now):
+            if self.workers.get(worker.identity) is not worker:
+                continue  # ended meanwhile, with its generation of models
             log.error("worker %d (%s): %s", worker.process.pid, STEPS[worker.step], what)
             self._lose(worker, now)
         if not self.draining:

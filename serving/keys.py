@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import stat
+import struct
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ def is_key(text: object) -> bool:
         return False
     try:
         return len(z85.decode(text.encode("ascii"))) == 32
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, struct.error):  # the last for five characters beyond 32 bits
         return False
 
 

@@ -296,3 +296,9 @@ def test_without_keys_only_a_server_on_this_computer_is_spoken_to() -> None:
     with pytest.raises(ClientError, match="on this computer") as refused:
         Client("tcp://192.0.2.1:5557", insecure=True)
     assert (refused.value.code, refused.value.exit_code) == ("BAD_ADDRESS", 2)
+
+
+@pytest.mark.parametrize("text", ["#" * 40, "~" * 40, "a" * 39, "a" * 41, "é" * 40, "", None, 5])
+def test_what_is_no_key_is_told_apart_from_one(text: object) -> None:
+    assert not keys.is_key(text)
+    assert keys.is_key(keys.new_pair().public)
