@@ -102,13 +102,24 @@ def start_training(folder):
     )
 
 
+def sessions_of(run):
+    manifest = run / "manifest.json"
+    return json.loads(manifest.read_text())["sessions"] if manifest.exists() else []
+
+
+def last_checkpoint(run):
+    state = run / "checkpoints/checkpoint"
+    return max(map(int, re.findall(r"ckpt-(\d+)", state.read_text() if state.exists() else "")), default=0)
+
+
 def stop_at_checkpoint(folder, step, how, wait_s=0.0):
-    """Starts training, sends a signal some time after the checkpoint of a step is there, waits for its end."""
+    """Starts training, sends a signal some time after it has begun and the checkpoint of a step is there."""
+    run = folder / "runs/volume/small-fold0"
+    before = len(sessions_of(run))
     process = start_training(folder)
     try:
-        state = folder / "runs/volume/small-fold0/checkpoints/checkpoint"
         deadline = time.monotonic() + LIMIT_S
-        while max(map(int, re.findall(r"ckpt-(\d+)", state.read_text() if state.exists() else "")), default=0) < step:
+        while len(sessions_of(run)) == before or last_checkpoint(run) < step:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -122,12 +133,12 @@ def stop_at_checkpoint(folder, step, how, wait_s=0.0):
 def test_killed_and_interrupted_training_ends_with_the_weights_of_an_unbroken_one(trained, study, tmp_path):
     folder = tmp_path / "study"
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
-    # Five moments within about 50 steps of checkpoints that are there; any may fall into a validation, into the writing
+    # Five moments within about 50 steps of checkpoints; any may fall into a validation, into the writing
     # of a checkpoint, or before the first step.
     steps_s = 50 * float(rows(trained / "metrics.csv")[-1]["step_seconds"])
     moments = np.random.default_rng().uniform(0, steps_s, 5)
     print(f"killed {moments} s after the checkpoints")
-    for step, moment in zip((50, 50, 100, 150, 150), moments, strict=True):
+    for step, moment in zip((50, 100, 100, 150, 200), moments, strict=True):
         assert stop_at_checkpoint(folder, step, signal.SIGKILL, moment) == -signal.SIGKILL
     (folder / "raw/a/a-009").rename(folder / "a-009")
     other_data = command(folder, "lvseg.train", "--cfg", "experiment.yaml")
@@ -151,9 +162,9 @@ def test_killed_and_interrupted_training_ends_with_the_weights_of_an_unbroken_on
     for name in names:
         np.testing.assert_array_equal(last[0].get_tensor(name), last[1].get_tensor(name))
     assert not list(resumed.rglob(".partial-*"))
-    sessions = json.loads((resumed / "manifest.json").read_text())["sessions"]
+    sessions = sessions_of(resumed)
     assert [each["first_step"] for each in sessions] == sorted(each["first_step"] for each in sessions)
-    assert len(sessions) >= 5 and {each["code_sha256"] for each in sessions} == {code_sha256()}
+    assert len(sessions) == 7 and {each["code_sha256"] for each in sessions} == {code_sha256()}
 
 
 def test_evaluation_measures_the_test_patients_on_their_own_grids(trained, study, in_study):
