@@ -33,28 +33,26 @@ log = logging.getLogger("serving.access")
 
 
 class Watched:
-    """A file of the access folder that is read again when it changes; safe to ask from several threads."""
+    """A file of the access folder that is read again when it changes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._mark: tuple[int, ...] | None = None
         self._asked = False
-        self._lock = threading.Lock()
 
     def changed(self) -> bool:
         """Whether it is another file than when this was asked last; true the first time."""
-        with self._lock:
-            try:
-                facts = self.path.stat()
-                mark: tuple[int, ...] | None = (facts.st_mtime_ns, facts.st_size, facts.st_ino)
-            except OSError:
-                mark = None
-            is_new, self._mark, self._asked = not self._asked or mark != self._mark, mark, True
-            return is_new
+        try:
+            facts = self.path.stat()
+            mark: tuple[int, ...] | None = (facts.st_mtime_ns, facts.st_size, facts.st_ino)
+        except OSError:
+            mark = None
+        is_new, self._mark, self._asked = not self._asked or mark != self._mark, mark, True
+        return is_new
 
 
 class Clients:
-    """Who is let in.
+    """Who is let in; safe to ask from several threads.
 
     Args:
         path: access/clients.json; a missing file lets nobody in.
@@ -62,20 +60,22 @@ class Clients:
 
     def __init__(self, path: Path) -> None:
         self._file = Watched(path)
-        self._names: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self.names: dict[str, str] = {}  # by public key; another object after each change
 
     def refresh(self) -> None:
         """Reads the file again if it changed."""
-        if self._file.changed():
-            try:
-                self._names = read_clients(self._file.path)
-            except KeyFileError as error:
-                self._names = {}
-                log.error("nobody is let in: %s", error.sentence)
+        with self._lock:
+            if self._file.changed():
+                try:
+                    self.names = read_clients(self._file.path)
+                except KeyFileError as error:
+                    self.names = {}
+                    log.error("nobody is let in: %s", error.sentence)
 
     def name_of(self, key: str) -> str | None:
         """The client's name, or None where it is not let in."""
-        return self._names.get(key)
+        return self.names.get(key)
 
     def callback(self, domain: str, key: bytes) -> bool:
         """What zmq.auth asks of a credentials provider."""
@@ -89,7 +89,7 @@ def read_clients(path: Path) -> dict[str, str]:
     Raises:
         KeyFileError: the file cannot be read or is none of ours; a missing one has no clients.
     """
-    if not path.exists():
+    if not keys.is_there(path):
         return {}
     content = keys.read_private(path)
     entries = content.get("clients")
@@ -151,7 +151,7 @@ def first_start(folder: Path, server: str) -> keys.KeyPair:
         KeyFileError: a file that cannot be used or written.
     """
     with changing(folder):
-        is_first = not (folder / SERVER).exists()
+        is_first = not keys.is_there(folder / SERVER)
         pair = keys.server_pair(folder / SERVER)
         if is_first and not (folder / CLIENTS).exists() and not (folder / LOCAL).exists():
             local = keys.new_pair()

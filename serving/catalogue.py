@@ -51,8 +51,8 @@ def versions_in(folder: Path) -> dict[str, list[int]]:
     if not folder.is_dir():
         raise InputError("MODEL_UNAVAILABLE", f"Expected a folder of models, received no such folder: {folder}.")
     found: dict[str, list[int]] = {}
-    for model in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        versions = [int(path.name) for path in model.iterdir() if path.is_dir() and VERSION.fullmatch(path.name)]
+    for model in _folders_in(folder):
+        versions = [int(path.name) for path in _folders_in(model) if VERSION.fullmatch(path.name)]
         if versions and not protocol.is_model_name(model.name):
             raise InputError("MODEL_UNAVAILABLE", f"Expected a plain name for a model, received {model}.")
         if versions:
@@ -73,7 +73,13 @@ def digest_of(version: Path) -> str:
             raise InputError("MODEL_UNAVAILABLE", f"Expected a SavedModel, received no {needed} in {version}.")
     digest = hashlib.sha256()
     try:
-        for path in sorted(path for path in version.rglob("*") if not path.is_dir()):
+        for path in sorted(version.rglob("*")):
+            if path.is_symlink():  # what it leads to could change, and would not be in the digest
+                raise InputError(
+                    "MODEL_UNAVAILABLE", f"Expected files and folders in a model, received a link: {path}."
+                )
+            if path.is_dir():
+                continue
             name = path.relative_to(version).as_posix().encode()
             digest.update(b"%d %s %d\n" % (len(name), name, path.stat().st_size))
             with path.open("rb") as file:
@@ -195,6 +201,15 @@ def to_serve(entries: Sequence[Entry], beside: Mapping[str, Sequence[int]]) -> t
     return tuple(chosen)
 
 
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise InputError(
+            "MODEL_UNAVAILABLE", f"Expected folders that can be read, received '{error.strerror}' for {folder}."
+        ) from error
+
+
 def _entry(models: Path, model: str, version: int) -> Entry:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return Entry(model, version, digest_of(models / model / str(version)), today)
@@ -205,7 +220,7 @@ def _id(entry: Entry) -> tuple[str, int]:
 
 
 def _lists(path: Path) -> dict[str, tuple[Entry, ...]]:
-    if not path.exists():
+    if not keys.is_there(path):
         return {}
     content = keys.read_private(path)
     lists = content.get("folders")

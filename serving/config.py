@@ -54,7 +54,7 @@ class ServerConfig(Keys):
     access: Folder = Path("access")
     http: str | None = None
     workers: int = pydantic.Field(default=1, gt=0, le=64)
-    devices: list[str] | None = None
+    devices: Annotated[list[str], pydantic.Field(min_length=1)] | None = None
     unpackers: int = pydantic.Field(default=1, gt=0, le=64)
     packers: int = pydantic.Field(default=1, gt=0, le=64)
     serve: dict[str, list[int]] = {}  # noqa: RUF012 frozen, and copied by pydantic

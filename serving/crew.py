@@ -12,6 +12,7 @@ are ready, and go on where the new ones fail: no process ever unloads a model, s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -35,6 +36,7 @@ UNPACK, SEGMENT, PACK = range(len(jobs.STEPS))
 FIRST_STAGES = ("unpack", "segment", "write")  # of each step
 STARTS_MAX = 3  # of a kind of worker that ends before it is ready, in a row
 RESTART_MAX_S = 30.0
+REAP_S = 5.0  # a killed process that the kernel cannot end is left behind
 
 log = logging.getLogger("serving.crew")
 
@@ -48,10 +50,10 @@ class Worker:
         process: for signals and the exit status.
         step: index in jobs.STEPS of what it does.
         generation: of the models that it holds.
+        place: which of its kind it is, and so its device.
         heard: time of the last message.
         began: time its present stage began; while it is not ready, the time it was started.
         ready: it takes work.
-        models: version by name that a name without a version means.
         served: all that it has loaded.
         job: what it works on.
         stage: of that job.
@@ -61,19 +63,18 @@ class Worker:
     process: subprocess.Popen[bytes]
     step: int
     generation: int
+    place: int
     heard: float
     began: float
     ready: bool = False
-    models: dict[str, int] = field(default_factory=dict)
     served: tuple[protocol.Model, ...] = ()
     failed: list[protocol.Unable] = field(default_factory=list)
     job: Job | None = None
     stage: str = "start"
 
     def holds(self, job: Job) -> bool:
-        """Whether it has the model version that a job asks for."""
-        version = job.submit.version or self.models.get(job.submit.model)
-        return any((one.name, one.version) == (job.submit.model, version) for one in self.served)
+        """Whether it has the model version that is to do a job."""
+        return job.model in self.served
 
 
 @dataclass
@@ -120,9 +121,17 @@ class Crew:
 
     @property
     def models(self) -> tuple[protocol.Model, ...]:
-        """What clients can ask for now: of each model the current version first."""
-        ready = [one for one in self._workers.values() if one.ready and one.step == SEGMENT and self._is_current(one)]
-        return ready[0].served if ready else ()
+        """What clients can ask for now, in the order of the list: of each model the current version first."""
+        serving = self.serving
+        held = {one for worker in self if worker.ready and self._is_current(worker) for one in worker.served}
+        return tuple(entry.served for entry in serving.entries if entry.served in held) if serving else ()
+
+    @property
+    def lacking(self) -> tuple[Entry, ...]:
+        """What should be served and is not, though its processes are ready."""
+        serving = self.serving
+        models = self.models
+        return tuple(one for one in serving.entries if one.served not in models) if serving and models else ()
 
     @property
     def ready(self) -> bool:
@@ -161,26 +170,32 @@ class Crew:
         self._restart_at[SEGMENT] = 0.0
         log.info("models wanted: %s", ", ".join(f"{one.model}/{one.version}" for one in entries))
 
-    def became_ready(self, worker: Worker, models: tuple[protocol.Model, ...]) -> None:
-        """A worker is ready; exchanges the generations where all of the coming one are."""
+    def became_ready(self, worker: Worker, models: tuple[protocol.Model, ...]) -> bool:
+        """A worker is ready; exchanges the generations where all of the coming one are.
+
+        Returns:
+            Whether it is of use: one that was started again for models that are served, and has none, is not.
+        """
+        serving = self.serving
+        if worker.step == SEGMENT and serving and worker.generation == serving.number and not models:
+            return False
         worker.ready, worker.stage = True, "idle"
         worker.served = models
-        for model in models:  # the current version of each stands first
-            worker.models.setdefault(model.name, model.version)
         self._failed_starts[worker.step] = 0
         coming = self.coming
         if worker.step != SEGMENT or coming is None or worker.generation != coming.number:
-            return
+            return True
         refused = self._refusal(worker)
         if refused is not None:
             self.reject(refused)
-            return
+            return True
         mine = [one for one in self if one.step == SEGMENT and one.generation == coming.number]
         if len(mine) == self.count(SEGMENT) and all(one.ready for one in mine):
             old, self.serving, self.coming = self.serving, coming, None
             coming.ready = True
             log.info("models served: %s", ", ".join(f"{one.name}/{one.version}" for one in models) or "none")
             self._end_generation(old)
+        return True
 
     def _refusal(self, worker: Worker) -> str | None:
         """Why a worker of the coming generation may not take over, if so.
@@ -219,20 +234,20 @@ class Crew:
 
     def start_missing(self, now: float) -> None:
         """Starts the processes that should be there and are not."""
-        for step in (UNPACK, PACK):
-            here = sum(worker.step == step for worker in self)
-            for _ in range(here, self.count(step)):
+        wanted: list[tuple[int, Generation | None]] = [(UNPACK, None), (PACK, None)]
+        wanted += [(SEGMENT, generation) for generation in (self.serving, self.coming) if generation is not None]
+        for step, generation in wanted:
+            number = generation.number if generation else 0
+            taken = {worker.place for worker in self if worker.step == step and worker.generation == number}
+            for place in sorted(set(range(self.count(step))) - taken):
                 if now >= self._restart_at[step]:
-                    self._start(step, None, None, now)
-        for generation in (self.serving, self.coming):
-            if generation is None:
-                continue
-            devices: list[str | None] = [None] * self.count(SEGMENT)
-            devices = [*(self._config.devices or devices)]
-            here = sum(worker.step == SEGMENT and worker.generation == generation.number for worker in self)
-            for place in range(here, self.count(SEGMENT)):
-                if now >= self._restart_at[SEGMENT]:
-                    self._start(SEGMENT, generation, devices[place], now)
+                    self._start(step, generation, place, now)
+
+    def excuse(self, gap_s: float) -> None:
+        """The gate itself stood still for so long: no worker is silent or slow for that."""
+        for worker in self:
+            worker.heard += gap_s
+            worker.began += gap_s
 
     def silent_or_stuck(self, now: float) -> list[tuple[Worker, str]]:
         """Workers that are dead, silent or get no further, and what is wrong with each."""
@@ -276,7 +291,7 @@ class Crew:
         end(list(self._workers.values()))
         self._workers.clear()
 
-    def _start(self, step: int, generation: Generation | None, device: str | None, now: float) -> None:
+    def _start(self, step: int, generation: Generation | None, place: int, now: float) -> None:
         config = self._config
         identity = secrets.token_hex(8)
         arguments = ["--kind", jobs.STEPS[step], "--endpoint", self._endpoint, "--identity", identity]
@@ -288,21 +303,27 @@ class Crew:
             stage_s = max(config.deadlines.unpack_s + config.deadlines.read_s, config.deadlines.write_s)
             arguments += ["--job-cpu-s", str(int(stage_s) + 1)]
             arguments += ["--file-bytes", str(2 * config.limits.content_bytes)]
+            arguments += ["--content-bytes", str(config.limits.content_bytes)]
         for entry in generation.entries if generation else ():
             folder = config.models.resolve() / entry.model / str(entry.version)
             arguments += ["--model", f"{entry.model}/{entry.version}/{entry.sha256}={folder}"]
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device
-        process = subprocess.Popen(
-            [*self._command, *arguments],
-            stdin=subprocess.PIPE,  # never written to: the worker ends when it closes
-            stdout=sys.stderr.fileno(),  # the server's own standard output carries the ready line alone
-            env=environment,
-            start_new_session=True,  # Ctrl-C in a terminal goes to the gate, which ends its workers itself
-        )
+        if step == SEGMENT and config.devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = config.devices[place]
+        try:
+            process = subprocess.Popen(
+                [*self._command, *arguments],
+                stdin=subprocess.PIPE,  # never written to: the worker ends when it closes
+                stdout=sys.stderr.fileno(),  # the server's own standard output carries the ready line alone
+                env=environment,
+                start_new_session=True,  # Ctrl-C in a terminal goes to the gate, which ends its workers itself
+            )
+        except OSError as error:  # too many processes or files, or no memory: that may pass
+            log.error("no process to %s can be started: %s", jobs.STEPS[step], error.strerror)
+            self._restart_at[step] = now + RESTART_MAX_S / 10
+            return
         number = generation.number if generation else 0
-        self._workers[identity.encode()] = Worker(identity.encode(), process, step, number, heard=now, began=now)
+        self._workers[identity.encode()] = Worker(identity.encode(), process, step, number, place, heard=now, began=now)
 
 
 def end(workers: Sequence[Worker], patience_s: float = 3.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -315,6 +336,7 @@ def end(workers: Sequence[Worker], patience_s: float = 3.0, clock: Callable[[], 
             worker.process.wait(max(0.0, limit - clock()))
         except subprocess.TimeoutExpired:
             worker.process.kill()
-            worker.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(REAP_S)
         if worker.process.stdin:
             worker.process.stdin.close()

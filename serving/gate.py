@@ -4,8 +4,9 @@
 
 One thread, one loop. No scan is parsed or unpacked here and neither NumPy nor TensorFlow is imported; bulk never goes
 over ipc, the workers find it in the spool. What a client can make the gate hold in memory is bounded: frames by
-MAXMSGSIZE, messages by the high-water marks, answers by its outbox, which holds no file's bytes, uploads by credit,
-which is granted for what is on disk.
+MAXMSGSIZE, whole messages by the high-water marks, answers by its outbox, which holds no file's bytes, uploads by
+credit, which is granted for what is on disk. A client that is let in and sends one message of frames without end is
+bounded by the memory limit of the service's unit alone: libzmq counts messages, not their frames.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 
 TICK_MS, FLUSH_MS = 100, 5
 MESSAGES_A_ROUND = 64
-OUTBOX_MAX = 64
+OUTBOX_MAX = 256
+STOOD_STILL_S = 1.0  # a loop that took longer was stopped itself, with the machine or by a signal
 SEND_HWM, RECEIVE_HWM = 8, 16  # messages of a connection that libzmq holds, of up to 1 MiB each
 CLIENT_IDLE_S = 600.0
 SENDER_IDLE_S = 5.0  # after which another connection may go on with the same upload
@@ -92,6 +94,14 @@ class Outbox:
     heard: float
     owner: str
     waiting: deque[Any] = field(default_factory=deque)
+
+    def keep(self, message: Any) -> None:
+        """For later; of a job's news only the last counts."""
+        if isinstance(message, protocol.Progress):
+            old = (one for one in self.waiting if isinstance(one, protocol.Progress) and one.job == message.job)
+            if (first := next(old, None)) is not None:
+                self.waiting.remove(first)
+        self.waiting.append(message)
 
 
 @dataclass
@@ -166,11 +176,13 @@ class Gate:
         self.spool = config.spool.resolve()
         self.clients = access.Clients(config.access / access.CLIENTS)
         self.allowed_models = access.Watched(config.access / access.MODELS)
+        self.let_in = self.clients.names
         self.outboxes: dict[bytes, Outbox] = {}
         self.rates: dict[str, Rate] = {}
         self.metrics = Metrics()
         self.was_ready = False
         self.draining = False
+        self.queue_moved = False
         self.spool_problem = ""
         try:
             self.jobs = JobTable(self.spool, time.monotonic())
@@ -209,11 +221,15 @@ class Gate:
         for socket in (self.front, self.back, self.monitor):
             poller.register(socket, zmq.POLLIN)
         check_at = measure_at = drained_at = 0.0
+        turned = time.monotonic()
         try:
             while (asked := stopping()) < 2:
                 unsent = any(box.waiting for box in self.outboxes.values())
                 ready = dict(poller.poll(FLUSH_MS if unsent else TICK_MS))
                 now = time.monotonic()
+                if now - turned > STOOD_STILL_S:
+                    self.workers.excuse(now - turned)
+                turned = now
                 self.health.turn(now)
                 if asked and not self.draining:
                     self.draining, drained_at = True, now + self.config.deadlines.drain_s
@@ -236,6 +252,7 @@ class Gate:
                     measure_at = now + 1.0
                     self._measure()
                 self._dispatch(now)
+                self._tell_queue()
                 self._flush()
                 if not self.was_ready and self.workers.ready:
                     self.was_ready = True
@@ -264,11 +281,7 @@ class Gate:
             problems.append("the server stops")
         if not self.workers.ready:
             problems.append("models are being loaded" if not self.was_ready else "a worker is missing")
-        served = {(one.name, one.version) for one in self.workers.models}
-        serving = self.workers.serving
-        for entry in serving.entries if serving else ():
-            if self.workers.ready and (entry.model, entry.version) not in served:
-                problems.append(f"the model {entry.model}/{entry.version} cannot be served")
+        problems += [f"the model {one.model}/{one.version} cannot be served" for one in self.workers.lacking]
         if self.spool_problem:
             problems.append(self.spool_problem)
         return problems
@@ -364,7 +377,7 @@ class Gate:
                     raise
                 del self.outboxes[route]
                 return
-        box.waiting.append(message)
+        box.keep(message)
         if len(box.waiting) > OUTBOX_MAX:
             log.info("a connection does not read its answers and is given up")
             del self.outboxes[route]
@@ -419,14 +432,16 @@ class Gate:
         model = self._check_submit(message)
         key = protocol.job_key(owner, message, model.sha256)
         job = self.jobs.get(key, owner)
-        if job is not None and job.state is State.FAILED:
+        if job is not None and (job.state is State.FAILED or job.model != model):  # done by a version taken back since
+            self._stop(job)
             self.jobs.remove(job)
             job = None
         if job is None:
-            job = self._new_job(key, message, owner, now)
+            job = self._new_job(key, message, model, owner, now)
             job.sender = route
         job.routes.add(route)
         job.touched = now
+        job.expires = max(job.expires, now + message.deadline_ms / 1000)
         if job.state is not State.RECEIVING:  # nothing is to be sent
             self._send(route, protocol.Accepted(key, message.bytes, message.bytes))
         self._tell(job, route, now)
@@ -445,8 +460,7 @@ class Gate:
             raise Refusal("SERVER_STOPPING", "submit", "The server stops; try again.", "access", True, 4 * BUSY_MS)
         limits = self.config.limits
         models = self._models()
-        named = [model for model in models if model.name == message.model]
-        model = next((one for one in named if message.version in (0, one.version)), None)
+        model = self._meant(message, models)
         if model is None:
             known = ", ".join(f"{one.name}/{one.version}" for one in models) or "none yet"
             asked = f"{message.model}/{message.version}" if message.version else message.model
@@ -465,25 +479,47 @@ class Gate:
             raise Refusal("BAD_FRAME", "submit", "Expected 'bytes' equal to 'content_bytes' for codec raw.", "access")
         return model
 
-    def _new_job(self, key: bytes, message: protocol.Submit, owner: str, now: float) -> Job:
+    def _meant(self, message: protocol.Submit, models: Sequence[protocol.Model]) -> protocol.Model | None:
+        """The version that an announcement means, of those served.
+
+        A name alone means the model's current version, never another one that happens to be loaded.
+        """
+        generation = self.workers.serving or self.workers.coming
+        entries = generation.entries if generation else ()
+        version = message.version or next((one.version for one in entries if one.model == message.model), 0)
+        return next((one for one in models if (one.name, one.version) == (message.model, version)), None)
+
+    def _new_job(self, key: bytes, message: protocol.Submit, model: protocol.Model, owner: str, now: float) -> Job:
         limits = self.config.limits
         if self.jobs.is_ending(key):
             raise self._busy("The same scan was cancelled just now and is about to end; try again.")
-        if self.jobs.queued >= limits.queue or self.jobs.receiving >= limits.uploads or len(self.jobs) >= limits.jobs:
+        coming_in = self.jobs.receiving(now)
+        if self.jobs.queued >= limits.queue or len(coming_in) >= limits.uploads or len(self.jobs) >= limits.jobs:
             raise self._busy(
-                f"The server is busy: {self.jobs.queued} scans wait, {self.jobs.receiving} come in; try again later."
+                f"The server is busy: {self.jobs.queued} scans wait, {len(coming_in)} come in; try again later."
             )
-        if len(self.jobs.of_owner(owner)) >= limits.jobs_per_client:
+        own = self.jobs.of_owner(owner)
+        if len(own) >= limits.jobs_per_client:
             raise self._busy(f"Expected at most {limits.jobs_per_client} jobs of one client, received one more.")
+        if self.pair is not None:
+            self._check_share(own, coming_in)
         try:
-            if shutil.disk_usage(self.spool).free - message.bytes < limits.spool_free_bytes:
+            left = shutil.disk_usage(self.spool).free - self.jobs.reserved_bytes(now)
+            if left - message.bytes - message.content_bytes < limits.spool_free_bytes:
                 raise OSError(errno.ENOSPC, "below the mark")
-            job = self.jobs.add(key, message, owner, now)
+            job = self.jobs.add(key, message, model, owner, now)
         except OSError as error:
             raise self._storage_failure(error, "submit") from error
         job.until = min(message.bytes, limits.window_bytes)
         log.info("job %s: %s, %d bytes announced by %s", job.label, message.model, message.bytes, self._name(owner))
         return job
+
+    def _check_share(self, own: Sequence[Job], coming_in: Sequence[Job]) -> None:
+        """Leaves the others their half of the queue and of the uploads."""
+        waiting = sum(job.state is State.WAITING and job.step < crew.PACK for job in own)
+        sending = sum(job in coming_in for job in own)
+        if waiting > self.config.limits.queue // 2 or sending > self.config.limits.uploads // 2:
+            raise self._busy(f"Your {waiting} scans wait and {sending} come in, which is your share; try again later.")
 
     def _busy(self, text: str) -> Refusal:
         return Refusal("BUSY", "submit", text, "access", True, BUSY_MS)
@@ -509,8 +545,8 @@ class Gate:
                 "access",
                 True,
             )
-        if job.offset == 0:
-            job.stored = now  # until it is stored, when the first byte came
+        if job.began is None:
+            job.began = now
         job.touched = now
         try:
             self.jobs.write(job, message.payload)
@@ -526,7 +562,7 @@ class Gate:
             self._fail(job, refusal, now)
 
     def _stored(self, job: Job, now: float) -> None:
-        began = job.stored
+        began = now if job.began is None else job.began
         if not self.jobs.stored(job, now):
             text = f"Expected the announced SHA-256, received other bytes in {job.submit.name}; send it again."
             self._fail(job, Refusal("DIGEST_MISMATCH", "upload", text, "access", True), now)
@@ -579,7 +615,10 @@ class Gate:
         try:
             with (job.folder / RESULT / message.name).open("rb") as result:
                 result.seek(message.offset)
-                return protocol.Data(job.key, message.name, message.offset, result.read(message.bytes))
+                piece = result.read(min(message.bytes, self.config.limits.chunk_bytes))
+                if not piece:
+                    raise OSError(errno.EIO, "the file is shorter than it was")
+                return protocol.Data(job.key, message.name, message.offset, piece)
         except OSError as error:
             return self._storage_failure(error, "fetch").message(job.key)
 
@@ -591,7 +630,7 @@ class Gate:
             self._stop(job)
             self.jobs.remove(job)
             log.info("job %s: closed", job.label)
-            self._tell_queue()
+            self.queue_moved = True
         elif job.sender == route:
             job.sender = b""
         self._send(route, protocol.Closed(message.job))
@@ -608,7 +647,7 @@ class Gate:
             self._stop(job)
             self.jobs.remove(job)
             log.info("job %s: cancelled", job.label)
-            self._tell_queue()
+            self.queue_moved = True
         self._send(route, protocol.Cancelled(message.job))
 
     def _stop(self, job: Job) -> None:
@@ -701,8 +740,12 @@ class Gate:
                 self._tell(job, route, time.monotonic())
 
     def _tell_queue(self) -> None:
+        """Tells who waits the new places, once a turn however many moved."""
+        if not self.queue_moved:
+            return
+        self.queue_moved = False
         for job in self.jobs:
-            if job.state is State.WAITING and job.step < 2:
+            if job.state is State.WAITING and job.step < crew.PACK:
                 self._tell_all(job)
 
     def _fail(self, job: Job, refusal: Refusal, now: float) -> None:
@@ -730,7 +773,9 @@ class Gate:
             return
         if isinstance(message, protocol.Ready):
             log.info("worker %d: ready to %s", worker.process.pid, STEPS[worker.step])
-            self.workers.became_ready(worker, message.models)
+            if not self.workers.became_ready(worker, message.models):
+                log.error("worker %d: loads nothing of what is served", worker.process.pid)
+                self._lose(worker, now)
             self._check_models()
         elif isinstance(message, protocol.Unable):
             log.error("model %s/%d: %s: %s", message.model, message.version, message.code, message.text)
@@ -774,7 +819,7 @@ class Gate:
             job.state = State.DONE
             self.jobs.remove(job)
         elif job.step < len(STEPS) - 1:
-            self.jobs.advance(job)
+            self.jobs.advance(job, now)
             self._tell_all(job)
         else:
             try:
@@ -798,34 +843,28 @@ class Gate:
             log.error("worker %d: cannot be reached (%s)", worker.process.pid, error.errno)
 
     def _dispatch(self, now: float) -> None:
-        given = False
         steps = (crew.PACK, crew.SEGMENT, crew.UNPACK)  # what is nearly done first
         for step in steps[:1] if self.draining else steps:
             for worker in self.workers.idle(step):
                 ahead = self.jobs.waiting(crew.SEGMENT)
                 if step == crew.UNPACK and ahead >= AHEAD * self.workers.count(crew.SEGMENT):
                     break
-                job = self.jobs.next(step, worker.holds if step == crew.SEGMENT else None)
-                if job is None:
-                    break
-                self._give(worker, job, now)
-                given = True
-        if given:
-            self._tell_queue()
+                job = self.jobs.next(step, now, worker.holds if step == crew.SEGMENT else None)
+                if job is not None:
+                    self._give(worker, job, now)
+                    self.queue_moved = True
 
     def _give(self, worker: crew.Worker, job: Job, now: float) -> None:
         worker.job, worker.began = job, now
         worker.stage = crew.FIRST_STAGES[worker.step]
-        if worker.step == crew.SEGMENT:
-            job.queued_ms = int(1000 * max(0.0, now - job.stored))
-            self.metrics.stage.labels("queue").observe(job.queued_ms / 1000)
+        if worker.step == crew.PACK:
+            self.metrics.stage.labels("queue").observe(job.queued_s)
         sent = job.submit
-        version = sent.version or worker.models.get(sent.model, 0)
         self._order(
             worker,
             protocol.Work(
-                job.key, sent.name, sent.kind, sent.model, version, sent.modality, sent.output, sent.codec,
-                sent.content_bytes, job.received_ms, job.queued_ms,
+                job.key, sent.name, sent.kind, sent.model, job.model.version, sent.modality, sent.output, sent.codec,
+                sent.content_bytes, job.received_ms, int(1000 * job.queued_s),
             ),
         )  # fmt: skip
 
@@ -849,18 +888,23 @@ class Gate:
         self._check_models()
         if job is None:
             return
-        if job.abandoned or not self.jobs.again(job):
+        if job.abandoned or not self.jobs.again(job, now):
             text = f"The process that worked on {job.submit.name} was lost {job.losses} times, last at '{stage}'."
             self._fail(job, Refusal("POISON_INPUT", stage, text), now)
             return
         log.info("job %s: queued again", job.label)
-        self._tell_queue()
+        self.queue_moved = True
 
     # ---- time
 
     def _follow_lists(self) -> None:
         """Takes over what the operator's command changed."""
         self.clients.refresh()
+        if self.clients.names is not self.let_in:
+            self.let_in = self.clients.names
+            revoked = [route for route, box in self.outboxes.items() if box.owner not in self.let_in]
+            for route in revoked if self.pair is not None else ():
+                del self.outboxes[route]
         if not self.allowed_models.changed():
             return
         try:
@@ -875,7 +919,7 @@ class Gate:
             self.metrics.reloads_failed.inc()
             return
         serving = self.workers.serving
-        if serving is not None and serving.entries == entries:
+        if serving is not None and serving.entries == entries and not self.workers.lacking:
             if self.workers.coming is not None:  # rolled back before it took over
                 self.workers.reject("the list names again what is served")
                 self.workers.reload_failed = None
@@ -888,10 +932,9 @@ class Gate:
         served = self._models()
         for job in self.jobs:
             idle_s = now - job.touched
-            if job.state is State.WAITING and job.step < crew.PACK and self.was_ready and not _is_among(served, job):
-                text = f"Expected a model that is still served for {job.submit.name}, received one that is not."
-                self._fail(job, Refusal("MODEL_UNAVAILABLE", "queue", text, "access"), now)
-            elif job.state is State.WAITING and job.step == 0 and now > job.expires:
+            if job.state is State.WAITING and job.step < crew.PACK and self.was_ready and job.model not in served:
+                self._reassign(job, served, now)
+            elif job.state is State.WAITING and job.step < crew.PACK and now > job.expires:
                 text = f"Expected a free worker in time, received none for {job.submit.name}; raise the time limit."
                 self._fail(job, Refusal("EXPIRED", "queue", text, "access", True), now)
             elif job.state is State.RECEIVING and idle_s > deadlines.upload_idle_s:
@@ -903,6 +946,18 @@ class Gate:
         for route, box in list(self.outboxes.items()):
             if now - box.heard > CLIENT_IDLE_S:
                 del self.outboxes[route]
+
+    def _reassign(self, job: Job, served: Sequence[protocol.Model], now: float) -> None:
+        """What becomes of a job whose version is not served any more: the current one does it, unless it was named."""
+        model = self._meant(job.submit, served)
+        if model is None:
+            text = f"Expected a model that is still served for {job.submit.name}, received one that is not."
+            self._fail(job, Refusal("MODEL_UNAVAILABLE", "queue", text, "access", True), now)
+            return
+        try:
+            self.jobs.assign(job, model)
+        except OSError as error:
+            self._fail(job, self._storage_failure(error, "queue"), now)
 
     def _measure(self) -> None:
         """The gauges, and whether the spool has room."""
@@ -920,14 +975,14 @@ class Gate:
             self.spool_problem = f"the spool cannot be used: {error.strerror}"
             return
         self.metrics.spool_free_bytes.set(free)
-        is_full = free < self.config.limits.spool_free_bytes
-        self.spool_problem = "the spool has less room than limits.spool_free_bytes" if is_full else ""
-
-
-def _is_among(models: Sequence[protocol.Model], job: Job) -> bool:
-    """Whether the version that a job asks for is one of them."""
-    asked = job.submit
-    return any(one.name == asked.model and asked.version in (0, one.version) for one in models)
+        if self.jobs.problem:
+            self.jobs.probe()
+        if free < self.config.limits.spool_free_bytes:
+            self.spool_problem = "the spool has less room than limits.spool_free_bytes"
+        elif not os.access(self.spool, os.W_OK):
+            self.spool_problem = "the spool cannot be written to"
+        else:
+            self.spool_problem = f"the spool's database says '{self.jobs.problem}'" if self.jobs.problem else ""
 
 
 def _where(job: Job) -> str:

@@ -39,15 +39,30 @@ STEPS = ("unpack", "segment", "pack")  # each by a kind of worker of its own
 DATABASE, JOB, UPLOAD, WORK, RESULT = "jobs.sqlite", "job.json", "upload", "work", "result"
 JOB_FOLDER = re.compile(r"[0-9a-f]{64}")
 LOCKED_S = 2.0
+UPLOAD_ACTIVE_S = 30.0
 PIECE_BYTES = 1024 * 1024
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
-    key TEXT PRIMARY KEY, number INTEGER NOT NULL, owner TEXT NOT NULL, submit TEXT NOT NULL, state TEXT NOT NULL,
+    key TEXT PRIMARY KEY, number INTEGER NOT NULL, owner TEXT NOT NULL, submit TEXT NOT NULL, model TEXT NOT NULL,
+    state TEXT NOT NULL,
     offset INTEGER NOT NULL, losses INTEGER NOT NULL, created REAL NOT NULL, changed REAL NOT NULL,
     files TEXT NOT NULL, error TEXT NOT NULL
 ) STRICT
 """
-COLUMNS = ("key", "number", "owner", "submit", "state", "offset", "losses", "created", "changed", "files", "error")
+COLUMNS = (
+    "key",
+    "number",
+    "owner",
+    "submit",
+    "model",
+    "state",
+    "offset",
+    "losses",
+    "created",
+    "changed",
+    "files",
+    "error",
+)
 
 log = logging.getLogger("serving.jobs")
 
@@ -75,6 +90,7 @@ class Job:
         number: counts up from job to job; the order of the queue.
         owner: who may see it: the client's public key, or "" for anyone on a plain connection.
         submit: what was announced.
+        model: the version that does it.
         folder: its folder in the spool.
         created: seconds since 1970.
         touched: time of the last message or change, from which it ages.
@@ -83,12 +99,17 @@ class Job:
         sender: the connection that uploads it.
         step: index in STEPS of what it waits for or is at.
         durable: bytes of the upload that are on disk for certain.
+        began: time of the first byte; None where none has come since the start.
+        waits: time since which it waits for a worker.
+        queued_s: how long it waited for workers before.
+        abandoned: nobody wants it any more; it goes once its worker lets go.
     """
 
     key: bytes
     number: int
     owner: str
     submit: protocol.Submit
+    model: protocol.Model
     folder: Path
     created: float
     touched: float
@@ -104,8 +125,9 @@ class Job:
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     losses: int = 0
     received_ms: int = 0
-    stored: float = 0.0
-    queued_ms: int = 0
+    began: float | None = None
+    waits: float = 0.0
+    queued_s: float = 0.0
     progress: protocol.Progress | None = None
     files: tuple[protocol.ResultFile, ...] = ()
     error: protocol.Error | None = None
@@ -133,6 +155,7 @@ class JobTable:
         self._jobs: dict[bytes, Job] = {}
         self._lines: dict[int, deque[Job]] = {step: deque() for step in range(len(STEPS))}
         self._number = 0
+        self.problem = ""  # why the database could not be written to last time
         self._database = self._opened()
         self._recover(now)
 
@@ -159,10 +182,16 @@ class JobTable:
     def _unpacking(self) -> int:
         return sum(job.state is State.RUNNING and job.step == 0 for job in self._jobs.values())
 
-    @property
-    def receiving(self) -> int:
-        """How many are being uploaded."""
-        return sum(job.state is State.RECEIVING for job in self._jobs.values())
+    def receiving(self, now: float) -> list[Job]:
+        """Those whose upload has gone on lately; others go on when their clients are back, and hold nobody up."""
+        return [
+            job for job in self._jobs.values() if job.state is State.RECEIVING and now - job.touched < UPLOAD_ACTIVE_S
+        ]
+
+    def reserved_bytes(self, now: float) -> int:
+        """What is still to be written for scans that come in or wait to be unpacked."""
+        missing = sum(job.submit.bytes - job.offset + job.submit.content_bytes for job in self.receiving(now))
+        return missing + sum(job.submit.content_bytes for job in self._lines[0])
 
     def waiting(self, step: int) -> int:
         """How many wait for a step."""
@@ -185,7 +214,7 @@ class JobTable:
         job = self._jobs.get(key)
         return job is not None and job.abandoned
 
-    def add(self, key: bytes, submit: protocol.Submit, owner: str, now: float) -> Job:
+    def add(self, key: bytes, submit: protocol.Submit, model: protocol.Model, owner: str, now: float) -> Job:
         """A new job with its folder and open upload file.
 
         Raises:
@@ -193,12 +222,11 @@ class JobTable:
         """
         self._number += 1
         expires = now + submit.deadline_ms / 1000
-        job = Job(key, self._number, owner, submit, self._spool / key.hex(), time.time(), now, expires)
+        job = Job(key, self._number, owner, submit, model, self._spool / key.hex(), time.time(), now, expires)
         shutil.rmtree(job.folder, ignore_errors=True)
         job.folder.mkdir(mode=0o700)
         try:
-            facts = {"number": job.number, "owner": owner, "submit": asdict(submit), "created": job.created}
-            (job.folder / JOB).write_text(json.dumps(facts), encoding="utf-8")
+            _write_facts(job)
             job.file = (job.folder / UPLOAD).open("xb", buffering=0)
             self._save(job)
         except BaseException:
@@ -207,6 +235,16 @@ class JobTable:
             raise
         self._jobs[key] = job
         return job
+
+    def assign(self, job: Job, model: protocol.Model) -> None:
+        """Another version does a job that waits, since the one it was accepted for is not served any more.
+
+        Raises:
+            OSError: the spool is full or broken.
+        """
+        job.model = model
+        _write_facts(job)
+        self._save(job)
 
     def write(self, job: Job, payload: bytes) -> None:
         """Appends to the upload.
@@ -246,7 +284,7 @@ class JobTable:
         _sync_folder(job.folder)
         _sync_folder(self._spool)
         self._close_file(job)
-        job.durable, job.stored = job.offset, now
+        job.durable, job.waits = job.offset, now
         job.state, job.step = State.WAITING, 0
         try:
             self._save(job)
@@ -275,11 +313,12 @@ class JobTable:
 
     # ---- the queue
 
-    def next(self, step: int, can: Callable[[Job], bool] | None = None) -> Job | None:
+    def next(self, step: int, now: float, can: Callable[[Job], bool] | None = None) -> Job | None:
         """Takes the first of those that wait for a step, or None.
 
         Args:
             step: index in STEPS.
+            now: monotonic time.
             can: whether the worker can do a job; None for any.
         """
         line = self._lines[step]
@@ -288,22 +327,23 @@ class JobTable:
             return None
         line.remove(job)
         job.state, job.progress = State.RUNNING, None
+        job.queued_s += max(0.0, now - job.waits)
         return job
 
-    def advance(self, job: Job) -> None:
+    def advance(self, job: Job, now: float) -> None:
         """The step is done; the job waits for the next one."""
-        job.state, job.step, job.progress = State.WAITING, job.step + 1, None
+        job.state, job.step, job.progress, job.waits = State.WAITING, job.step + 1, None, now
         line = self._lines[job.step]
         # In the order in which they came, whoever was faster before.
         line.insert(next((place for place, one in enumerate(line) if one.number > job.number), len(line)), job)
 
-    def again(self, job: Job) -> bool:
+    def again(self, job: Job, now: float) -> bool:
         """Puts a job whose worker was lost first in the line, unless that happened too often."""
         job.losses += 1
         self._save_later(job)
         if job.losses >= LOSSES_MAX:
             return False
-        job.state, job.progress = State.WAITING, None
+        job.state, job.progress, job.waits = State.WAITING, None, now
         self._lines[job.step].appendleft(job)
         return True
 
@@ -329,8 +369,8 @@ class JobTable:
         _sync_folder(job.folder / RESULT)
         _sync_folder(job.folder)
         job.state, job.files, job.touched, job.progress = State.DONE, files, now, None
-        self._save_later(job)
-        (job.folder / UPLOAD).unlink(missing_ok=True)
+        if self._save_later(job):  # else a restart needs the scan again
+            (job.folder / UPLOAD).unlink(missing_ok=True)
         shutil.rmtree(job.folder / WORK, ignore_errors=True)
 
     def fail(self, job: Job, error: protocol.Error, now: float) -> None:
@@ -342,19 +382,35 @@ class JobTable:
         shutil.rmtree(job.folder, ignore_errors=True)
 
     def remove(self, job: Job) -> None:
-        """Forgets a job; one that runs only when its worker has let go of the folder."""
-        if job.state is State.RUNNING:
-            job.abandoned = True
-            return
-        self._leave_line(job)
-        self._close_file(job)
+        """Forgets a job; the folder of one that runs goes when its worker has let go of it."""
         with _told_as_os_error():
             try:
                 self._database.execute("DELETE FROM jobs WHERE key = ?", (job.key.hex(),))
             except sqlite3.OperationalError:
                 log.error("job %s: its row stays until the next start", job.label)
+        if job.state is State.RUNNING:
+            job.abandoned = True
+            for name in (JOB, UPLOAD):  # without them no restart takes it up again
+                with contextlib.suppress(OSError):
+                    (job.folder / name).unlink(missing_ok=True)
+            return
+        self._leave_line(job)
+        self._close_file(job)
         shutil.rmtree(job.folder, ignore_errors=True)
         del self._jobs[job.key]
+
+    def probe(self) -> None:
+        """Tries whether the database can be written to again; `problem` says so."""
+        with _told_as_os_error():
+            try:
+                self._database.execute("PRAGMA busy_timeout=0")
+                self._database.execute("BEGIN IMMEDIATE")
+                self._database.execute("ROLLBACK")
+                self.problem = ""
+            except sqlite3.OperationalError as error:
+                self.problem = str(error)
+            finally:
+                self._database.execute(f"PRAGMA busy_timeout={int(1000 * LOCKED_S)}")
 
     # ---- the database
 
@@ -373,23 +429,30 @@ class JobTable:
             return _connect(path)
 
     def _save(self, job: Job) -> None:
-        submit = json.dumps(asdict(job.submit))
+        submit, model = json.dumps(asdict(job.submit)), json.dumps(asdict(job.model))
         files = json.dumps([asdict(file) for file in job.files])
         error = json.dumps({**asdict(job.error), "job": job.key.hex()}) if job.error else ""
         values = (
-            job.key.hex(), job.number, job.owner, submit, job.state.value, job.durable, job.losses, job.created,
-            time.time(), files, error,
+            job.key.hex(), job.number, job.owner, submit, model, job.state.value, job.durable, job.losses,
+            job.created, time.time(), files, error,
         )  # fmt: skip
         marks = ", ".join("?" * len(COLUMNS))
-        with _told_as_os_error():
-            self._database.execute(f"INSERT OR REPLACE INTO jobs ({', '.join(COLUMNS)}) VALUES ({marks})", values)
+        try:
+            with _told_as_os_error():
+                self._database.execute(f"INSERT OR REPLACE INTO jobs ({', '.join(COLUMNS)}) VALUES ({marks})", values)
+        except OSError as error:
+            self.problem = error.strerror or "unknown"
+            raise
+        self.problem = ""
 
-    def _save_later(self, job: Job) -> None:
+    def _save_later(self, job: Job) -> bool:
         """As `_save`, where a failure costs no more than doing the job's last part again after a crash."""
         try:
             self._save(job)
         except OSError as error:
             log.error("job %s: its row could not be written (%s)", job.label, error.strerror)
+            return False
+        return True
 
     def _recover(self, now: float) -> None:
         """Takes over what an earlier server left: waiting jobs wait again, uploads go on, results are kept."""
@@ -413,6 +476,7 @@ class JobTable:
                     self._database.execute("DELETE FROM jobs WHERE key = ?", (name,))
         for job in sorted(self._jobs.values(), key=lambda one: one.number):
             if job.state is State.WAITING:
+                job.waits = now
                 self._lines[0].append(job)
             if job.state is not State.FAILED:
                 log.info("job %s: taken over, %s", job.label, job.state.value)
@@ -498,6 +562,15 @@ def _told_as_os_error() -> Iterator[None]:
         raise SpoolDamaged(str(error)) from error
 
 
+def _write_facts(job: Job) -> None:
+    """A job's file, from which its row can be made anew."""
+    facts = {"number": job.number, "owner": job.owner, "created": job.created}
+    facts |= {"submit": asdict(job.submit), "model": asdict(job.model)}
+    temporary = job.folder / f".partial-{JOB}"
+    temporary.write_text(json.dumps(facts), encoding="utf-8")
+    temporary.replace(job.folder / JOB)
+
+
 def _row_of(folder: Path) -> dict[str, Any] | None:
     """What a job's folder tells where the database has lost it.
 
@@ -505,7 +578,7 @@ def _row_of(folder: Path) -> dict[str, Any] | None:
     """
     try:
         facts = json.loads((folder / JOB).read_bytes())
-        submit = facts["submit"]
+        submit, model = facts["submit"], json.dumps(facts["model"])
         files = [asdict(described(path)) for path in sorted((folder / RESULT).glob("*"))]
         if files:
             state = State.DONE
@@ -514,7 +587,8 @@ def _row_of(folder: Path) -> dict[str, Any] | None:
         else:
             state = State.RECEIVING
         row = {"key": folder.name, "state": state.value, "losses": 0, "offset": 0, "error": ""}
-        return {**row, **facts, "submit": json.dumps(submit), "files": json.dumps(files), "changed": facts["created"]}
+        row |= {**facts, "submit": json.dumps(submit), "model": model, "changed": facts["created"]}
+        return {**row, "files": json.dumps(files)}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -524,11 +598,13 @@ def _job_of(row: Mapping[str, Any], folder: Path, now: float) -> Job | None:
     try:
         submit = protocol.Submit(**json.loads(row["submit"]))
         protocol.encode(submit)
+        model = protocol.Model(**json.loads(row["model"]))
+        protocol.encode(protocol.Ready((model,)))
         age_s = max(0.0, time.time() - float(row["changed"]))
         waited_s = max(0.0, time.time() - float(row["created"]))
         job = Job(
-            bytes.fromhex(row["key"]), int(row["number"]), str(row["owner"]), submit, folder, float(row["created"]),
-            now - age_s, now + max(0.0, submit.deadline_ms / 1000 - waited_s),
+            bytes.fromhex(row["key"]), int(row["number"]), str(row["owner"]), submit, model, folder,
+            float(row["created"]), now - age_s, now + max(0.0, submit.deadline_ms / 1000 - waited_s),
             state=State(row["state"]), durable=int(row["offset"]), losses=int(row["losses"]),
         )  # fmt: skip
         job.files = tuple(protocol.ResultFile(**file) for file in json.loads(row["files"]))

@@ -98,6 +98,21 @@ def write_private(path: Path, content: Mapping[str, Any], replace: bool = False)
             temporary.unlink(missing_ok=True)
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a file of that name.
+
+    Raises:
+        KeyFileError: nobody can tell, since its folder cannot be searched.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise KeyFileError(f"Expected a file with keys, received '{error.strerror}' for {path}.") from error
+    return True
+
+
 def read_private(path: Path) -> dict[str, Any]:
     """Reads a JSON file that must be its owner's alone.
 
@@ -139,7 +154,7 @@ def server_pair(path: Path) -> KeyPair:
     Raises:
         KeyFileError: as `read_private` and `write_private`, or for keys that are none.
     """
-    if not path.exists():
+    if not is_there(path):
         pair = new_pair()
         write_private(path, {"format": SERVER_FORMAT, "public_key": pair.public, "secret_key": pair.secret})
     content = read_private(path)

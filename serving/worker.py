@@ -47,7 +47,6 @@ PROGRESS_EVERY_S = 0.1
 PROOF_MM = 0.01
 FIRST_STAGE = {"unpack": "unpack", "segment": "segment", "pack": "write"}
 OPEN_FILES_MAX = 256
-ZIP_BYTES_MAX = 2 * 1024**3  # unpacked, of a zip that a user sends as a file
 
 log = logging.getLogger("serving.worker")
 
@@ -176,13 +175,14 @@ class Reporter:
 # ---- what each kind does: from what lies in the job's folder to what the next kind finds there
 
 
-def unpack_scan(work: protocol.Work, folder: Path, members: int, report: Reporter) -> None:
+def unpack_scan(work: protocol.Work, folder: Path, members: int, content_bytes: int, report: Reporter) -> None:
     """The upload as an array with its geometry.
 
     Args:
         work: the job.
         folder: the job's folder in the spool, with the upload.
         members: limit for the files of a series.
+        content_bytes: limit for all of them together, unpacked.
         report: told of stages.
 
     Raises:
@@ -192,7 +192,7 @@ def unpack_scan(work: protocol.Work, folder: Path, members: int, report: Reporte
     from lvseg.predict import read_scan
 
     report.begin("unpack")
-    path = _unpacked(work, folder, members)
+    path = _unpacked(work, folder, members, content_bytes)
     report.begin("read")
     scan = replace(read_scan(path, work.model), source=work.name)
     report.end()
@@ -333,6 +333,7 @@ def serve(
     spool: Path,
     models: Sequence[Served],
     members: int,
+    content_bytes: int,
     job_cpu_s: int = 0,
     load: Callable[[Path], Segments] = load_segmenter,
 ) -> None:
@@ -344,6 +345,7 @@ def serve(
         spool: folder with a folder for each job, named by its key in hexadecimal.
         models: what to load, of each model the current version first.
         members: limit for the files of a series.
+        content_bytes: limit for all of them together, unpacked.
         job_cpu_s: processor time for one job, after which the kernel ends the process; 0 for any.
         load: makes a segmenter of a version folder.
     """
@@ -372,7 +374,7 @@ def serve(
         try:
             files: tuple[protocol.ResultFile, ...] = ()
             if kind == "unpack":
-                unpack_scan(work, folder, members, report)
+                unpack_scan(work, folder, members, content_bytes, report)
             elif kind == "segment":
                 segment_scan(work, folder, segmenters[work.model, work.version], report)
             else:
@@ -392,6 +394,7 @@ def main(argv: Sequence[str] | None = None, load: Callable[[Path], Segments] = l
     parser.add_argument("--spool", required=True, type=Path)
     parser.add_argument("--model", action="append", default=[], type=Served.of_argument)
     parser.add_argument("--members", required=True, type=int)
+    parser.add_argument("--content-bytes", type=int, default=0)
     parser.add_argument("--memory-bytes", type=int, default=0)
     parser.add_argument("--job-cpu-s", type=int, default=0)
     parser.add_argument("--file-bytes", type=int, default=0)
@@ -405,8 +408,9 @@ def main(argv: Sequence[str] | None = None, load: Callable[[Path], Segments] = l
     threading.Thread(target=_end_with_gate, daemon=True, name="lifeline").start()
     link = Link(arguments.endpoint, arguments.identity.encode())
     serve(
-        arguments.kind, link, arguments.spool, arguments.model, arguments.members, arguments.job_cpu_s, load
-    )  # returns never
+        arguments.kind, link, arguments.spool, arguments.model, arguments.members, arguments.content_bytes,
+        arguments.job_cpu_s, load,
+    )  # fmt: skip
     return 1
 
 
@@ -449,7 +453,7 @@ def _end_with_gate() -> None:
     os._exit(0)
 
 
-def _unpacked(work: protocol.Work, folder: Path, members: int) -> Path:
+def _unpacked(work: protocol.Work, folder: Path, members: int, content_bytes: int) -> Path:
     """The scan as a file or folder that readers take; its name is unlike anything else in a sentence."""
     workplace = folder / WORK
     shutil.rmtree(workplace, ignore_errors=True)  # of an attempt that was killed
@@ -466,7 +470,8 @@ def _unpacked(work: protocol.Work, folder: Path, members: int) -> Path:
     from lvseg.formats.archive import unzip
 
     # A series is announced with what its stored zip unpacks to; a zip that a user made may be deflated.
-    content_bytes = work.content_bytes if work.kind == "series" else ZIP_BYTES_MAX
+    if work.kind == "series":
+        content_bytes = work.content_bytes
     unzip(content, workplace / stem, content_bytes, members, work.name)
     content.unlink()
     return workplace / stem

@@ -97,7 +97,7 @@ def test_a_client_that_is_allowed_gets_in_at_once_and_one_that_is_revoked_is_out
 
         def out() -> ClientError | None:
             try:
-                client.segment(scan, "bright", tmp_path / "mask.vtk", LIMIT_S)
+                client.jobs()
             except ClientError as error:
                 return error
             return None

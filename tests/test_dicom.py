@@ -932,7 +932,7 @@ def test_a_zip_that_is_sent_to_the_server_is_unpacked_within_its_limits(tmp_path
     stages = []
 
     report = SimpleNamespace(begin=stages.append, end=lambda: None, seconds={"unpack": 0.5})
-    worker.unpack_scan(work, job, 3, report)
+    worker.unpack_scan(work, job, 3, 10**9, report)
     scan, seconds = worker.load_scan(job / worker.WORK)
     assert stages == ["unpack", "read"] and seconds == {"unpack": 0.5} and scan.source == "scan.zip"
     np.testing.assert_array_equal(scan.voxels, pixels_of(3))
@@ -942,10 +942,10 @@ def test_a_zip_that_is_sent_to_the_server_is_unpacked_within_its_limits(tmp_path
     expected = json.loads(json.dumps(dict(there.metadata)))
     assert {**scan.metadata, "slice_files": None} == {**expected, "slice_files": None}
     with pytest.raises(InputError, match="at most 2 files"):
-        worker.unpack_scan(work, job, 2, report)
+        worker.unpack_scan(work, job, 2, 10**9, report)
     monkeypatch.setattr(worker, "ZIP_BYTES_MAX", 3000)
     with pytest.raises(InputError, match="fewer bytes"):
-        worker.unpack_scan(work, job, 3, report)
+        worker.unpack_scan(work, job, 3, 10**9, report)
 
 
 def test_stacks_of_an_enhanced_object_are_told_apart_by_their_frames(tmp_path):

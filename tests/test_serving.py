@@ -116,7 +116,7 @@ def submit_of(content: bytes, **change: Any) -> protocol.Submit:
     """The announcement of some bytes."""
     values: dict[str, Any] = {"name": "scan.nii.gz", "kind": "file", "model": "bright", "output": "nii.gz"}
     values.update(version=0, modality="")
-    values.update(codec="raw", bytes=len(content), content_bytes=len(content), deadline_ms=20_000)
+    values.update(codec="raw", bytes=len(content), content_bytes=len(content), deadline_ms=60_000)
     return protocol.Submit(**{**values, "sha256": hashlib.sha256(content).hexdigest(), **change})
 
 

@@ -231,7 +231,8 @@ def test_the_table_takes_over_what_an_earlier_one_left_in_its_order(tmp_path: Pa
     for name in ("first", "second", "third", "upload", "failed"):
         content = name.encode() * 1000
         submit = submit_of(content)
-        job = table.add(protocol.job_key("", submit, "0" * 64), submit, "", 0.0)
+        model = protocol.Model(submit.model, 3, "0" * 64)
+        job = table.add(protocol.job_key("", submit, model.sha256), submit, model, "", 0.0)
         table.write(job, content[: 3000 if name == "upload" else None])
         if name == "upload":
             table.flush(job)
@@ -239,7 +240,7 @@ def test_the_table_takes_over_what_an_earlier_one_left_in_its_order(tmp_path: Pa
         else:
             assert table.stored(job, 0.0)
         jobs[name] = job.key
-    assert table.next(0) is not None  # the first is at work
+    assert table.next(0, 0.5) is not None  # the first is at work
     third = table.get(jobs["third"], "")
     failed = table.get(jobs["failed"], "")
     assert third is not None
@@ -265,6 +266,6 @@ def test_the_table_takes_over_what_an_earlier_one_left_in_its_order(tmp_path: Pa
     again.reopen(upload)
     again.write(upload, b"upload" * 500)
     assert again.stored(upload, 101.0)  # whole, and with the right digest
-    order = [again.next(0) for _ in range(4)]
+    order = [again.next(0, 102.0) for _ in range(4)]
     assert [job.key for job in order if job] == [jobs[name] for name in ("first", "second", "third", "upload")]
     again.close()

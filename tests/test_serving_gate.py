@@ -1,0 +1,311 @@
+"""What the gate decides of models, places, shares and time, with time given or against real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sqlite3
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from serving_fixtures import LIMIT_S, STUCK, make_models, make_version, running, until
+from test_serving import Raw, expect_right_mask, expect_serving, scan_file, send_all, submit_of
+
+from lvseg.errors import InputError
+from serving import catalogue, crew, jobs, protocol
+from serving.config import ServerConfig
+from serving.connection import Client
+from serving.crew import Generation
+from serving.errors import ClientError
+from serving.gate import Gate, Outbox
+from serving.jobs import RESULT, UPLOAD, JobTable, State
+
+LIMITS = {"spool_free_bytes": 0}
+MODEL = protocol.Model("bright", 3, "0" * 64)
+
+
+@contextlib.contextmanager
+def gate(folder: Path, command: tuple[str, ...], **keys: object) -> Iterator[Gate]:
+    """A gate in this process whose workers are any command; its loop is not run."""
+    models, spool = make_models(folder / "models"), folder / "spool"
+    spool.mkdir(mode=0o700)
+    catalogue.trust_on_first_start(folder / "access", models)
+    values = {"models": models, "spool": spool, "access": folder / "access", "bind": "tcp://127.0.0.1:*", **keys}
+    made = Gate(ServerConfig.model_validate(values), None, command)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def table_with(folder: Path, *names: str, now: float = 0.0) -> tuple[JobTable, list[jobs.Job]]:
+    """A table with whole uploads that wait."""
+    table = JobTable(folder, now)
+    added = []
+    for name in names:
+        content = name.encode() * 100
+        submit = submit_of(content)
+        job = table.add(protocol.job_key("", submit, MODEL.sha256), submit, MODEL, "", now)
+        table.write(job, content)
+        assert table.stored(job, now)
+        added.append(job)
+    return table, added
+
+
+# ---- processes
+
+
+def test_workers_that_end_together_while_they_load_cost_the_new_models_alone(tmp_path: Path) -> None:
+    """Losing the first ends the generation, and so the second, which is then not lost a second time."""
+    with gate(tmp_path, ("sh", "-c", "exit 3", "sh"), workers=2) as one:
+        one._follow_lists()
+        served, one.workers.coming = one.workers.coming, None
+        assert served is not None
+        one.workers.serving = Generation(0, served.entries)  # as if these were served; their processes end, too
+        one.workers.bring(served.entries)
+        now = 0.0
+        while one.workers.coming is not None:
+            assert now < 1000.0
+            now += 100.0  # beyond any delay before the next start
+            one.workers.start_missing(now)
+            for worker in one.workers:
+                worker.process.wait(LIMIT_S)
+            one._watch_workers(now)
+        assert one.workers.serving is not None
+
+
+def device_of(worker: crew.Worker) -> str:
+    """What a process was told to see."""
+    entries = Path(f"/proc/{worker.process.pid}/environ").read_bytes().split(b"\0")
+    return next((one.decode().partition("=")[2] for one in entries if one.startswith(b"CUDA_VISIBLE_DEVICES=")), "")
+
+
+def test_a_worker_that_is_started_again_gets_the_device_of_the_one_lost(tmp_path: Path) -> None:
+    with gate(tmp_path, ("sh", "-c", "exec sleep 1000", "sh"), devices=["5", "7"]) as one:
+        one._follow_lists()
+        one.workers.start_missing(0.0)
+
+        def devices() -> dict[str, crew.Worker]:
+            return {device_of(worker): worker for worker in one.workers if worker.step == crew.SEGMENT}
+
+        for lost in ("5", "7", "5"):
+            worker = until(lambda: set(devices()) == {"5", "7"} and devices(), "both are there")[lost]
+            worker.ready = True
+            one._lose(worker, 1.0)
+            one.workers.start_missing(2.0)
+        until(lambda: set(devices()) == {"5", "7"}, "both are there")
+
+
+def test_a_command_that_cannot_be_started_is_tried_again_and_ends_nothing(tmp_path: Path) -> None:
+    with gate(tmp_path, (str(tmp_path / "not-there"),)) as one:
+        one._follow_lists()
+        one._watch_workers(0.0)
+        assert list(one.workers) == []
+        one.workers._command = ("sh", "-c", "exec sleep 1000", "sh")
+        one._watch_workers(1000.0)
+        assert {worker.step for worker in one.workers} == {crew.UNPACK, crew.SEGMENT, crew.PACK}
+
+
+def test_a_server_that_stood_still_gives_no_worker_up(tmp_path: Path) -> None:
+    deadlines = {"silent_s": 1.0, "start_s": 60.0}
+    with running(tmp_path, limits=LIMITS, deadlines=deadlines) as server:
+        before = {pid for kind in jobs.STEPS for pid in server.workers(kind)}
+        assert len(before) == len(jobs.STEPS)
+        everyone = [server.process.pid, *before]
+        for pid in everyone:  # as a machine that is suspended
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(ClientError), server.connect(connect_s=2.5):
+                pass  # the wait for this is how long it stands still
+        finally:
+            for pid in everyone:
+                os.kill(pid, signal.SIGCONT)
+        expect_serving(server, tmp_path)
+        assert {pid for kind in jobs.STEPS for pid in server.workers(kind)} == before
+
+
+def test_a_worker_that_loads_nothing_when_started_again_is_no_worker_and_the_scan_waits(tmp_path: Path) -> None:
+    with running(tmp_path, limits=LIMITS) as server:
+        aside = tmp_path / "aside"
+        (server.models / "bright/3").rename(aside)
+        os.kill(server.workers()[0], signal.SIGKILL)
+        scan = scan_file(tmp_path)
+        with ThreadPoolExecutor() as pool, server.connect() as client:
+            answer = pool.submit(client.segment, scan, "bright", tmp_path / "mask.nii.gz", 3 * LIMIT_S)
+            until(lambda: "loads nothing" in server.log.read_text(), "it is seen", 2 * LIMIT_S)
+            aside.rename(server.models / "bright/3")
+            answer.result(3 * LIMIT_S)
+        expect_right_mask(scan, tmp_path / "mask.nii.gz")
+        assert server.spooled() == []
+
+
+# ---- versions
+
+
+def test_a_name_never_means_an_older_version_that_is_loaded_beside_a_current_one_that_fails(tmp_path: Path) -> None:
+    make_models(tmp_path / "models")
+    shutil.rmtree(tmp_path / "models/bright/3")
+    make_version(tmp_path / "models", 3, broken=True)
+    with running(tmp_path, limits=LIMITS, serve={"bright": [1]}) as server, server.connect() as client:
+        scan = scan_file(tmp_path)
+        with pytest.raises(ClientError) as raised:
+            client.segment(scan, "bright", tmp_path / "mask.nii.gz", LIMIT_S)
+        assert raised.value.code == "MODEL_UNKNOWN"
+        client.segment(scan, "bright/1", tmp_path / "mask.nii.gz", LIMIT_S)
+        expect_right_mask(scan, tmp_path / "mask.nii.gz")
+        assert server.runs(scan.name) == [1]
+
+
+def test_a_scan_that_waits_while_models_are_exchanged_is_done_by_the_new_one_and_not_given_out_as_the_old_ones(
+    tmp_path: Path,
+) -> None:
+    access = tmp_path / "access"
+    with running(tmp_path, limits=LIMITS) as server, Raw(server.endpoint) as peer:
+        first = scan_file(tmp_path, brightest=STUCK, name="one.nii.gz")
+        second = scan_file(tmp_path, seed=1, name="two.nii.gz")
+        stuck = send_all(peer, first.read_bytes(), name=first.name)
+        until(lambda: server.runs(first.name), "the first is at work")
+        job = send_all(peer, second.read_bytes(), name=second.name)
+        named = send_all(peer, second.read_bytes(), name="named.nii.gz", version=3)
+        catalogue.allow(access, make_version(server.models, 4))
+        gone = peer.take_until(protocol.Error)  # who asked for version 3 gets no other
+        assert (gone.job, gone.code, gone.retryable) == (named, "MODEL_UNAVAILABLE", True)
+        peer.socket.send_multipart(protocol.encode(protocol.Cancel(stuck)))
+        done = peer.take_until(protocol.Done)
+        while done.job != job:
+            done = peer.take_until(protocol.Done)
+        assert (server.runs(first.name), server.runs(second.name)) == ([3], [4])
+        catalogue.roll_back(access, server.models, "bright")
+        until(lambda: [one.version for one in welcome(server.endpoint).models] == [3], "it is rolled back")
+        with server.connect() as client:  # the same scan for the same version as at first: not what version 4 said
+            client.segment(second, "bright", tmp_path / "mask.nii.gz", LIMIT_S)
+        assert server.runs(second.name) == [4, 3]
+
+
+def welcome(endpoint: str) -> protocol.Welcome:
+    with Client(endpoint, insecure=True) as client:
+        return client.greeting
+
+
+# ---- the table, with time given
+
+
+def test_a_result_whose_row_cannot_be_written_is_made_again_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "LOCKED_S", 0.05)
+    table, (job,) = table_with(tmp_path, "scan")
+    for step in range(3):
+        assert table.next(step, 1.0) is job
+        if step < 2:
+            table.advance(job, 1.0)
+    (job.folder / RESULT).mkdir()
+    (job.folder / RESULT / "result.json").write_text("{}")
+    lock = sqlite3.connect(tmp_path / jobs.DATABASE, isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    table.done(job, (jobs.described(job.folder / RESULT / "result.json"),), 2.0)
+    assert table.problem
+    lock.execute("ROLLBACK")
+    lock.close()
+    table.probe()
+    assert not table.problem
+    table.close()
+    (job.folder / RESULT / "result.json").unlink()
+    again = JobTable(tmp_path, 3.0)
+    taken = again.get(job.key, "")
+    assert taken is not None
+    assert taken.state is State.WAITING
+    assert again.next(0, 4.0) is taken
+    assert taken.queued_s == 1.0  # since the start; not since the machine's
+    again.close()
+
+
+def test_a_job_cancelled_while_it_runs_does_not_come_back_after_a_crash(tmp_path: Path) -> None:
+    table, (job, other) = table_with(tmp_path, "cancelled", "other")
+    assert table.next(0, 1.0) is job
+    table.remove(job)
+    assert not (job.folder / UPLOAD).exists()
+    table.close()  # as a crash leaves it: the worker has not let go yet
+    again = JobTable(tmp_path, 2.0)
+    assert [each.key for each in again] == [other.key]
+    assert not job.folder.exists()
+    again.close()
+
+
+def test_an_upload_whose_client_is_gone_holds_no_place_and_no_room(tmp_path: Path) -> None:
+    table = JobTable(tmp_path, 0.0)
+    submit = submit_of(b"x" * 1000)
+    job = table.add(protocol.job_key("", submit, MODEL.sha256), submit, MODEL, "", 0.0)
+    table.write(job, b"x" * 400)
+    assert table.receiving(1.0) == [job]
+    assert table.reserved_bytes(1.0) == 600 + submit.content_bytes
+    later = jobs.UPLOAD_ACTIVE_S + 1.0
+    assert (table.receiving(later), table.reserved_bytes(later)) == ([], 0)
+    table.close()
+
+
+def test_only_waiting_counts_as_the_queue(tmp_path: Path) -> None:
+    table, (job,) = table_with(tmp_path, "scan", now=10.0)
+    table.next(0, 12.0)
+    table.advance(job, 20.0)  # eight seconds of work are not the queue's
+    table.next(1, 21.0)
+    table.advance(job, 30.0)
+    table.next(2, 30.5)
+    assert job.queued_s == pytest.approx(2.0 + 1.0 + 0.5)
+    table.close()
+
+
+# ---- answers
+
+
+def test_of_a_slow_readers_news_of_a_job_only_the_last_is_kept() -> None:
+    box = Outbox(0.0, "")
+    one, other = b"1" * 32, b"2" * 32
+    for position in range(1000):
+        box.keep(protocol.Progress(one, "queue", position, 0, 0))
+        box.keep(protocol.Progress(other, "queue", position, 0, 0))
+    box.keep(protocol.Closed(one))
+    box.keep(protocol.Closed(one))
+    assert [type(each) for each in box.waiting] == [protocol.Progress] * 2 + [protocol.Closed] * 2
+    assert {each.job: each.position for each in list(box.waiting)[:2]} == {one: 999, other: 999}
+
+
+def test_a_result_file_that_was_cut_is_an_error_and_not_the_servers_end(tmp_path: Path) -> None:
+    with running(tmp_path, limits=LIMITS) as server, Raw(server.endpoint) as peer:
+        job = send_all(peer, scan_file(tmp_path).read_bytes())
+        name = peer.take_until(protocol.Done).files[0].name
+        (server.spool / job.hex() / RESULT / name).write_bytes(b"")
+        error = peer.ask(protocol.Fetch(job, name, 0, 1000))
+        assert (error.code, error.stage) == ("STORAGE_FAILED", "fetch")
+        assert peer.ask(protocol.Close(job)) == protocol.Closed(job)
+        expect_serving(server, tmp_path)
+
+
+def test_a_second_announcement_gives_a_scan_that_waits_more_time(tmp_path: Path) -> None:
+    with running(tmp_path, limits=LIMITS) as server, Raw(server.endpoint) as peer, Raw(server.endpoint) as second:
+        server.hold.touch()
+        try:
+            first = scan_file(tmp_path, name="first.nii.gz")
+            send_all(peer, first.read_bytes(), name=first.name)
+            until(lambda: server.runs(first.name), "a scan is at work")
+            contents = [scan_file(tmp_path, seed=seed).read_bytes() for seed in (1, 2)]
+            short, longer = (send_all(peer, content, deadline_ms=1500) for content in contents)
+            assert second.ask(submit_of(contents[1], deadline_ms=60_000)).job == longer
+            gone = peer.take_until(protocol.Error)
+            assert (gone.job, gone.code) == (short, "EXPIRED")
+            assert isinstance(second.ask(protocol.Status(longer)), protocol.Progress)
+        finally:
+            server.hold.unlink()
+
+
+def test_a_link_in_a_model_is_refused_since_its_digest_would_not_hold(tmp_path: Path) -> None:
+    version = make_version(tmp_path / "models", 1)
+    (tmp_path / "elsewhere").write_text("may change")
+    (version / "assets").mkdir()
+    (version / "assets/link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="link"):
+        catalogue.digest_of(version)
