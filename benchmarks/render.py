@@ -22,11 +22,11 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
     import numpy as np
     import tensorflow as tf
 
-    from lvseg import devices, draws, intensity, render
+    from lvseg import allocator, draws, intensity, render
     from lvseg.config import load_experiment
     from lvseg.phantom.patients import draw_anatomy
 
-    devices.keep_memory()
+    allocator.keep_memory()
     experiment = load_experiment(ROOT / "experiments" / "anyscanner_volume.yaml", ["data.spacing_mm=[1.75, 1.75]"])
     settings = experiment.augment.model_dump()
     names = {name: settings[name] for name in intensity.NAMES if settings[name]}

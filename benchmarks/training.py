@@ -65,10 +65,10 @@ def set_up(inter: int | None, intra: int | None, keep_memory: bool = True) -> No
     """TensorFlow's threads, where None leaves its own choice, a thread a core of each kind, and its allocator."""
     import tensorflow as tf
 
-    from lvseg import devices
+    from lvseg import allocator
 
     if keep_memory:
-        devices.keep_memory()
+        allocator.keep_memory()
     if inter is not None and intra is not None:
         tf.config.threading.set_inter_op_parallelism_threads(inter)
         tf.config.threading.set_intra_op_parallelism_threads(intra)

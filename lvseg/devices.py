@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import tensorflow as tf
 
-from lvseg import rendezvous
+from lvseg import allocator, rendezvous
 from lvseg.errors import InputError, RunError
 
 Devices = Literal["auto", "cpu", "gpu", "all"]
@@ -58,7 +58,7 @@ def cluster(devices: Devices, batch_size: int) -> Cluster:
         tf.config.set_visible_devices([], "GPU")
     gpus = tf.config.get_visible_devices("GPU")
     if not gpus:
-        keep_memory()
+        allocator.keep_memory()
     if devices == "gpu" and not gpus:
         raise InputError("BAD_CONFIG", "Expected a GPU for train.devices=gpu, received none; set it to auto or cpu.")
     resolver = _resolver()
@@ -110,16 +110,6 @@ def _joined(
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-
-
-def keep_memory() -> None:
-    """Has TensorFlow keep the processor's memory that one step frees for the next; before it computes anything.
-
-    The C library gives large blocks back to the system at once, and a third of a step goes by in page faults.
-    """
-    megabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
-    os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "1")
-    os.environ.setdefault("TF_CPU_BFC_MEM_LIMIT_IN_MB", str(megabytes))
 
 
 @contextlib.contextmanager

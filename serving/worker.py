@@ -219,7 +219,8 @@ def segment_scan(work: protocol.Work, folder: Path, segmenter: Segments, report:
     segmentation = segmenter.segment(scan, report, modality=work.modality or None)
     report.end()
     np.save(folder / WORK / f"{LABELS}.npy", segmentation.mask.voxels, allow_pickle=False)
-    facts = {"measurements": segmentation.measurements, "seconds": {**seconds, **report.seconds}}
+    parts = {name: round(spent, 4) for name, spent in segmentation.seconds.items()}
+    facts = {"measurements": segmentation.measurements, "seconds": {**seconds, **report.seconds, **parts}}
     (folder / WORK / SEGMENTATION).write_text(json.dumps(facts, allow_nan=False), encoding="utf-8")
 
 

@@ -1,8 +1,14 @@
 """The exported model and what predict does with it: one answer whatever the way, on the grid that came in."""
 
+import http.server
 import itertools
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+import threading
 
 import nibabel
 import numpy as np
@@ -10,7 +16,7 @@ import pytest
 import tensorflow as tf
 from bad_files import bad_scans
 from scipy import ndimage
-from small_study import command, scan
+from small_study import ROOT, command, scan
 
 from lvseg import metrics, pipeline, predict, preprocess, records, waterfat
 from lvseg.errors import InputError
@@ -99,6 +105,70 @@ def test_segment_in_one_call_is_the_three_one_after_another(signatures, slices):
         assert whole.shape == parts.shape
         assert np.mean(whole != parts) < 1e-3  # other batches round differently where two classes are even
     assert 0 < parts.mean() < 1
+
+
+def test_saved_model_cli_finds_what_tensorflow_serving_asks_for_and_gets_the_same_labels(
+    exported, signatures, tmp_path
+):
+    """TensorFlow Serving takes models/<name>/<version>/ with a signature serving_default whose method is predict."""
+    assert exported.name.isdigit() and (exported / "saved_model.pb").is_file()
+    tool = [sys.executable, "-m", "tensorflow.python.tools.saved_model_cli"]
+    which = ["--dir", exported, "--tag_set", "serve", "--signature_def", "serving_default"]
+    shown = subprocess.run([*tool, "show", *which], capture_output=True, text=True, check=True).stdout
+    assert "Method name is: tensorflow/serving/predict" in shown
+    found = re.findall(r"(inputs|outputs)\['(\w+)'\].*\n\s+dtype: (\w+)\n\s+shape: (\(.*\))", shown)
+    assert set(found) == {
+        ("inputs", "voxels", "DT_FLOAT", "(-1, -1, -1)"),
+        ("inputs", "spacing_mm", "DT_FLOAT", "(3)"),
+        ("outputs", "labels", "DT_UINT8", "(-1, -1, -1)"),
+    }
+    np.save(tmp_path / "voxels.npy", VOXELS)
+    np.save(tmp_path / "spacing_mm.npy", SPACING_MM.numpy())
+    inputs = ";".join(f"{name}={tmp_path / name}.npy" for name in ("voxels", "spacing_mm"))
+    subprocess.run(
+        [*tool, "run", *which, "--inputs", inputs, "--outdir", tmp_path / "out"], capture_output=True, check=True
+    )
+    answer = signatures["serving_default"](voxels=tf.constant(VOXELS), spacing_mm=SPACING_MM)["labels"].numpy()
+    np.testing.assert_array_equal(np.load(tmp_path / "out/labels.npy"), answer)
+
+
+class AsTensorFlowServing(http.server.BaseHTTPRequestHandler):
+    """Answers POST /v1/models/volume:predict in the columnar format of TensorFlow Serving's REST API."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert (self.path, body["signature_name"]) == ("/v1/models/volume:predict", "serving_default")
+        inputs = {name: tf.constant(value, tf.float32) for name, value in body["inputs"].items()}
+        labels = self.server.signature(**inputs)["labels"].numpy()
+        answer = json.dumps({"outputs": labels.tolist()}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_examples_without_the_server_give_the_mask_of_predict(exported, signatures, tmp_path, number):
+    """Those of docs/serving.md, as they stand there."""
+    shutil.copytree(exported, tmp_path / "models/volume/1")
+    affine = np.array([[0, 0, 2.0, 0], [0, -2.5, 0, 0], [5.0, 0, 0, 0], [0, 0, 0, 1]])
+    write_volume(Volume(VOXELS, affine), tmp_path / "scan.nii.gz")
+    example = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.DOTALL)[number]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), AsTensorFlowServing) as server:
+        server.signature = signatures["serving_default"]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        example = example.replace("localhost:8501", f"127.0.0.1:{server.server_port}")
+        subprocess.run(
+            [sys.executable, "-c", example], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        server.shutdown()
+    mask = Segmenter(exported).segment(read_volume(tmp_path / "scan.nii.gz")).mask.canonical()
+    written = read_volume(tmp_path / "liver.vtk").canonical()
+    assert np.mean(written.voxels != mask.voxels) < 1e-3 and 0 < written.voxels.mean() < 1
+    np.testing.assert_allclose(written.affine, mask.affine, atol=1e-4)
 
 
 def test_the_segmenter_gives_what_the_signatures_give(exported, signatures):
