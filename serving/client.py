@@ -22,14 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from serving import keys, protocol
-from serving.connection import HOME_KEY, Client, check_model, find_credentials
+from serving.connection import HOME_KEY, Client, Refused, check_model, find_credentials
 from serving.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_ERROR, ClientError, KeyFileError
 from serving.outputs import check_outputs, output_paths, writing
-from serving.scans import check_readable, files_of, reading, stem_of, suffix_by_content
+from serving.scans import check_readable, files_of, making_room, reading, stem_of, suffix_by_content
 
 PLAIN_LINE_EVERY_S = 2.0
 LOOK_EVERY_S, SETTLED_S, PATIENCE_S = 1.0, 5.0, 10.0  # of --watch
 STDIN = Path("-")
+Show = Callable[[str, str, int, int], None]  # a scan's name, and what `segment` tells of it
+Mark = tuple[int, ...] | None  # number of files, bytes together, time of the last change
 
 EXAMPLE = """examples:
   python -m serving.client submit scan.nii.gz --model volume -o liver.vtk
@@ -85,7 +87,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _segment_all(
-    arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path]], show: Callable[[str, str, int, int], None]
+    arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path]], show: Show
 ) -> tuple[list[dict[str, Any]], int]:
     """Several scans at once, each over a connection of its own, so that one is sent while another is worked on.
 
@@ -106,17 +108,12 @@ def _segment_all(
             own.client = _client(arguments, stop)
             clients.append(own.client)
         try:
-            paths, measurements = own.client.segment(
-                scan, arguments.model, out, arguments.timeout_s, lambda *news: show(scan.name, *news),
-                (arguments.modality or "").upper(),
-            )  # fmt: skip
+            return _segment(own.client, arguments, scan, out, show)
         except ClientError as error:
             if len(scans) == 1 or error.exit_code != EXIT_BAD_INPUT:
                 raise
             print(f"serving.client: {error.sentence}", file=sys.stderr)  # one bad scan of many costs that scan alone
-            return {"scan": str(scan), "error": {"code": error.code, "text": error.sentence}}
-        print(out, flush=True)
-        return {"scan": str(scan), "files": [str(path) for path in paths], **measurements}
+            return _failure(scan, error)
 
     pool = concurrent.futures.ThreadPoolExecutor(min(arguments.at_once, len(scans)))
     try:
@@ -132,11 +129,31 @@ def _segment_all(
     return results, EXIT_BAD_INPUT if any("error" in result for result in results) else EXIT_DONE
 
 
+def _segment(client: Client, arguments: argparse.Namespace, scan: Path, out: Path, show: Show) -> dict[str, Any]:
+    """One scan; what is to be said of it."""
+    paths, measurements = client.segment(
+        scan, arguments.model, out, arguments.timeout_s, lambda *news: show(scan.name, *news),
+        (arguments.modality or "").upper(),
+    )  # fmt: skip
+    print(out, flush=True)
+    return {"scan": str(scan), "files": [str(path) for path in paths], **measurements}
+
+
+def _failure(scan: Path, error: ClientError) -> dict[str, Any]:
+    return {"scan": str(scan), "error": {"code": error.code, "text": error.sentence}}
+
+
+# ---- submit --watch
+
+
 def _watch(arguments: argparse.Namespace) -> int:
     """Segments what is dropped into a folder, until Ctrl-C. A scan is done once its mask, or its failure, is written.
 
-    A scan counts as whole once it has not changed for SETTLED_S.
+    A scan counts as whole once it has not changed for SETTLED_S. Each goes its own way: one that has to wait for the
+    network or the server holds up no other.
     """
+    import concurrent.futures
+
     folder, out = arguments.watch, arguments.out
     if not folder.is_dir():
         raise ClientError("NOT_FOUND", f"Expected a folder to watch, received {folder}.", EXIT_BAD_INPUT)
@@ -145,67 +162,90 @@ def _watch(arguments: argparse.Namespace) -> int:
     if out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents:
         raise ClientError("BAD_OUTPUT", f"Expected -o apart from the folder watched, received {out}.", EXIT_BAD_INPUT)
     _client(arguments, threading.Event()).close()  # a wrong address or key is told at once
-    seen: dict[Path, tuple[tuple[int, ...], float]] = {}
-    with _progress() as show:
-        while True:
-            now = time.monotonic()
-            fresh = []
-            for scan in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-                mask = out / f"{stem_of(scan)}.{arguments.format or 'vtk'}"
-                if mask.exists() or _failure_of(mask).exists():
-                    continue
-                mark = _mark(scan)
-                if scan not in seen or seen[scan][0] != mark:
-                    seen[scan] = (mark, now)
-                elif now - seen[scan][1] >= SETTLED_S:
-                    fresh.append((scan, mask))
-            try:
-                _segment_dropped(arguments, fresh, show)
-            except ClientError as error:  # the network or the server: the scans are still there
-                print(f"serving.client: {error.sentence} Trying again.", file=sys.stderr)
-                time.sleep(PATIENCE_S)
-            time.sleep(LOOK_EVERY_S)
+    stop = threading.Event()
+    settling: dict[Path, tuple[Mark, float]] = {}
+    tasks: dict[Path, concurrent.futures.Future[None]] = {}  # by mask
+    was_there = True
+    pool = concurrent.futures.ThreadPoolExecutor(arguments.at_once)
+    try:
+        with _progress() as show:
+            while True:
+                for mask in [mask for mask, task in tasks.items() if task.done()]:
+                    tasks.pop(mask).result()  # raises only what is a fault of this program
+                try:
+                    for scan, mask, mark in _settled(arguments, settling):
+                        if mask not in tasks:
+                            tasks[mask] = pool.submit(_segment_dropped, arguments, scan, mask, mark, show, stop)
+                    was_there = True
+                except OSError as error:  # such as a share that went away
+                    if was_there:
+                        print(f"serving.client: Expected a folder to watch, received '{error.strerror}' for {folder};"
+                              " it may come back.", file=sys.stderr)  # fmt: skip
+                    was_there = False
+                time.sleep(LOOK_EVERY_S)
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _settled(
+    arguments: argparse.Namespace, settling: dict[Path, tuple[Mark, float]]
+) -> Iterator[tuple[Path, Path, Mark]]:
+    """The scans of the watched folder that are whole and not done, each with its mask and what it looks like.
+
+    Args:
+        arguments: of the command.
+        settling: what each scan looked like, and since when; brought up to date here.
+    """
+    now = time.monotonic()
+    for scan in sorted(path for path in arguments.watch.iterdir() if not path.name.startswith(".")):
+        mask = arguments.out / f"{stem_of(scan)}.{arguments.format or 'vtk'}"
+        if mask.exists() or _failure_of(mask).exists():
+            continue
+        mark = _mark(scan)
+        if scan not in settling or settling[scan][0] != mark:
+            settling[scan] = (mark, now)
+        elif mark is not None and now - settling[scan][1] >= SETTLED_S:
+            yield scan, mask, mark
 
 
 def _segment_dropped(
-    arguments: argparse.Namespace, fresh: Sequence[tuple[Path, Path]], show: Callable[[str, str, int, int], None]
+    arguments: argparse.Namespace, scan: Path, mask: Path, mark: Mark, show: Show, stop: threading.Event
 ) -> None:
-    """Segments scans, and writes down those that cannot be, so that they are not tried again and again."""
-    usable = []
-    for scan, mask in fresh:
-        try:
-            check_readable(scan)
-            check_outputs([scan], [mask])
-            usable.append((scan, mask))
-        except ClientError as error:
-            print(f"serving.client: {error.sentence}", file=sys.stderr)
-            _write_json(_failure_of(mask), {"scan": str(scan), "error": {"code": error.code, "text": error.sentence}})
-    for first in range(0, len(usable), arguments.at_once):
-        some = usable[first : first + arguments.at_once]
-        try:
-            results, _ = _segment_all(arguments, some, show)
-        except ClientError as error:
-            if len(some) != 1 or error.exit_code != EXIT_BAD_INPUT:
-                raise
-            results = [{"scan": str(some[0][0]), "error": {"code": error.code, "text": error.sentence}}]
-            print(f"serving.client: {error.sentence}", file=sys.stderr)
-        for (_, mask), result in zip(some, results, strict=True):
-            where = _failure_of(mask) if "error" in result else mask.with_name(mask.name + ".result.json")
-            _write_json(where, result)
+    """Segments a scan, or writes down why it cannot be; after anything else it will be found again, a while later."""
+    try:
+        with _client(arguments, stop) as client:
+            result = _segment(client, arguments, scan, mask, show)
+        _write_json(mask.with_name(mask.name + ".result.json"), result)
+    except ClientError as error:
+        print(f"serving.client: {error.sentence}", file=sys.stderr)
+        if _is_of_scan(error) and _mark(scan) == mark:
+            with contextlib.suppress(ClientError):  # no room for it
+                _write_json(_failure_of(mask), _failure(scan, error))
+                return
+        stop.wait(PATIENCE_S)
+
+
+def _is_of_scan(error: ClientError) -> bool:
+    """Whether the same scan would end the same way, rather than the network, the access or this computer."""
+    if isinstance(error, Refused):
+        return error.error.fault != "access" and not error.error.retryable and error.code != "MODEL_UNKNOWN"
+    return error.exit_code == EXIT_BAD_INPUT and error.code not in ("BAD_OUTPUT", "BAD_KEY")
 
 
 def _failure_of(mask: Path) -> Path:
     return mask.with_name(mask.name + ".failed.json")
 
 
-def _mark(scan: Path) -> tuple[int, ...]:
-    """What changes while a scan is still being copied."""
+def _mark(scan: Path) -> Mark:
+    """What changes while a scan is still being copied; None as long as there is not a byte of it."""
     try:
         with reading(scan):
             facts = [path.stat() for path in files_of(scan)]
-    except ClientError:  # an empty folder, which will be filled, or a file that is gone
-        return (time.monotonic_ns(),) if not scan.exists() else ()
-    return (len(facts), sum(one.st_size for one in facts), max(one.st_mtime_ns for one in facts))
+    except ClientError as error:
+        return None if error.code == "NOT_FOUND" else ()
+    size = sum(one.st_size for one in facts)
+    return (len(facts), size, max(one.st_mtime_ns for one in facts)) if size else None
 
 
 @contextlib.contextmanager
@@ -216,9 +256,11 @@ def _from_stdin(scans: Sequence[Path]) -> Iterator[list[Path]]:
         return
     if len(scans) > 1:
         raise ClientError("BAD_ARGUMENT", "Expected - alone, received other scans beside it.", EXIT_BAD_INPUT)
-    with tempfile.TemporaryDirectory(prefix="lvseg-") as folder:
+    with making_room(STDIN):
+        temporary = tempfile.TemporaryDirectory(prefix="lvseg-")
+    with temporary as folder:
         path = Path(folder) / "stdin"
-        with path.open("xb") as file:
+        with making_room(STDIN), path.open("xb") as file:
             while piece := sys.stdin.buffer.read(1024 * 1024):
                 file.write(piece)
         named = path.with_name("stdin" + suffix_by_content(path))
@@ -311,7 +353,7 @@ def _show_key(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, str, int, int], None]]:
+def _progress() -> Iterator[Show]:
     """What shows how far each scan is: bars on a terminal, else a line now and then."""
     if sys.stderr.isatty():
         from rich.console import Console

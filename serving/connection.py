@@ -11,6 +11,7 @@ started again, cost time but nothing else. Runs without TensorFlow, NumPy and th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import ipaddress
 import json
@@ -37,8 +38,11 @@ CONNECT_S = 5.0
 SILENCE_S = 60.0  # a server that is started again answers within this; without a word for longer it is gone
 SLICE_S = 0.2  # of a wait, after which it is looked whether to stop
 ASK_S = 2.0  # without news for this long, STATUS asks; it also finds the job again after a lost connection
+ANNOUNCE_S = 5.0  # without an answer for this long, SUBMIT is sent again: it may have been lost with a server
+NO_DATA_S = 15.0  # a slow link takes long for each DATA; after this long without any, what was asked for is lost
 FETCHES_AHEAD = 8
 PORT_MAX = 65535
+DEADLINE_MS_MAX = 86_400_000
 # A connection that breaks off as it begins: once may be a server that is just being stopped.
 BROKEN_MAX = 3
 EVENTS = (
@@ -47,8 +51,11 @@ EVENTS = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
-# Worth another try, whatever the attempt before has left: each begins where the server is.
-AGAIN = frozenset({"BUSY", "NOT_FOUND", "SERVER_STOPPING", "STORAGE_FULL", "OUT_OF_MEMORY"})
+OUT_OF_PLACE = frozenset({"BAD_OFFSET", "OVER_CREDIT"})  # of chunks that came where the server is not, or not yet
+CORRUPT_MAX = 2  # uploads that do not arrive as they were sent; then it is not the network
+RETRY_S = 0.1  # at least, before another try
+# After these the job is left with the server, where the same call finds it again.
+LEFT = frozenset({"BAD_OUTPUT", "UNREACHABLE"})
 OWN_KEY, LOCAL_KEY, HOME_KEY = "LVSEG_KEY", Path("access/local.json"), Path(".config/lvseg/client.json")
 
 OnProgress = Callable[[str, int, int], None]
@@ -150,6 +157,9 @@ class Client:
         self._secure = credentials is not None
         self._stop = stop or threading.Event()
         self._broken = 0
+        self._greeted = False
+        self._connections = self._noticed = 0  # begun, and those of them in which a job was asked for again
+        self._asked = False  # for a job's STATUS, which is still to be answered
         self._leaving = False  # while a job is closed, which is to be said even by a client that stops
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -281,39 +291,54 @@ class Client:
         name, _, version = model.partition("/")
         with sent.file:
             self._check(sent.name, sent.bytes, sent.content_bytes, len(sent.members))
-            corrupt = 0
-            while True:
-                left_ms = min(86_400_000, max(1, int(1000 * (limit - time.monotonic()))))
-                submit = protocol.Submit(
-                    sent.name, sent.kind, name, int(version or 0), modality, output, sent.codec, sent.bytes,
-                    sent.content_bytes, sent.sha256, left_ms,
-                )  # fmt: skip
-                try:
-                    return self._run(submit, sent, out, limit, on_progress)
-                except Refused as refused:
-                    corrupt += refused.code == "DIGEST_MISMATCH"
-                    wait_s = max(0.1, refused.error.retry_after_ms / 1000)
-                    again = refused.code in AGAIN and refused.error.fault != "input"
-                    again |= refused.code == "DIGEST_MISMATCH" and corrupt <= 2
-                    if not again or time.monotonic() + wait_s > limit:
-                        raise
-                    on_progress("retry", 0, 0)
-                    self._sleep(wait_s)
+            submit = protocol.Submit(
+                sent.name, sent.kind, name, int(version or 0), modality, output, sent.codec, sent.bytes,
+                sent.content_bytes, sent.sha256, DEADLINE_MS_MAX,
+            )  # fmt: skip
+            return self._repeat(submit, sent, out, limit, on_progress)
 
     # ---- the steps of a job
 
-    def _run(
+    def _repeat(
         self, submit: protocol.Submit, sent: Package, out: Path, limit: float, on_progress: OnProgress
     ) -> tuple[list[Path], dict[str, Any]]:
-        """A scan from its announcement to its result's files, from wherever the server already is with it."""
-        accepted = self._announce(submit, limit)
-        job = accepted.job
+        """Tries again where the server says that this may help; ends the job, unless the next call is to find it."""
+        job, corrupt = b"", 0
         try:
-            self._upload(accepted, sent, limit, on_progress)
-            done = self._wait(job, sent, limit, on_progress)
-            return self._collect(job, done, sent, out, submit.output, limit, on_progress)
+            while True:
+                left_ms = min(DEADLINE_MS_MAX, max(1, int(1000 * (limit - time.monotonic()))))
+                try:
+                    accepted = self._announce(dataclasses.replace(submit, deadline_ms=left_ms), limit)
+                    job = accepted.job
+                    return self._run(accepted, submit.output, sent, out, limit, on_progress)
+                except Refused as refused:
+                    corrupt += refused.code == "DIGEST_MISMATCH"
+                    wait_s = max(RETRY_S, refused.error.retry_after_ms / 1000)
+                    if not _may_help(refused.error, corrupt) or time.monotonic() + wait_s > limit:
+                        raise
+                    on_progress("retry", 0, 0)
+                    self._sleep(wait_s)
+        except ClientError as error:
+            if error.code in LEFT:
+                job = b""
+            raise
         finally:
-            self._forget(job)
+            if job:
+                self._forget(job)
+
+    def _run(
+        self,
+        accepted: protocol.Accepted,
+        output: str,
+        sent: Package,
+        out: Path,
+        limit: float,
+        on_progress: OnProgress,
+    ) -> tuple[list[Path], dict[str, Any]]:
+        """A scan from the answer to its announcement to its result's files, wherever the server is with it."""
+        self._upload(accepted, sent, limit, on_progress)
+        done = self._wait(accepted.job, sent, limit, on_progress)
+        return self._collect(accepted.job, done, sent, out, output, limit, on_progress)
 
     def _connect(self, connect_s: float) -> None:
         unfit = ClientError(
@@ -333,6 +358,7 @@ class Client:
         except zmq.ZMQError as error:
             raise unfit from error
         self.greeting = self.welcome(connect_s)
+        self._greeted, self._noticed = True, self._connections
 
     def _check_sizes(self, scan: Path) -> None:
         """What the files' sizes tell, before time and disk are spent on packing them."""
@@ -356,48 +382,59 @@ class Client:
 
     def _announce(self, submit: protocol.Submit, limit: float) -> protocol.Accepted:
         """Where the upload begins or goes on: at its end, where the server has the scan already."""
-        answer_limit = min(limit, time.monotonic() + SILENCE_S)
-        self._say(submit, answer_limit)
-        accepted: protocol.Accepted = self._expect(protocol.Accepted, answer_limit)
-        return accepted
+        self._asked = False
+        limit = min(limit, time.monotonic() + SILENCE_S)
+        while True:
+            self._say(submit, limit)
+            repeat_at = min(limit, time.monotonic() + ANNOUNCE_S)
+            try:
+                accepted: protocol.Accepted = self._expect(protocol.Accepted, repeat_at)
+                return accepted
+            except Unreachable:
+                if time.monotonic() >= limit:
+                    raise
 
     def _upload(self, accepted: protocol.Accepted, sent: Package, limit: float, on_progress: OnProgress) -> None:
-        """Sends the bytes as credit allows. STATUS, whose answer says where to go on, repairs whatever goes wrong."""
+        """Sends the bytes as credit allows.
+
+        What says that the server is not where this client takes it to be makes it ask STATUS and wait for the answer.
+        Any other ACCEPTED may be older than chunks that are under way, and its offset is none to go back to.
+        """
         job, offset, until = accepted.job, accepted.offset, accepted.until
-        asked = False  # for STATUS; chunks sent before its answer would be out of place
+        lost = False
         messages = self._messages(job, limit, sent, lambda: f"{offset} of {sent.bytes} bytes were sent")
         while True:
-            while not asked and offset < until:
+            while not lost and offset < until:
                 sent.file.seek(offset)
                 payload = sent.file.read(min(self.greeting.limits.chunk_bytes, until - offset))
                 self._say(protocol.Chunk(job, offset, payload), limit)
                 offset += len(payload)
                 on_progress("send", offset, sent.bytes)
             message = next(messages)
-            if isinstance(message, protocol.Accepted):
-                offset, until, asked = message.offset, message.until, False
+            if isinstance(message, protocol.Accepted) and lost:
+                offset, until, lost = message.offset, message.until, False
+            elif isinstance(message, protocol.Accepted):
+                until, lost = max(until, message.until), message.offset < offset
             elif isinstance(message, protocol.Credit):
                 until = max(until, message.until)
             elif isinstance(message, protocol.Stored | protocol.Progress | protocol.Done):
                 return
             elif isinstance(message, protocol.Error):
-                if message.code not in ("BAD_OFFSET", "OVER_CREDIT", "SERVER_STOPPING"):
+                if message.code not in OUT_OF_PLACE and message.code != "SERVER_STOPPING":
                     raise Refused(message, self.server, sent.members)
-                if not asked and message.code != "SERVER_STOPPING":
-                    self._say(protocol.Status(job), limit)
-                asked = True
-            elif message is None:
-                asked = True
+                lost = True
+            if lost:
+                self._ask(job)
 
     def _wait(self, job: bytes, sent: Package, limit: float, on_progress: OnProgress) -> protocol.Done:
         where = "it was sent"
-        self._say(protocol.Status(job), limit)
+        self._ask(job)
         messages = self._messages(job, limit, sent, lambda: where)
         while True:
             message = next(messages)
             if isinstance(message, protocol.Done):
                 return message
-            if isinstance(message, protocol.Error) and message.code != "SERVER_STOPPING":
+            if isinstance(message, protocol.Error) and message.code != "SERVER_STOPPING" and not _is_late(message):
                 raise Refused(message, self.server, sent.members)
             if isinstance(message, protocol.Progress):
                 queued = message.stage == "queue"
@@ -446,6 +483,7 @@ class Client:
         got = asked = 0
         digest = hashlib.sha256()
         chunk = self.greeting.limits.chunk_bytes
+        connection, came = self._connections, time.monotonic()
         messages = self._messages(job, limit, sent, lambda: f"{got} of {file.bytes} bytes of the result came")
         while got < file.bytes:
             while asked < file.bytes and asked < got + FETCHES_AHEAD * chunk:
@@ -455,12 +493,13 @@ class Client:
             if isinstance(message, protocol.Data) and (message.name, message.offset) == (file.name, got):
                 digest.update(message.payload)
                 got += len(message.payload)
+                came = time.monotonic()
                 on_progress("receive", got, file.bytes)
                 yield message.payload
-            elif isinstance(message, protocol.Error):
+            elif isinstance(message, protocol.Error) and not _is_late(message):
                 raise Refused(message, self.server, sent.members)
-            elif message is None:
-                asked = got
+            elif message is None and (connection != self._connections or time.monotonic() - came >= NO_DATA_S):
+                asked, connection, came = got, self._connections, time.monotonic()
         if digest.hexdigest() != file.sha256:
             raise ClientError(
                 "RESULT_CORRUPT",
@@ -483,13 +522,22 @@ class Client:
 
     # ---- single messages
 
+    def _ask(self, job: bytes) -> None:
+        """Asks where a job is, unless that is asked already: behind a slow link, answers take their time."""
+        if self._asked:
+            return
+        with contextlib.suppress(Unreachable):  # no connection at present; the next one brings the question again
+            self._say(protocol.Status(job), time.monotonic())
+            self._asked = True
+
     def _messages(self, job: bytes, limit: float, sent: Package, where: Callable[[], str]) -> Iterator[Any]:
-        """The job's messages as they come; None after ASK_S of silence, when STATUS has been sent.
+        """The job's messages as they come; None after ASK_S of silence or on a new connection, when it was asked for.
 
         Raises:
             ClientError: TIMEOUT at the limit, UNREACHABLE after SILENCE_S without a word.
         """
-        heard = asked = time.monotonic()
+        heard = time.monotonic()
+        ask_at = heard + ASK_S
         while True:
             now = time.monotonic()
             if now >= limit:
@@ -506,14 +554,17 @@ class Client:
                     f" ({where()}): check that the server still runs and that the network is up.",
                     EXIT_NETWORK,
                 )
-            message = self._take(min(limit, asked + ASK_S))
-            if message is None and time.monotonic() >= asked + ASK_S:
-                asked = time.monotonic()
-                with contextlib.suppress(Unreachable):
-                    self._say(protocol.Status(job), asked)
+            if now >= ask_at or self._noticed != self._connections:
+                self._noticed = self._connections
+                ask_at = now + ASK_S
+                self._ask(job)
                 yield None
-            elif message is not None and message.job == job:
-                heard = asked = time.monotonic()
+            message = self._take(min(limit, ask_at))
+            if message is not None and message.job == job:
+                heard = time.monotonic()
+                ask_at = heard + ASK_S
+                if isinstance(message, protocol.Accepted | protocol.Progress | protocol.Done):
+                    self._asked = False
                 yield message
 
     def _expect(self, kind: type[Any], limit: float) -> Any:
@@ -574,6 +625,8 @@ class Client:
         """What ZeroMQ says of a connection as it begins; without it a client that is not let in would wait in vain."""
         if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._broken = 0
+            self._connections += 1
+            self._asked = False  # lost with the connection before
         elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             raise ClientError(
                 "NOT_AUTHORISED",
@@ -581,7 +634,7 @@ class Client:
                 " operator allows this client's key (python -m serving.client keys show) with serving.admin.",
                 EXIT_NETWORK,
             )
-        else:
+        elif not self._greeted:  # later it is a server that is started again, behind something that takes connections
             self._broken += 1
             if self._broken < BROKEN_MAX and kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 return
@@ -596,6 +649,18 @@ class Client:
     def _sleep(self, wait_s: float) -> None:
         if self._stop.wait(wait_s):
             raise KeyboardInterrupt
+
+
+def _may_help(error: protocol.Error, corrupt: int) -> bool:
+    """Whether the same announcement again may succeed, after so many uploads that did not arrive as they were sent."""
+    if error.code == "DIGEST_MISMATCH":
+        return corrupt <= CORRUPT_MAX
+    return error.fault != "input" and (error.retryable or error.code == "NOT_FOUND")  # given up there, known here
+
+
+def _is_late(error: protocol.Error) -> bool:
+    """Whether it is about a chunk that was sent twice, when the server has the whole scan."""
+    return error.stage == "upload" and error.code in OUT_OF_PLACE
 
 
 def _is_loopback(host: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
 import stat
 import tempfile
 import zipfile
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from serving import protocol
-from serving.errors import EXIT_BAD_INPUT, ClientError
+from serving.errors import EXIT_BAD_INPUT, EXIT_ERROR, ClientError
 
 ZSTD_LEVEL = 1  # packs faster than a network of 1 Gbit/s carries
 PIECE_BYTES = 1024 * 1024
@@ -24,6 +26,7 @@ SIGNATURES = (
     (4, b"n+2\0", ".nii"), (0, b"NRRD", ".nrrd"), (0, b"# vtk DataFile", ".vtk"), (0, b"<?xml", ".vti"),
     (0, b"<VTKFile", ".vti"), (0, b"ObjectType", ".mha"),
 )  # fmt: skip
+FULL = (errno.ENOSPC, errno.EDQUOT)
 SPOOL_BYTES = 64 * 1024 * 1024  # an upload up to this size waits in memory, a larger one in a temporary file
 
 
@@ -62,9 +65,11 @@ def package(scan: Path) -> Package:
         With its file open; the caller closes it.
 
     Raises:
-        ClientError: NOT_FOUND, NOT_READABLE or INPUT_TRUNCATED, exit code 2.
+        ClientError: NOT_FOUND, NOT_READABLE or INPUT_TRUNCATED, exit code 2; TEMPORARY_FULL, exit code 1.
     """
     name = name_of(scan)
+    with making_room(scan):
+        tempfile.gettempdir()  # chosen now, since a full one would look like a scan that is not there
     with reading(scan):
         members = files_of(scan)
         if scan.is_dir():
@@ -102,9 +107,30 @@ def reading(scan: Path) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ClientError("NOT_FOUND", f"Expected a scan, received no such file: {scan}.", EXIT_BAD_INPUT) from error
     except OSError as error:
+        if error.errno in FULL:  # said by what is written while the scan is read
+            raise _no_room(scan, error) from error
         raise ClientError(
             "NOT_READABLE", f"Expected a scan that can be read, received '{error.strerror}' for {scan}.", EXIT_BAD_INPUT
         ) from error
+
+
+@contextlib.contextmanager
+def making_room(scan: Path) -> Iterator[None]:
+    """Turns what can go wrong with temporary files, which hold a scan as it is sent, into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise _no_room(scan, error) from error
+
+
+def _no_room(scan: Path, error: OSError) -> ClientError:
+    place = tempfile.tempdir or os.environ.get("TMPDIR", "/tmp")  # None where no folder could be used
+    return ClientError(
+        "TEMPORARY_FULL",
+        f"Expected room for temporary files in {place} to send {scan}, received '{error.strerror}': make room there, or"
+        " name another folder with the variable TMPDIR.",
+        EXIT_ERROR,
+    )
 
 
 def files_of(scan: Path) -> list[Path]:
@@ -203,12 +229,18 @@ def _copied(
     packed: IO[bytes] = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 the caller closes it
     digest = hashlib.sha256()
     size = 0
-    while piece := content.read(PIECE_BYTES):
-        size += len(piece)
-        part = pack(piece)
+    try:
+        while piece := content.read(PIECE_BYTES):
+            size += len(piece)
+            part = pack(piece)
+            digest.update(part)
+            packed.write(part)
+        part = flush()
         digest.update(part)
         packed.write(part)
-    part = flush()
-    digest.update(part)
-    packed.write(part)
+        packed.flush()  # what does not fit is told here
+    except BaseException:
+        with contextlib.suppress(OSError):
+            packed.close()
+        raise
     return Package(name, kind, codec, packed, packed.tell(), size, digest.hexdigest(), members)

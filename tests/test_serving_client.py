@@ -1,0 +1,571 @@
+"""The client against servers and links that lose, repeat, wait and break off: scripted servers over real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+from serving_fixtures import DIGEST, LIMIT_S, until
+
+from serving import connection, protocol, scans
+from serving.connection import Client, ClientError
+from serving.scans import package
+
+ROOT = Path(__file__).parents[1]
+CHUNK = 10_000
+RATE = 400_000  # bytes a second of a slow link
+MASK, MEASURED = b"mask" * 10, b'{"volume_ml": 1}'
+
+
+def key_of(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def error(job: bytes, code: str, stage: str, fault: str = "access", retryable: bool = True) -> protocol.Error:
+    return protocol.Error(job, code, stage, fault, retryable, 0, "Expected something, received something else.")
+
+
+class Job:
+    """What a scripted server has of a scan."""
+
+    def __init__(self, submit: protocol.Submit, until_byte: int) -> None:
+        self.submit = submit
+        self.offset, self.until = 0, until_byte
+
+
+class Scripted:
+    """A server that does each job at once, but for what a test has it say instead.
+
+    Args:
+        script: given each message, returns what is answered; None for what a server would answer.
+        window: bytes that a client may send ahead.
+        mask: the result of every job.
+    """
+
+    def __init__(
+        self, script: Callable[[Any], Sequence[Any] | None] = lambda _: None, window: int = 10**9, mask: bytes = MASK
+    ) -> None:
+        self.script, self.window = script, window
+        self.heard: list[Any] = []
+        self.jobs: dict[bytes, Job] = {}
+        self.results = {"mask.vtk": mask, "result.json": MEASURED}
+        self.files = tuple(
+            protocol.ResultFile(name, len(content), hashlib.sha256(content).hexdigest())
+            for name, content in self.results.items()
+        )
+        self.problems: list[BaseException] = []
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.bind("tcp://127.0.0.1:*")
+        self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self.run)
+
+    def __enter__(self) -> Scripted:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self.thread.join()
+        self.socket.close()
+        self.context.term()
+        assert self.problems == []
+
+    def run(self) -> None:
+        while not self.closing.is_set():
+            if not self.socket.poll(20):
+                continue
+            route, *frames = self.socket.recv_multipart()
+            try:
+                message = protocol.decode(frames, protocol.FROM_CLIENT)
+                self.heard.append(message)
+                answers = self.script(message)
+                for answer in self.answers(message) if answers is None else answers:
+                    self.socket.send_multipart([route, *protocol.encode(answer)])
+            except Exception as problem:  # for the test to tell
+                self.problems.append(problem)
+
+    def all(self, kind: type[Any]) -> list[Any]:
+        """What was heard of a kind."""
+        return [message for message in list(self.heard) if isinstance(message, kind)]
+
+    def answers(self, message: Any) -> list[Any]:
+        """What a server answers."""
+        if isinstance(message, protocol.Hello):
+            models = (protocol.Model("bright", 3, DIGEST),)
+            return [protocol.Welcome(1, "scripted", True, protocol.Limits(10**9, 10**9, 100, CHUNK), models)]
+        if isinstance(message, protocol.Submit):
+            key = key_of(message.name)
+            job = self.jobs.setdefault(key, Job(message, min(message.bytes, self.window)))
+            return [protocol.Accepted(key, job.offset, job.until), *self.ready(key)]
+        key = message.job
+        if isinstance(message, protocol.Close):
+            self.jobs.pop(key, None)
+            return [protocol.Closed(key)]
+        if key not in self.jobs:
+            return [error(key, "NOT_FOUND", "queue", retryable=False)]
+        job = self.jobs[key]
+        if isinstance(message, protocol.Status):
+            return self.ready(key) or [protocol.Accepted(key, job.offset, job.until)]
+        if isinstance(message, protocol.Fetch):
+            content = self.results[message.name][message.offset : message.offset + message.bytes]
+            return [protocol.Data(key, message.name, message.offset, content)]
+        if not isinstance(message, protocol.Chunk) or message.offset != job.offset:
+            return [error(key, "BAD_OFFSET", "upload")]
+        job.offset += len(message.payload)
+        if job.offset == job.submit.bytes:
+            return [protocol.Stored(key, job.submit.sha256), *self.ready(key)]
+        if job.until < job.submit.bytes and job.until - job.offset <= self.window // 2:
+            job.until = min(job.submit.bytes, job.offset + self.window)
+            return [protocol.Credit(key, job.until)]
+        return []
+
+    def ready(self, key: bytes) -> list[Any]:
+        """DONE, once the scan is there."""
+        job = self.jobs[key]
+        return [protocol.Done(key, self.files)] if job.offset == job.submit.bytes else []
+
+
+class Link:
+    """A link to a server, as slow as is asked for, that can be cut.
+
+    Args:
+        endpoint: of the server.
+        up, down: bytes a second to and from the server; None for as fast as it goes.
+    """
+
+    def __init__(self, endpoint: str, up: float | None = None, down: float | None = None) -> None:
+        self.port = int(endpoint.rpartition(":")[2])
+        self.rates = {"up": up, "down": down}
+        self.carried = {"up": 0, "down": 0}
+        self.to_break = self.broken = 0
+        self.ends: list[socket.socket] = []
+        self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen()
+        self.endpoint = f"tcp://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.cut()
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                if self.to_break:
+                    self.to_break -= 1
+                    self.broken += 1
+                    near.close()
+                    continue
+                far = socket.socket()
+                far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+                far.connect(("127.0.0.1", self.port))
+                self.ends += [near, far]
+                for source, sink, way in ((near, far, "up"), (far, near, "down")):
+                    threading.Thread(target=self.carry, args=(source, sink, way), daemon=True).start()
+
+    def carry(self, source: socket.socket, sink: socket.socket, way: str) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(8192):
+                self.carried[way] += len(piece)
+                if rate := self.rates[way]:
+                    time.sleep(len(piece) / rate)
+                sink.sendall(piece)
+
+    def cut(self, breaking: int = 0) -> None:
+        """Ends the connections, and breaks off so many of those that begin afterwards."""
+        self.to_break = breaking
+        ends, self.ends = self.ends, []
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+def scan_of(folder: Path, size: int = 3 * CHUNK, name: str = "scan.nii.gz") -> Path:
+    """A file that calls itself a scan; a scripted server looks no further."""
+    path = folder / name
+    path.write_bytes(os.urandom(size))
+    return path
+
+
+def segment(endpoint: str, scan: Path, out: Path, **how: Any) -> tuple[list[Path], dict[str, Any]]:
+    """One scan over a connection of its own."""
+    with Client(endpoint, insecure=True) as client:
+        return client.segment(scan, "bright", out, how.pop("timeout_s", LIMIT_S), **how)
+
+
+def expect_done(answer: tuple[list[Path], dict[str, Any]], out: Path, mask: bytes = MASK) -> None:
+    assert answer == ([out], json.loads(MEASURED))
+    assert out.read_bytes() == mask
+
+
+# ---- slow links
+
+
+def test_over_a_slow_link_every_byte_is_sent_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "ASK_S", 0.05)
+    scan, size, window = scan_of(tmp_path, 80 * CHUNK), 80 * CHUNK, 40 * CHUNK
+    with Scripted(window=window) as server, Link(server.endpoint, up=RATE) as link:
+        expect_done(segment(link.endpoint, scan, tmp_path / "out.vtk"), tmp_path / "out.vtk")
+    assert [chunk.offset for chunk in server.all(protocol.Chunk)] == list(range(0, size, CHUNK))
+    assert link.carried["up"] < 1.1 * size
+    assert len(server.all(protocol.Status)) <= 2 + 2 * size // (window // 2)  # one at a time, not one every 0.05 s
+
+
+def test_an_answer_that_was_not_asked_for_is_no_place_to_go_back_to(tmp_path: Path) -> None:
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Chunk) and message.offset == 0:
+            return [*server.answers(message), protocol.Accepted(message.job, 0, 10 * CHUNK)]
+        return None
+
+    with Scripted(script, window=6 * CHUNK) as server:
+        segment(server.endpoint, scan_of(tmp_path, 10 * CHUNK), tmp_path / "out.vtk")
+    assert [chunk.offset for chunk in server.all(protocol.Chunk)] == list(range(0, 10 * CHUNK, CHUNK))
+
+
+def test_a_chunk_that_the_server_did_not_get_is_sent_again(tmp_path: Path) -> None:
+    lost = []
+
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Chunk) and message.offset == 2 * CHUNK and not lost:
+            lost.append(message)
+            return []
+        return None
+
+    with Scripted(script) as server:
+        expect_done(segment(server.endpoint, scan_of(tmp_path, 10 * CHUNK), tmp_path / "out.vtk"), tmp_path / "out.vtk")
+
+
+@pytest.mark.parametrize("code", ["BAD_OFFSET", "OVER_CREDIT"])
+def test_late_words_about_chunks_end_nothing(tmp_path: Path, code: str) -> None:
+    def script(message: Any) -> list[Any] | None:
+        late = error(message.job, code, "upload") if hasattr(message, "job") else None
+        if isinstance(message, protocol.Chunk) and message.offset == 2 * CHUNK:
+            stored, done = server.answers(message)
+            return [stored, late, late, done]
+        return [late, *server.answers(message)] if isinstance(message, protocol.Fetch) else None
+
+    with Scripted(script) as server:
+        expect_done(segment(server.endpoint, scan_of(tmp_path), tmp_path / "out.vtk"), tmp_path / "out.vtk")
+    assert len(server.all(protocol.Submit)) == 1
+
+
+def test_over_a_slow_link_every_byte_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "ASK_S", 0.01)  # less than a DATA takes
+    mask = os.urandom(60 * CHUNK)
+    with Scripted(mask=mask) as server, Link(server.endpoint, down=RATE) as link:
+        expect_done(segment(link.endpoint, scan_of(tmp_path), tmp_path / "out.vtk"), tmp_path / "out.vtk", mask)
+    fetched = [fetch.offset for fetch in server.all(protocol.Fetch) if fetch.name == "mask.vtk"]
+    assert fetched == list(range(0, len(mask), CHUNK))
+    assert link.carried["down"] < 1.2 * len(mask)
+
+
+@pytest.mark.parametrize("stage", ["send", "receive"])
+def test_a_connection_that_is_lost_on_the_way_costs_nothing_but_time(tmp_path: Path, stage: str) -> None:
+    mask, scan, cut = os.urandom(40 * CHUNK), scan_of(tmp_path, 40 * CHUNK), []
+
+    def once(at: str, done: int, total: int) -> None:
+        if at == stage and 0 < done < total and not cut:
+            cut.append(done)
+            link.cut()
+
+    with Scripted(window=20 * CHUNK, mask=mask) as server, Link(server.endpoint, up=RATE, down=RATE) as link:
+        answer = segment(link.endpoint, scan, tmp_path / "out.vtk", on_progress=once)
+    expect_done(answer, tmp_path / "out.vtk", mask)
+    assert cut
+
+
+def test_a_result_that_comes_twice_is_the_same(tmp_path: Path) -> None:
+    mask = os.urandom(20 * CHUNK)
+
+    def script(message: Any) -> list[Any] | None:
+        return 2 * server.answers(message) if isinstance(message, protocol.Fetch) else None
+
+    with Scripted(script, mask=mask) as server:
+        expect_done(segment(server.endpoint, scan_of(tmp_path), tmp_path / "out.vtk"), tmp_path / "out.vtk", mask)
+
+
+def test_data_that_was_lost_without_a_sign_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "ASK_S", 0.05)
+    monkeypatch.setattr(connection, "NO_DATA_S", 0.2)
+    lost = []
+
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Fetch) and not lost:
+            lost.append(message)
+            return []
+        return None
+
+    with Scripted(script) as server:
+        expect_done(segment(server.endpoint, scan_of(tmp_path), tmp_path / "out.vtk"), tmp_path / "out.vtk")
+
+
+# ---- servers that are started again
+
+
+def test_an_announcement_that_is_lost_with_a_server_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "ANNOUNCE_S", 0.2)
+    monkeypatch.setattr(connection, "SILENCE_S", 5.0)
+
+    def script(message: Any) -> list[Any] | None:
+        return [] if isinstance(message, protocol.Submit) and len(server.all(protocol.Submit)) == 1 else None
+
+    with Scripted(script) as server:
+        expect_done(segment(server.endpoint, scan_of(tmp_path), tmp_path / "out.vtk"), tmp_path / "out.vtk")
+    assert len(server.all(protocol.Submit)) == 2
+
+
+def test_connections_that_break_off_while_a_server_is_started_again_are_waited_for(tmp_path: Path) -> None:
+    broken = connection.BROKEN_MAX
+
+    def script(message: Any) -> list[Any] | None:
+        is_back = link.broken == broken
+        if isinstance(message, protocol.Chunk) and message.offset == 2 * CHUNK:
+            return [server.answers(message)[0], protocol.Progress(message.job, "segment", 0, 0, 1)]
+        if isinstance(message, protocol.Status) and not is_back:
+            return [protocol.Progress(message.job, "segment", 0, 0, 1)]
+        return None
+
+    def once(stage: str, done: int, total: int) -> None:
+        if stage == "segment" and not link.broken and not link.to_break:
+            link.cut(breaking=broken)
+
+    with Scripted(script) as server, Link(server.endpoint) as link:
+        answer = segment(link.endpoint, scan_of(tmp_path), tmp_path / "out.vtk", on_progress=once)
+        assert link.broken == broken
+    expect_done(answer, tmp_path / "out.vtk")
+
+
+def test_connections_that_break_off_before_a_server_has_greeted_are_told() -> None:
+    with Scripted() as server, Link(server.endpoint) as link:
+        link.cut(breaking=100)
+        with pytest.raises(ClientError) as told:
+            Client(link.endpoint, insecure=True)
+    assert told.value.code == "SERVER_KEY_MISMATCH"
+
+
+# ---- errors that may pass
+
+
+@pytest.mark.parametrize(
+    ("code", "fault", "retryable", "tries"),
+    [
+        ("STORAGE_FAILED", "server", True, 2), ("MODEL_UNAVAILABLE", "access", True, 2),
+        ("NOT_FOUND", "access", False, 2), ("INTERNAL", "server", False, 1), ("CANCELLED", "access", False, 1),
+        ("BAD_GEOMETRY", "input", True, 1),
+    ],
+)  # fmt: skip
+def test_the_server_says_what_is_worth_another_try(
+    tmp_path: Path, code: str, fault: str, retryable: bool, tries: int
+) -> None:
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Chunk) and len(server.all(protocol.Submit)) == 1:
+            server.jobs.pop(message.job, None)
+            return [error(message.job, code, "queue", fault, retryable)] if message.offset == 0 else []
+        return None
+
+    with Scripted(script) as server:
+        scan, out = scan_of(tmp_path, 100), tmp_path / "out.vtk"
+        if tries == 1:
+            with pytest.raises(ClientError) as told:
+                segment(server.endpoint, scan, out)
+            assert told.value.code == code
+        else:
+            expect_done(segment(server.endpoint, scan, out), out)
+        assert len(server.all(protocol.Submit)) == tries
+        assert len(server.all(protocol.Close)) == 1
+
+
+def test_a_server_that_stays_unable_is_given_up_at_the_limit(tmp_path: Path) -> None:
+    def script(message: Any) -> list[Any] | None:
+        return [error(b"", "STORAGE_FAILED", "submit", "server")] if isinstance(message, protocol.Submit) else None
+
+    with Scripted(script) as server, pytest.raises(ClientError) as told:
+        segment(server.endpoint, scan_of(tmp_path), tmp_path / "out.vtk", timeout_s=0.5)
+    assert told.value.code == "STORAGE_FAILED"
+    assert len(server.all(protocol.Submit)) > 1
+
+
+# ---- this computer's own trouble
+
+
+def test_a_result_that_cannot_be_written_is_kept_for_the_same_call_again(tmp_path: Path) -> None:
+    out = tmp_path / "masks/out.vtk"
+
+    def remove(stage: str, done: int, total: int) -> None:
+        if stage == "receive" and done == len(MASK):
+            shutil.rmtree(out.parent)
+
+    scan = scan_of(tmp_path)
+    with Scripted() as server:
+        with pytest.raises(ClientError) as told:
+            segment(server.endpoint, scan, out, on_progress=remove)
+        assert told.value.code == "BAD_OUTPUT"
+        assert server.all(protocol.Close) == []
+        expect_done(segment(server.endpoint, scan, out), out)
+        assert len(server.all(protocol.Chunk)) == 3  # sent once
+        assert len(server.all(protocol.Close)) == 1
+
+
+def test_a_full_folder_for_temporary_files_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = scan_of(tmp_path)
+    monkeypatch.setattr(scans.tempfile, "SpooledTemporaryFile", lambda _: Path("/dev/full").open("r+b"))  # noqa: SIM115
+    with pytest.raises(ClientError) as told:
+        package(scan)
+    assert (told.value.code, told.value.exit_code) == ("TEMPORARY_FULL", 1)
+    assert tempfile.gettempdir() in told.value.sentence
+    assert os.strerror(errno.ENOSPC) in told.value.sentence
+
+
+def test_no_folder_for_temporary_files_is_not_taken_for_a_missing_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = scan_of(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    with pytest.raises(ClientError) as told:
+        package(scan)
+    assert told.value.code == "TEMPORARY_FULL"
+
+
+# ---- the command
+
+
+@contextlib.contextmanager
+def command(server: Scripted, folder: Path, *arguments: object, stdin: Path | None = None) -> Iterator[Any]:
+    """`submit` in a process that looks often and waits little; `folder/told` is what it says. Ended by Ctrl-C."""
+    (folder / "temporary").mkdir()
+    impatient = (
+        "import sys, serving.client as c, serving.scans as s; s.SPOOL_BYTES = 10;"
+        "c.LOOK_EVERY_S, c.SETTLED_S, c.PATIENCE_S = 0.05, 0.2, 0.1; sys.exit(c.main())"
+    )
+    line = [sys.executable, "-c", impatient, "submit", "--insecure", "--server", server.endpoint, "--model", "bright"]
+    with contextlib.ExitStack() as stack:
+        told = stack.enter_context((folder / "told").open("w"))
+        given = stack.enter_context(stdin.open("rb")) if stdin else subprocess.DEVNULL
+        process = stack.enter_context(
+            subprocess.Popen(
+                [*line, *map(str, arguments)], cwd=ROOT, stdin=given, stdout=subprocess.DEVNULL, stderr=told,
+                env={**os.environ, "TMPDIR": str(folder / "temporary")},
+            )
+        )  # fmt: skip
+        try:
+            yield process
+            process.send_signal(signal.SIGINT)
+            assert process.wait(LIMIT_S) == 1
+        finally:
+            process.kill()
+    assert "Traceback" not in (folder / "told").read_text()
+    assert list((folder / "temporary").iterdir()) == []
+
+
+@pytest.fixture
+def incoming(tmp_path: Path) -> Path:
+    """A folder to watch."""
+    (tmp_path / "incoming").mkdir()
+    return tmp_path / "incoming"
+
+
+def test_a_watched_scan_that_has_to_wait_holds_up_no_other(tmp_path: Path, incoming: Path) -> None:
+    out, is_free = tmp_path / "masks", threading.Event()
+    slow, again, bad = (key_of(f"{name}.nii.gz") for name in ("slow", "again", "bad"))
+
+    def script(message: Any) -> list[Any] | None:
+        job = getattr(message, "job", b"")
+        if job == slow and isinstance(message, protocol.Chunk | protocol.Status) and not is_free.is_set():
+            return [protocol.Progress(job, "segment", 0, 0, 1)]
+        if isinstance(message, protocol.Chunk) and job == bad:
+            return [error(job, "BAD_GEOMETRY", "read", "input", False)]
+        first = [one.name for one in server.all(protocol.Submit)].count("again.nii.gz") == 1
+        if isinstance(message, protocol.Chunk) and job == again and first:
+            return [error(job, "CANCELLED", "queue", retryable=False)]
+        return None
+
+    for name in ("again", "bad", "good", "slow"):
+        scan_of(incoming, 100, f"{name}.nii.gz")
+    with Scripted(script) as server, command(server, tmp_path, "--watch", incoming, "-o", out):
+        for done in ("good.vtk.result.json", "again.vtk.result.json", "bad.vtk.failed.json"):
+            until((out / done).exists, f"{done} is written while another scan waits")
+        assert not (out / "slow.vtk").exists()
+        job = server.jobs[slow]
+        job.offset = job.submit.bytes
+        is_free.set()
+        until((out / "slow.vtk.result.json").exists, "the scan that had to wait is done")
+        assert json.loads((out / "bad.vtk.failed.json").read_text())["error"]["code"] == "BAD_GEOMETRY"
+        assert not (out / "again.vtk.failed.json").exists()
+
+
+def test_a_watched_folder_that_is_empty_is_no_scan_yet(tmp_path: Path, incoming: Path) -> None:
+    out, study = tmp_path / "masks", incoming / "study"
+    study.mkdir()
+    (incoming / "late.nii.gz").touch()
+    with Scripted() as server, command(server, tmp_path, "--watch", incoming, "-o", out):
+        for name in ("one", "two"):  # each takes as long to settle as the folder would
+            scan_of(incoming, 100, f"{name}.nii.gz")
+            until((out / f"{name}.vtk.result.json").exists, "a scan beside it is done")
+        assert {path.name.partition(".")[0] for path in out.iterdir()} == {"one", "two"}
+        scan_of(study, 100, "1.dcm")
+        scan_of(incoming, 100, "late.nii.gz")
+        for name in ("study", "late"):
+            until((out / f"{name}.vtk.result.json").exists, "what was filled is done")
+
+
+def test_a_watched_folder_that_goes_away_is_looked_for_until_it_is_back(tmp_path: Path, incoming: Path) -> None:
+    out = tmp_path / "masks"
+    with Scripted() as server, command(server, tmp_path, "--watch", incoming, "-o", out) as process:
+        for turn in ("one", "two"):
+            scan_of(incoming, 100, f"{turn}.nii.gz")
+            until((out / f"{turn}.vtk.result.json").exists, "a scan is done")
+            incoming.rename(tmp_path / "away")
+            said = 1 if turn == "one" else 2
+            until(lambda n=said: (tmp_path / "told").read_text().count("\n") == n, "one sentence says so")
+            (tmp_path / "away").rename(incoming)
+        assert process.poll() is None
+
+
+@pytest.mark.parametrize("is_stdin", [False, True])
+def test_an_interrupted_upload_leaves_nothing_here_and_no_job_there(tmp_path: Path, is_stdin: bool) -> None:
+    out, names = tmp_path / "masks", ["stdin.nii.gz"] if is_stdin else [f"{number}.nii.gz" for number in range(3)]
+    sent = [scan_of(tmp_path, name=name) for name in names]
+    if is_stdin:
+        sent[0].write_bytes(b"\x1f\x8b" + sent[0].read_bytes())
+
+    def script(message: Any) -> list[Any] | None:
+        return [] if isinstance(message, protocol.Chunk) else None  # and no credit for more
+
+    with Scripted(script, window=CHUNK) as server:
+        arguments = ["-" if is_stdin else scan for scan in sent]
+        with command(server, tmp_path, *arguments, "-o", out, stdin=sent[0] if is_stdin else None):
+            until(lambda: len(server.all(protocol.Chunk)) == len(names), "all are being sent")
+        assert {close.job for close in server.all(protocol.Close)} == {key_of(name) for name in names}
+        assert server.jobs == {}
+    assert not out.exists() or list(out.iterdir()) == []
