@@ -47,6 +47,7 @@ SEND_HWM, RECEIVE_HWM = 8, 16  # messages of a connection that libzmq holds, of 
 CLIENT_IDLE_S = 600.0
 SENDER_IDLE_S = 5.0  # after which another connection may go on with the same upload
 BUSY_MS = 500
+CREDIT_EVERY_S = 5.0  # at least, so that a sender on a slow link knows that it is heard
 AHEAD = 2  # scans that are unpacked before a process with models is free for them
 PORT_MAX = 65535
 IPC_FOLDER, IPC_SOCKET = ".ipc", "workers"
@@ -546,20 +547,24 @@ class Gate:
                 True,
             )
         if job.began is None:
-            job.began = now
+            job.began = job.credited = now
         job.touched = now
         try:
             self.jobs.write(job, message.payload)
             self.metrics.received_bytes.inc(len(message.payload))
             if job.offset == job.submit.bytes:
                 self._stored(job, now)
-            elif job.until < job.submit.bytes and job.until - job.offset <= self.config.limits.window_bytes // 2:
+            elif job.until < job.submit.bytes and self._is_due(job, now):
                 self.jobs.flush(job)
-                job.until = min(job.submit.bytes, job.offset + self.config.limits.window_bytes)
+                job.until, job.credited = min(job.submit.bytes, job.offset + self.config.limits.window_bytes), now
                 self._send(route, protocol.Credit(job.key, job.until))
         except OSError as error:
             refusal = self._storage_failure(error, "upload")
             self._fail(job, refusal, now)
+
+    def _is_due(self, job: Job, now: float) -> bool:
+        """Whether a sender should hear again: half its credit is used, or its link is slow."""
+        return job.until - job.offset <= self.config.limits.window_bytes // 2 or now - job.credited >= CREDIT_EVERY_S
 
     def _stored(self, job: Job, now: float) -> None:
         began = now if job.began is None else job.began
@@ -625,7 +630,8 @@ class Gate:
     def _close(self, route: bytes, message: protocol.Close, owner: str, now: float) -> None:
         job = self._job(message.job, owner, "queue")
         job.routes.discard(route)
-        self._tell_all(job)  # what cannot be told is gone, and no reason to keep the job
+        news = protocol.Credit(job.key, job.until) if job.state is State.RECEIVING else None
+        self._tell_all(job, news)  # what cannot be told is gone, and no reason to keep the job
         if not any(other in self.outboxes for other in job.routes):
             self._stop(job)
             self.jobs.remove(job)
@@ -952,7 +958,7 @@ class Gate:
         model = self._meant(job.submit, served)
         if model is None:
             text = f"Expected a model that is still served for {job.submit.name}, received one that is not."
-            self._fail(job, Refusal("MODEL_UNAVAILABLE", "queue", text, "access", True), now)
+            self._fail(job, Refusal("MODEL_UNAVAILABLE", "queue", text, "access", True, BUSY_MS), now)
             return
         try:
             self.jobs.assign(job, model)

@@ -100,6 +100,7 @@ class Job:
         step: index in STEPS of what it waits for or is at.
         durable: bytes of the upload that are on disk for certain.
         began: time of the first byte; None where none has come since the start.
+        credited: time of the last credit.
         waits: time since which it waits for a worker.
         queued_s: how long it waited for workers before.
         abandoned: nobody wants it any more; it goes once its worker lets go.
@@ -126,6 +127,7 @@ class Job:
     losses: int = 0
     received_ms: int = 0
     began: float | None = None
+    credited: float = 0.0
     waits: float = 0.0
     queued_s: float = 0.0
     progress: protocol.Progress | None = None
