@@ -20,11 +20,11 @@ import numpy as np
 
 from lvseg import allocator, biomarkers, command, waterfat
 from lvseg.errors import InputError
-from lvseg.formats import read_volume, stem, write_volume
+from lvseg.formats import Algorithm, check_writable, read_volume, stem, write_mask
 from lvseg.postprocess import postprocess
 from lvseg.volume import Array, Volume, as_float32
 
-FORMATS = ("vtk", "nii.gz", "vti", "nrrd", "mha")
+FORMATS = ("vtk", "nii.gz", "vti", "nrrd", "mha", "dcm")
 VERSION = re.compile(r"[0-9]+")  # a version folder's name
 FAT_FRACTION_TASK = "fatfraction"  # a model of this task sees fat fractions in percent
 # What of model.json is needed to use the model.
@@ -150,6 +150,12 @@ class Segmenter:
                 f" ({type(error).__name__}).",
             ) from error
         self.info.setdefault("version", int(folder.name) if VERSION.fullmatch(folder.name) else None)
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """What a DICOM segmentation says of the model."""
+        facts = {key: self.info[key] for key in ("task", "version", "weights_sha256", "labels")}
+        return Algorithm(**facts)
 
     def segment(
         self,
@@ -340,7 +346,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="models/<task>/<version>, or models/<task> for the newest (default: what comes with lvseg, if anything)",
     )
     parser.add_argument(
-        "-o", "--out", type=Path, required=True, help="a file .vtk, .nii.gz, .vti, .nrrd or .mha, or a folder"
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        help="a file .vtk, .nii.gz, .vti, .nrrd, .mha or, of a DICOM scan, .dcm (a DICOM segmentation), or a folder",
     )
     parser.add_argument("--format", choices=FORMATS, help="of the files in a folder (default: vtk)")
     parser.add_argument(
@@ -387,6 +397,7 @@ def _segment_scans(arguments: argparse.Namespace) -> int:
             scan = waterfat.read_pair(pair, vars(arguments)) if pair else read_scan(path, task, arguments.series)
             if arguments.scale is not None:
                 scan = waterfat.from_series(scan, arguments.scale)
+            check_writable(scan, out)
             answer = segmenter.segment(scan, modality=arguments.modality and arguments.modality.upper())
         except InputError as error:
             if len(scans) == 1:
@@ -395,7 +406,7 @@ def _segment_scans(arguments: argparse.Namespace) -> int:
             results.append({"scan": str(path), "error": {"code": error.code, "text": error.sentence}})
             print(f"lvseg.predict: {error.sentence}", file=sys.stderr)
             continue
-        written = write_volume(answer.mask, out)
+        written = write_mask(answer.mask, out, segmenter.algorithm)
         results.append({"scan": str(path), "files": [str(file) for file in written], **answer.measurements})
         volumes = ", ".join(f"{name} {volume:.1f} ml" for name, volume in answer.measurements["volume_ml"].items())
         for name, fat in answer.measurements.get("fat_fraction_percent", {}).items():

@@ -37,6 +37,8 @@ class Volume:
         affine: float64 [4, 4], voxel index (slice, row, column, 1) to LPS millimetres; kept as a read-only copy.
         source: the file or folder it came from, for messages; empty for a volume made in memory.
         metadata: facts of the file that travel with it, such as ``modality`` ("MR", "CT").
+        origin: of a scan that came as DICOM, what a segmentation on this grid has to say of patient and images
+            (`formats.dicom_origin.Origin`); never shown or logged.
 
     Raises:
         InputError: BAD_GEOMETRY for an affine that is not finite, singular or sheared; NEEDS_VOLUME_INDEX if not 3-D;
@@ -47,6 +49,7 @@ class Volume:
     affine: npt.NDArray[np.float64]
     source: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    origin: object = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         name = self.source or "the volume"

@@ -432,7 +432,11 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--watch", type=Path, metavar="FOLDER", help="segment what is put there, until Ctrl-C")
     submit.add_argument("--model", required=True, help="such as volume, or volume/3; see the command models")
     submit.add_argument(
-        "-o", "--out", required=True, type=Path, help="a file .vtk, .nii.gz, .vti, .nrrd or .mha, or a folder"
+        "-o",
+        "--out",
+        required=True,
+        type=Path,
+        help="a file .vtk, .nii.gz, .vti, .nrrd, .mha or, of a DICOM scan, .dcm, or a folder",
     )
     submit.add_argument("--format", choices=protocol.OUTPUTS, help="of the files in a folder (default: vtk)")
     submit.add_argument("--json", type=Path, metavar="FILE", help="write the measurements here")

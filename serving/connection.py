@@ -265,7 +265,8 @@ class Client:
         Args:
             scan: a file, or a folder of DICOM files.
             model: name of a model that the server has, with /<version> for another than the current one.
-            out: the mask's file, .vtk, .nii.gz, .vti, .nrrd or .mha; written whole or not at all.
+            out: the mask's file, .vtk, .nii.gz, .vti, .nrrd, .mha or .dcm (a DICOM segmentation, of a scan that is
+                DICOM); written whole or not at all.
             timeout_s: limit for everything together.
             on_progress: told the stage and how far it is, in bytes while sending and receiving, scans before this one
                 while in the queue, slices or batches while segmenting.

@@ -53,7 +53,7 @@ def output_paths(scans: Sequence[Path], out: Path, output: str | None) -> list[P
 
     Args:
         scans: files or folders.
-        out: a file .vtk, .nii.gz, .vti, .nrrd or .mha, or a folder.
+        out: a file .vtk, .nii.gz, .vti, .nrrd, .mha or .dcm, or a folder.
         output: format of the files, None for that of `out`, or vtk in a folder.
 
     Raises:

@@ -38,7 +38,7 @@ NAME_CHARACTERS_MAX = 200
 
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 MODEL_CHARACTERS_MAX = 64
-OUTPUTS = ("vtk", "nii.gz", "vti", "nrrd", "mha")
+OUTPUTS = ("vtk", "nii.gz", "vti", "nrrd", "mha", "dcm")
 # Suffixes that reach a file name on the server; readers choose by them. Longest first.
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".vtk", ".vti", ".dcm", ".zip")
 # All that is kept of the names in a series: files that call themselves DICOM have to be, and nameless ones may be.

@@ -5,6 +5,9 @@ since they parse what strangers sent; segment holds the models. Between them go 
 
     upload > work/scan.npy, scan.json > work/labels.npy, segmentation.json > result/mask.<format>, result.json
 
+and, where the result is to be a DICOM segmentation, work/origin.json from unpack to pack: the patient, the study and
+the images that it refers to.
+
 Three threads, because TensorFlow may hold the main one for minutes: the main thread works; one owns the socket to the
 gate, sends heartbeats and hears of jobs to stop; one waits on standard input, a pipe whose other end the gate holds,
 and ends the process when that closes, so no worker outlives its gate however that died.
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 SCAN, LABELS = "scan", "labels"  # .npy and .json, .npy, in a job's work folder
 SEGMENTATION = "segmentation.json"
+ORIGIN = "origin.json"
 HEARTBEAT_S = 1.0
 PROGRESS_EVERY_S = 0.1
 PROOF_MM = 0.01
@@ -189,13 +193,18 @@ def unpack_scan(work: protocol.Work, folder: Path, members: int, content_bytes: 
         InputError: whatever is wrong with the scan.
         Cancelled: nobody waits for it any more.
     """
+    from lvseg.formats import check_writable
+    from lvseg.formats.dicom_origin import Origin
     from lvseg.predict import read_scan
 
     report.begin("unpack")
     path = _unpacked(work, folder, members, content_bytes)
     report.begin("read")
     scan = replace(read_scan(path, work.model), source=work.name)
+    check_writable(scan, _mask_file(work, folder))
     report.end()
+    if work.output == "dcm" and isinstance(scan.origin, Origin):
+        (folder / WORK / ORIGIN).write_text(scan.origin.to_json(), encoding="utf-8")
     save_scan(scan, folder / WORK, report.seconds)
 
 
@@ -220,7 +229,12 @@ def segment_scan(work: protocol.Work, folder: Path, segmenter: Segments, report:
     report.end()
     np.save(folder / WORK / f"{LABELS}.npy", segmentation.mask.voxels, allow_pickle=False)
     parts = {name: round(spent, 4) for name, spent in segmentation.seconds.items()}
-    facts = {"measurements": segmentation.measurements, "seconds": {**seconds, **report.seconds, **parts}}
+    card = {key: segmenter.info[key] for key in ("weights_sha256", "labels")}
+    facts = {
+        "measurements": segmentation.measurements,
+        "seconds": {**seconds, **report.seconds, **parts},
+        "algorithm": {"task": work.model, "version": work.version, **card},
+    }
     (folder / WORK / SEGMENTATION).write_text(json.dumps(facts, allow_nan=False), encoding="utf-8")
 
 
@@ -240,17 +254,21 @@ def pack_result(work: protocol.Work, folder: Path, report: Reporter) -> tuple[pr
     """
     import numpy as np
 
-    from lvseg.formats import read_volume, write_volume
+    from lvseg.formats import Algorithm, read_volume, write_mask
+    from lvseg.formats.dicom_origin import Origin
 
     report.begin("write")
     scan, _ = load_scan(folder / WORK)
+    if work.output == "dcm":
+        scan = replace(scan, origin=Origin.from_json((folder / WORK / ORIGIN).read_text(encoding="utf-8")))
     labels = np.load(folder / WORK / f"{LABELS}.npy", allow_pickle=False)
     facts = json.loads((folder / WORK / SEGMENTATION).read_text(encoding="utf-8"))
-    unfinished = folder / WORK / RESULT
+    mask_file = _mask_file(work, folder)
+    unfinished = mask_file.parent
     shutil.rmtree(unfinished, ignore_errors=True)  # of an attempt that was killed
     unfinished.mkdir()
     mask = scan.with_voxels(labels)
-    paths = write_volume(mask, unfinished / f"mask.{work.output}")
+    paths = write_mask(mask, mask_file, Algorithm(**facts["algorithm"]))
     proof = prove(mask, read_volume(paths[0]))
     report.end()
     answer = facts["measurements"]
@@ -476,6 +494,11 @@ def _unpacked(work: protocol.Work, folder: Path, members: int, content_bytes: in
     unzip(content, workplace / stem, content_bytes, members, work.name)
     content.unlink()
     return workplace / stem
+
+
+def _mask_file(work: protocol.Work, folder: Path) -> Path:
+    """Where the mask is written before it is the result's."""
+    return folder / WORK / RESULT / f"mask.{work.output}"
 
 
 def _stem(work: protocol.Work) -> str:

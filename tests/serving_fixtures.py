@@ -137,6 +137,7 @@ def make_version(models: Path, version: int, **card: Any) -> Path:
     path.mkdir(parents=True)
     (path / "saved_model.pb").touch()
     facts = {"task": "bright", "spacing_mm": [2.0, 2.0], "size": 8, "weights_sha256": DIGEST, **card}
+    facts.setdefault("labels", ["background", "bright"])
     (path / "model.json").write_text(json.dumps(facts))
     return path
 

@@ -785,6 +785,7 @@ def test_predict_segments_the_series_that_its_option_names_and_lists_them_withou
     class Segmenter:
         def __init__(self, _model: Path) -> None:
             self.info = {"task": "volume"}
+            self.algorithm = None
 
         def segment(self, scan, *_progress, modality):
             seen.append((scan, modality))

@@ -180,7 +180,7 @@ def test_a_side_takes_only_its_own_messages() -> None:
         ("name", "a" * 201),
         ("name", "\ud800"),
         ("kind", "zip"),
-        ("output", "dcm"),
+        ("output", "png"),
         ("codec", "lzma"),
         ("model", "../volume"),
         ("sha256", "5E" * 32),

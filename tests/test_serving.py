@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import zmq
 import zstandard
 from bad_files import bad_scans, error_of, is_one_sentence_naming, volume
-from serving_fixtures import DEADLY, LIMIT_S, STUCK, Server, is_alive, make_models, running, start, until
+from dicom_files import PATIENT, enhanced, save, series
+from scipy.spatial.transform import Rotation
+from serving_fixtures import DEADLY, DIGEST, LIMIT_S, STUCK, Server, is_alive, make_models, running, start, until
 
-from lvseg.formats import read_volume, write_volume
-from serving import config, connection, protocol
+from lvseg.formats import read_mask, read_volume, write_volume
+from serving import client, config, connection, protocol
 from serving.catalogue import digest_of
 from serving.connection import Client, ClientError, Package
 from serving.gate import IPC_FOLDER, CannotServe, check_bind, make_ipc_folder
@@ -154,7 +157,7 @@ def peer_not_found(job: bytes) -> protocol.Error:
 
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".vtk", ".vti"])
-@pytest.mark.parametrize("output", protocol.OUTPUTS)
+@pytest.mark.parametrize("output", [output for output in protocol.OUTPUTS if output != "dcm"])
 def test_each_format_goes_there_and_another_comes_back(
     server: Server, tmp_path: Path, suffix: str, output: str
 ) -> None:
@@ -165,6 +168,81 @@ def test_each_format_goes_there_and_another_comes_back(
     assert list((tmp_path / "out").iterdir()) == paths
     expect_right_mask(scan, paths[0])
     assert measurements["source"] == scan.name
+    assert server.spooled() == []
+
+
+@pytest.mark.parametrize("packed", ["folder", "zip", "multi-frame file"])
+def test_a_dicom_scan_goes_there_and_a_segmentation_of_it_comes_back(
+    server: Server, tmp_path: Path, packed: str
+) -> None:
+    rotation = Rotation.from_euler("xyz", (20, -35, 190), degrees=True).as_matrix()
+    sources = series(rotation)
+    if packed == "multi-frame file":
+        sources = [enhanced(rotation, order=[4, 0, 3, 5, 1, 2], words=("M",))]
+    folder = save(tmp_path / "scan", sources)
+    scan = folder
+    if packed == "multi-frame file":
+        scan = (folder / "IM0000").rename(tmp_path / "scan.dcm")
+    elif packed == "zip":
+        scan = tmp_path / "scan.zip"
+        with zipfile.ZipFile(scan, "w") as archive:
+            for file in folder.iterdir():
+                archive.write(file, file.name)
+    with server.connect() as peer:
+        paths, measurements = peer.segment(scan, "bright", tmp_path / "out" / "liver.dcm", LIMIT_S)
+    assert list((tmp_path / "out").iterdir()) == paths == [tmp_path / "out" / "liver.dcm"]
+    expect_right_mask(scan, paths[0])
+    assert measurements["geometry"]["proof"] == "same voxels, same places"
+    assert measurements["geometry"]["furthest_mm"] <= 1e-6
+    seg = pydicom.dcmread(paths[0])
+    assert (seg.PatientName, seg.PatientID) == (PATIENT, "P-17")
+    assert seg.FrameOfReferenceUID == sources[0].FrameOfReferenceUID
+    there = read_volume(scan)
+    uids = {source.SOPInstanceUID for source in sources}
+    for group in seg.PerFrameFunctionalGroupsSequence:
+        assert group.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID in uids
+    index = np.argwhere(read_mask(paths[0], there).voxels)
+    np.testing.assert_array_equal(index, np.argwhere(there.voxels > there.voxels.mean()))
+    [segment] = seg.SegmentSequence
+    [by] = segment.SegmentationAlgorithmIdentificationSequence
+    assert (segment.SegmentLabel, by.AlgorithmVersion) == ("bright", "3")
+    assert DIGEST in by.AlgorithmParameters
+    said = server.log.read_text() + json.dumps(measurements)
+    for secret in (PATIENT, "P-17", sources[0].StudyInstanceUID, sources[0].SOPInstanceUID, seg.SOPInstanceUID):
+        assert secret not in said
+    assert server.spooled() == []
+
+
+def test_a_mask_without_a_voxel_comes_back_as_a_segmentation_of_empty_frames(server: Server, tmp_path: Path) -> None:
+    sources = series(np.eye(3))
+    for source in sources:  # the model finds nothing above the mean
+        source.PixelData = np.full((source.Rows, source.Columns), 7, np.uint16).tobytes()
+    folder = save(tmp_path / "scan", sources)
+    with server.connect() as peer:
+        paths, measurements = peer.segment(folder, "bright", tmp_path / "liver.dcm", LIMIT_S)
+    assert measurements["voxels"] == 0
+    mask = read_mask(paths[0], read_volume(folder))
+    assert not mask.voxels.any()
+    assert pydicom.dcmread(paths[0]).NumberOfFrames == len(sources)
+
+
+def test_a_segmentation_of_what_is_no_dicom_scan_is_refused_before_the_model_is_asked(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan = scan_file(tmp_path, name="plain.nii.gz")
+    out = tmp_path / "out" / "liver.dcm"
+    with server.connect() as peer:
+        with pytest.raises(ClientError) as refused:
+            peer.segment(scan, "bright", out, LIMIT_S)
+        assert (refused.value.code, refused.value.exit_code) == ("BAD_OUTPUT", 2)
+        assert is_one_sentence_naming(refused.value.sentence, Path(scan.name))
+        assert "DICOM" in refused.value.sentence
+    assert client.main(
+        ["submit", str(scan), "--model", "bright", "-o", str(out), "--server", server.endpoint, "--insecure"]
+    ) == 2  # fmt: skip
+    assert "Traceback" not in capsys.readouterr().err
+    assert not out.exists()
+    assert server.runs(scan.name) == []
     assert server.spooled() == []
 
 

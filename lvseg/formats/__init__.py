@@ -7,9 +7,11 @@ from pathlib import Path
 
 from lvseg.command import atomic
 from lvseg.errors import InputError
-from lvseg.formats import dicom, metaimage, nifti, nrrd, png, vti, vtk
+from lvseg.formats import dicom, dicom_seg_write, metaimage, nifti, nrrd, png, vti, vtk
 from lvseg.formats.checks import check_finite, check_plausible
 from lvseg.formats.dicom_file import is_dicom
+from lvseg.formats.dicom_origin import check_origin
+from lvseg.formats.dicom_seg_write import Algorithm
 from lvseg.formats.grid import on_grid
 from lvseg.volume import Volume
 
@@ -29,6 +31,7 @@ FORMATS: dict[str, tuple[Reader, Writer | None]] = {
     ".dcm": (dicom.read, None),
     ".zip": (dicom.read, None),
 }
+SEGMENTATION = ".dcm"  # a mask's suffix as a DICOM segmentation
 
 
 def read_volume(path: Path | str | Sequence[Path | str], series: str | None = None) -> Volume:
@@ -101,6 +104,39 @@ def write_volume(volume: Volume, path: Path) -> list[Path]:
             with atomic(sidecar) as temporary_sidecar:
                 vtk.write_sidecar(volume, temporary_sidecar)
     return [path, sidecar] if sidecar is not None and needs_sidecar else [path]
+
+
+def check_writable(scan: Volume, path: Path) -> None:
+    """Whether a mask of a scan can be written in that format, known before the mask is made.
+
+    Raises:
+        InputError: BAD_OUTPUT for a DICOM segmentation of a scan that did not come as DICOM images, or whose files lack
+            what one refers to.
+    """
+    if _suffix(Path(path)) == SEGMENTATION:
+        check_origin(scan)
+
+
+def write_mask(mask: Volume, path: Path, algorithm: Algorithm) -> list[Path]:
+    """Writes a mask; no file is ever seen half-written.
+
+    Args:
+        mask: uint8 labels on the grid of their scan, made by `scan.with_voxels` or `scan.from_canonical`.
+        path: as for `write_volume`, or .dcm for a DICOM segmentation of a scan that came as DICOM.
+        algorithm: what made it, for a DICOM segmentation to say.
+
+    Returns:
+        As `write_volume` does.
+
+    Raises:
+        InputError: BAD_OUTPUT as `check_writable` says, and what `write_volume` raises.
+    """
+    path = Path(path)
+    if _suffix(path) != SEGMENTATION:
+        return write_volume(mask, path)
+    with atomic(path) as temporary:
+        dicom_seg_write.write(mask, algorithm, temporary)
+    return [path]
 
 
 def stem(path: Path) -> str:

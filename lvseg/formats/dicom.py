@@ -39,6 +39,7 @@ from lvseg.formats.dicom_file import (
     with_pixels,
 )
 from lvseg.formats.dicom_geometry import Plane, affine_of, check_consistent, heights_mm, plane_of
+from lvseg.formats.dicom_origin import origin_of
 from lvseg.formats.dicom_series import Frame, choose, echo_time_ms
 from lvseg.volume import Volume
 
@@ -77,7 +78,7 @@ def read(path: Path | Sequence[Path], series: str | None = None, on: Volume | No
         has none), `image_type` (list of words), `echo_times_ms`, `units` (of the rescaled values, empty if none are
         given), `real_world_values` (further mappings of the stored values: slope, intercept, units, label),
         `slice_distance_source` ("positions", "SpacingBetweenSlices" or "SliceThickness"), `slice_files` (the file of
-        each slice, of single-frame series) and `format` ("DICOM").
+        each slice, of single-frame series) and `format` ("DICOM"). Of images also the `origin` (`dicom_origin`).
 
     Raises:
         InputError: NOT_FOUND, NOT_READABLE, UNSUPPORTED_FORMAT, MULTIPLE_SERIES, UNKNOWN_SERIES, INCONSISTENT_SERIES,
@@ -168,7 +169,7 @@ def _read_files(
     metadata["slice_distance_source"] = source
     if all("PerFrameFunctionalGroupsSequence" not in frame.file.header for frame in frames):
         metadata["slice_files"] = tuple(names.get(plane.path.name, plane.path.name) for plane in planes)
-    return Volume(voxels, affine, source=str(path), metadata=metadata)
+    return Volume(voxels, affine, source=str(path), metadata=metadata, origin=origin_of(planes))
 
 
 def _distinct(frames: Sequence[Frame]) -> Iterator[DicomFile]:

@@ -33,7 +33,7 @@ from lvseg.formats.dicom_geometry import (
 )
 from lvseg.formats.dicom_series import Frame
 from lvseg.formats.grid import LARGEST_LABEL, place
-from lvseg.volume import Volume
+from lvseg.volume import SHEAR_TOLERANCE_RAD, Volume
 
 
 def read(frames: Sequence[Frame], path: Path) -> Volume:
@@ -56,12 +56,12 @@ def read(frames: Sequence[Frame], path: Path) -> Volume:
     step_mm = _step_mm(heights, lowest, path)
     slices = round(float(heights.max() - heights.min()) / step_mm) + 1
     voxel_bytes([slices, *lowest.size], 2, path)
-    _check_straight(planes, lowest, path)
-    labels = np.zeros((slices, *lowest.size), _dtype(names))
     places = [round(float(height - heights.min()) / step_mm) for height in heights]
+    step = _step(planes, places, lowest, step_mm, path)
+    labels = np.zeros((slices, *lowest.size), _dtype(names))
     for index, mask, numbers in _masks(file, planes, names, path):
         _put(labels[places[index]], mask, numbers, names, path)
-    return Volume(labels, lowest.affine(lowest.normal * step_mm), source=str(path), metadata=_metadata(names, file))
+    return Volume(labels, lowest.affine(step), source=str(path), metadata=_metadata(names, file))
 
 
 def read_on(image: Volume, frames: Sequence[Frame], path: Path) -> Volume:
@@ -172,15 +172,25 @@ def _step_mm(heights: npt.NDArray[np.float64], plane: Plane, path: Path) -> floa
     )
 
 
-def _check_straight(planes: Sequence[Plane], lowest: Plane, path: Path) -> None:
-    for one in planes:
-        apart = one.position - lowest.position
-        off_mm = float(np.linalg.norm(apart - lowest.normal * (lowest.normal @ apart)))
-        if off_mm > UNEVEN_MM:
+def _step(
+    planes: Sequence[Plane], places: Sequence[int], lowest: Plane, step_mm: float, path: Path
+) -> npt.NDArray[np.float64]:
+    """From slice to slice, in mm: along the line from the lowest frame to the highest if images may tilt that much."""
+    highest = planes[int(np.argmax(places))]
+    step = lowest.normal * step_mm
+    if max(places):
+        line = (highest.position - lowest.position) / max(places)
+        if np.linalg.norm(np.cross(lowest.normal, line)) <= np.sin(SHEAR_TOLERANCE_RAD) * np.linalg.norm(line):
+            step = line
+    for one, above in zip(planes, places, strict=True):
+        off = one.position - lowest.position - above * step
+        off_mm = float(np.linalg.norm(off - lowest.normal * (lowest.normal @ off)))
+        if off_mm > max(UNEVEN_MM, UNEVEN_FRACTION * step_mm):  # as for images
             raise InputError(
                 "BAD_GEOMETRY",
-                f"Expected frames stacked along their normal, received one {off_mm:.2f} mm off it in {path}.",
+                f"Expected frames stacked on one straight line, received one {off_mm:.2f} mm off it in {path}.",
             )
+    return step
 
 
 def _masks(
