@@ -127,11 +127,11 @@ def run_clients(
 
 
 def load(server: Server, folder: Path, arguments: argparse.Namespace) -> list[Row]:
-    """Added time and rate of 1, 4, 16 and 64 clients at once."""
-    scans = [[write_scan(folder / "scans", SHAPE, number)] for number in range(max(CLIENTS))]
+    """Added time and rate of different numbers of clients at once."""
+    scans = [[write_scan(folder / "scans", SHAPE, number)] for number in range(max(arguments.clients))]
     run_clients(server, scans[:1], 2.0)  # not counted
     result = []
-    for clients in CLIENTS:
+    for clients in arguments.clients:
         began, found = run_clients(server, scans[:clients], arguments.seconds)
         added = [seconds for _, seconds in found]
         p50, p95, p99 = np.percentile(added, (50, 95, 99))
@@ -267,6 +267,7 @@ def memory_row(what: str, memory: float) -> Row:
 if __name__ == "__main__":
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--only", choices=("load", "idle", "jobs"), help="one part (default: all)")
+    command.add_argument("--clients", type=int, nargs="+", default=CLIENTS, help="at once (default: 1 4 16 64)")
     command.add_argument("--seconds", type=float, default=30.0, help="of each measurement (default: %(default)s)")
     command.add_argument("--connections", type=int, default=5000, help="that are idle (default: %(default)s)")
     command.add_argument("--jobs", type=int, default=MANY_JOBS, help="of mixed sizes (default: %(default)s)")
