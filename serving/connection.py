@@ -382,18 +382,21 @@ class Client:
                 )
 
     def _announce(self, submit: protocol.Submit, limit: float) -> protocol.Accepted:
-        """Where the upload begins or goes on: at its end, where the server has the scan already."""
+        """Where the upload begins or goes on: at its end, where the server has the scan already.
+
+        Said again after ANNOUNCE_S of silence: the announcement, or its answer, may have gone down with a connection.
+        """
         self._asked = False
         limit = min(limit, time.monotonic() + SILENCE_S)
         while True:
             self._say(submit, limit)
-            repeat_at = min(limit, time.monotonic() + ANNOUNCE_S)
-            try:
-                accepted: protocol.Accepted = self._expect(protocol.Accepted, repeat_at)
+            accepted: protocol.Accepted | None = self._hear(
+                protocol.Accepted, min(limit, time.monotonic() + ANNOUNCE_S)
+            )
+            if accepted is not None:
                 return accepted
-            except Unreachable:
-                if time.monotonic() >= limit:
-                    raise
+            if time.monotonic() >= limit:
+                raise Unreachable(self.server)
 
     def _upload(self, accepted: protocol.Accepted, sent: Package, limit: float, on_progress: OnProgress) -> None:
         """Sends the bytes as credit allows.
@@ -569,12 +572,19 @@ class Client:
                 yield message
 
     def _expect(self, kind: type[Any], limit: float) -> Any:
+        message = self._hear(kind, limit)
+        if message is None:
+            raise Unreachable(self.server)
+        return message
+
+    def _hear(self, kind: type[Any], limit: float) -> Any:
+        """The next message of a kind, or None at the limit."""
         while (message := self._take(limit)) is not None:
             if isinstance(message, kind):
                 return message
             if isinstance(message, protocol.Error) and not message.job:
                 raise Refused(message, self.server)
-        raise Unreachable(self.server)
+        return None
 
     def _say(self, message: Any, limit: float) -> None:
         try:

@@ -492,7 +492,7 @@ class Gate:
 
     def _new_job(self, key: bytes, message: protocol.Submit, model: protocol.Model, owner: str, now: float) -> Job:
         limits = self.config.limits
-        if self.jobs.is_ending(key):
+        if self.jobs.is_ending(key, owner):
             raise self._busy("The same scan was cancelled just now and is about to end; try again.")
         coming_in = self.jobs.receiving(now)
         if self.jobs.queued >= limits.queue or len(coming_in) >= limits.uploads or len(self.jobs) >= limits.jobs:
@@ -643,7 +643,7 @@ class Gate:
 
     def _cancel(self, route: bytes, message: protocol.Cancel, owner: str, now: float) -> None:
         job = self.jobs.get(message.job, owner)
-        if job is None and not self.jobs.is_ending(message.job):
+        if job is None and not self.jobs.is_ending(message.job, owner):
             raise self._unknown("queue")
         if job is not None and job.state not in (State.DONE, State.FAILED):
             cancelled = Refusal("CANCELLED", "queue", f"The job of {job.submit.name} was cancelled.", "access")

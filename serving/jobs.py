@@ -211,10 +211,10 @@ class JobTable:
         job = self._jobs.get(key)
         return job if job and job.owner == owner and not job.abandoned else None
 
-    def is_ending(self, key: bytes) -> bool:
-        """Whether a job of that key was cancelled and its worker has not let go of it yet."""
+    def is_ending(self, key: bytes, owner: str) -> bool:
+        """Whether the owner's job of that key was cancelled and its worker has not let go of it yet."""
         job = self._jobs.get(key)
-        return job is not None and job.abandoned
+        return job is not None and job.owner == owner and job.abandoned
 
     def add(self, key: bytes, submit: protocol.Submit, model: protocol.Model, owner: str, now: float) -> Job:
         """A new job with its folder and open upload file.

@@ -124,6 +124,13 @@ def is_alive(pid: int) -> bool:
     return False
 
 
+def memory_bytes(pid: int, what: str = "VmRSS") -> int:
+    """A process's resident memory, or its peak (VmHWM)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith(what + ":")]
+    return 1024 * int(line.split()[1])
+
+
 def make_models(folder: Path) -> Path:
     """A models folder with versions 1 and 3 of `bright`, of which 3 is the newest."""
     for version in (1, 3):

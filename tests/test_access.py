@@ -133,6 +133,9 @@ def test_another_owner_s_job_is_as_unknown_as_none(secured: Server, tmp_path: Pa
             other = upload(stranger, content)
             assert other != job
             assert ask(owner, protocol.Cancel(job), protocol.Cancelled) == protocol.Cancelled(job)
+            stranger.send_multipart(protocol.encode(protocol.Cancel(job)))  # while its worker may still have it
+            error = take(stranger, protocol.Error, protocol.Cancelled)
+            assert (type(error), error.code) == (protocol.Error, "NOT_FOUND")
             assert ask(stranger, protocol.Cancel(other), protocol.Cancelled) == protocol.Cancelled(other)
     finally:
         secured.hold.unlink()
