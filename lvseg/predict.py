@@ -33,6 +33,8 @@ SHIPPED = Path(__file__).parent / "shipped"
 LEAST_MR = -500.0  # no MR is as negative, and every CT with air in it is
 # Voxels brighter than this share of the scan's range (minimum to 99th percentile) count as tissue when the crop cuts.
 TISSUE_SHARE = 0.15
+# Every slice becomes one of the network's size, however small it is: no scanner makes more, but a small file may.
+SLICES_MAX = 4096
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Segmenter:
             modality: "CT" or "MR"; None for what the scan's own metadata say, which those of DICOM alone do.
 
         Raises:
-            InputError: NONFINITE_VOXELS, EMPTY_IMAGE, UNKNOWN_SCALE.
+            InputError: NONFINITE_VOXELS, EMPTY_IMAGE, UNKNOWN_SCALE, DIMS_LIMIT.
         """
         import tensorflow as tf
 
@@ -185,6 +187,10 @@ class Segmenter:
         image = waterfat.from_series(scan) if self.info["task"] == FAT_FRACTION_TASK else scan
         canonical = image.canonical()
         permutation = AXIS_PERMUTATIONS[self.info["axis"]]
+        slices = canonical.shape[permutation[0]]
+        if slices > SLICES_MAX:
+            name = scan.source or "the scan"
+            raise InputError("DIMS_LIMIT", f"Expected at most {SLICES_MAX} slices, received {slices} in {name}.")
         modality = modality or scan.metadata.get("modality")
         voxels = np.ascontiguousarray(intensities(canonical).transpose(permutation))
         looks_like_ct = modality != "CT" and bool(voxels.min() < LEAST_MR)

@@ -302,7 +302,6 @@ class Crew:
         if step != SEGMENT:
             stage_s = max(config.deadlines.unpack_s + config.deadlines.read_s, config.deadlines.write_s)
             arguments += ["--job-cpu-s", str(int(stage_s) + 1)]
-            arguments += ["--file-bytes", str(2 * config.limits.content_bytes)]
             arguments += ["--content-bytes", str(config.limits.content_bytes)]
         for entry in generation.entries if generation else ():
             folder = config.models.resolve() / entry.model / str(entry.version)

@@ -41,7 +41,7 @@ from serving.jobs import RESULT, STEPS, UPLOAD, WORK, described
 
 if TYPE_CHECKING:
     from lvseg.predict import Segmentation
-    from lvseg.volume import Volume
+    from lvseg.volume import Array, Volume
 
 SCAN, LABELS = "scan", "labels"  # .npy and .json, .npy, in a job's work folder
 SEGMENTATION = "segmentation.json"
@@ -51,6 +51,10 @@ PROGRESS_EVERY_S = 0.1
 PROOF_MM = 0.01
 FIRST_STAGE = {"unpack": "unpack", "segment": "segment", "pack": "write"}
 OPEN_FILES_MAX = 256
+CONTENT_BYTES_MAX = 2 * 1024**3  # of a scan unpacked, where the gate says nothing else
+NPY_HEADER_BYTES = 128  # what NumPy writes before an array's bytes
+SMALL_FILES_BYTES = 64 * 1024  # a result's, beside the mask's voxels
+GROWTH = 2  # voxels may need so many times their file's bytes, as scaled ones do
 
 log = logging.getLogger("serving.worker")
 
@@ -221,13 +225,11 @@ def segment_scan(work: protocol.Work, folder: Path, segmenter: Segments, report:
         InputError: the network cannot take the scan.
         Cancelled: nobody waits for it any more.
     """
-    import numpy as np
-
     report.begin("segment")
     scan, seconds = load_scan(folder / WORK)
     segmentation = segmenter.segment(scan, report, modality=work.modality or None)
     report.end()
-    np.save(folder / WORK / f"{LABELS}.npy", segmentation.mask.voxels, allow_pickle=False)
+    save_array(segmentation.mask.voxels, folder / WORK / f"{LABELS}.npy")
     parts = {name: round(spent, 4) for name, spent in segmentation.seconds.items()}
     card = {key: segmenter.info[key] for key in ("weights_sha256", "labels")}
     facts = {
@@ -268,6 +270,7 @@ def pack_result(work: protocol.Work, folder: Path, report: Reporter) -> tuple[pr
     shutil.rmtree(unfinished, ignore_errors=True)  # of an attempt that was killed
     unfinished.mkdir()
     mask = scan.with_voxels(labels)
+    require_room(unfinished, labels.nbytes + SMALL_FILES_BYTES)
     paths = write_mask(mask, mask_file, Algorithm(**facts["algorithm"]))
     proof = prove(mask, read_volume(paths[0]))
     report.end()
@@ -304,11 +307,29 @@ def prove(mask: Volume, written: Volume) -> dict[str, Any]:
     return {"proof": "same voxels, same places", "furthest_mm": round(furthest_mm, 6)}
 
 
-def save_scan(scan: Volume, folder: Path, seconds: Mapping[str, float]) -> None:
-    """Writes a scan as `load_scan` reads it: its voxels as .npy, everything else as JSON."""
+def save_array(array: Array, path: Path) -> None:
+    """Writes a .npy, for which room is taken first: of a full disk NumPy says nothing that can be told from a fault."""
     import numpy as np
 
-    np.save(folder / f"{SCAN}.npy", scan.voxels, allow_pickle=False)
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, array.nbytes + NPY_HEADER_BYTES)
+        np.save(file, array, allow_pickle=False)
+        file.truncate()
+
+
+def require_room(folder: Path, count: int) -> None:
+    """Finds out whether a disk has room, before a library writes there that does not say why it could not.
+
+    Raises:
+        OSError: ENOSPC.
+    """
+    if shutil.disk_usage(folder).free < count:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def save_scan(scan: Volume, folder: Path, seconds: Mapping[str, float]) -> None:
+    """Writes a scan as `load_scan` reads it: its voxels as .npy, everything else as JSON."""
+    save_array(scan.voxels, folder / f"{SCAN}.npy")
     facts = {
         "affine": scan.affine.tolist(),
         "source": scan.source,
@@ -364,7 +385,7 @@ def serve(
         spool: folder with a folder for each job, named by its key in hexadecimal.
         models: what to load, of each model the current version first.
         members: limit for the files of a series.
-        content_bytes: limit for all of them together, unpacked.
+        content_bytes: limit for a scan unpacked.
         job_cpu_s: processor time for one job, after which the kernel ends the process; 0 for any.
         load: makes a segmenter of a version folder.
     """
@@ -384,6 +405,9 @@ def serve(
         ready.append(protocol.Model(served.name, served.version, served.sha256))
     if kind != "segment":
         import lvseg.predict  # noqa: F401 now, so that no user's scan pays for it
+        from lvseg.formats.checks import limit_voxels
+
+        limit_voxels(GROWTH * content_bytes)
     link.send(protocol.Ready(tuple(ready)))
     while True:
         work = link.take()
@@ -413,10 +437,9 @@ def main(argv: Sequence[str] | None = None, load: Callable[[Path], Segments] = l
     parser.add_argument("--spool", required=True, type=Path)
     parser.add_argument("--model", action="append", default=[], type=Served.of_argument)
     parser.add_argument("--members", required=True, type=int)
-    parser.add_argument("--content-bytes", type=int, default=0)
     parser.add_argument("--memory-bytes", type=int, default=0)
     parser.add_argument("--job-cpu-s", type=int, default=0)
-    parser.add_argument("--file-bytes", type=int, default=0)
+    parser.add_argument("--content-bytes", type=int, default=CONTENT_BYTES_MAX)
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gate's to handle
     os.umask(0o077)
@@ -438,10 +461,10 @@ def _limit(arguments: argparse.Namespace) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold a patient's scan
     if arguments.memory_bytes:
         resource.setrlimit(resource.RLIMIT_DATA, (arguments.memory_bytes, arguments.memory_bytes))
-    if arguments.file_bytes:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond is then an error, not the end
-        resource.setrlimit(resource.RLIMIT_FSIZE, (arguments.file_bytes, arguments.file_bytes))
     if arguments.kind != "segment":
+        file_bytes = GROWTH * arguments.content_bytes
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond is then an error, not the end
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES_MAX, hard), hard))
 
@@ -489,9 +512,8 @@ def _unpacked(work: protocol.Work, folder: Path, members: int, content_bytes: in
     from lvseg.formats.archive import unzip
 
     # A series is announced with what its stored zip unpacks to; a zip that a user made may be deflated.
-    if work.kind == "series":
-        content_bytes = work.content_bytes
-    unzip(content, workplace / stem, content_bytes, members, work.name)
+    limit = work.content_bytes if work.kind == "series" else content_bytes
+    unzip(content, workplace / stem, limit, members, work.name)
     content.unlink()
     return workplace / stem
 
@@ -539,6 +561,12 @@ def _explained(error: Exception, work: protocol.Work, folder: Path, spool: Path,
         return error.code, "input", protocol.clean(sentence.replace(str(spool), "the spool"))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "STORAGE_FULL", "server", f"Expected room for {work.name}, received a full spool; try again later."
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:  # beyond what `_limit` lets a file have
+        return (
+            "DIMS_LIMIT",
+            "input",
+            f"Expected a scan within the server's limits, received a larger one in {work.name}.",
+        )
     if _is_shortage(error):
         return "OUT_OF_MEMORY", "server", f"Expected a scan that fits the server's memory, received {work.name}."
     # Without the error's own text, which may name a file or a patient; the frames say where.

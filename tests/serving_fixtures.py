@@ -27,8 +27,9 @@ from serving.connection import Client
 LIMIT_S = 20.0
 DEADLY = 6666  # a scan with this brightest voxel kills its worker
 STUCK = 7777  # one with this never ends
+CRASHING = b"a file that takes its parser down"  # how a file begins whose reader dies
 DIGEST = "5e" * 32
-HOLD, RUNS = ".hold", ".runs"  # in the models folder, whose versions may not change
+HOLD, RUNS, SHORT = ".hold", ".runs", ".short"  # in the models folder, whose versions may not change
 
 
 def until(condition: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> Any:
@@ -41,8 +42,19 @@ def until(condition: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> 
     raise AssertionError(f"not within {limit_s} s: {what}")
 
 
+class ResourceExhaustedError(Exception):
+    """What TensorFlow calls a device without memory."""
+
+
+SHORTAGES = {error.__name__: error for error in (MemoryError, ResourceExhaustedError)}
+
+
 class BrightVoxels:
-    """Marks the voxels brighter than the scan's mean. While the models folder holds a file `.hold`, it waits."""
+    """Marks the voxels brighter than the scan's mean.
+
+    While the models folder holds a file `.hold`, it waits; while it holds `.short`, whose content is the name of an
+    error, it fails with that.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,6 +69,8 @@ class BrightVoxels:
 
         with (self.folder.parents[1] / RUNS).open("a") as runs:
             runs.write(f"{self.folder.name} {scan.source}\n")
+        if (short := self.folder.parents[1] / SHORT).exists():
+            raise SHORTAGES[short.read_text()]("no memory")
         if scan.voxels.max() == DEADLY:
             os.kill(os.getpid(), signal.SIGKILL)
         while (self.folder.parents[1] / HOLD).exists() or scan.voxels.max() == STUCK:
@@ -83,6 +97,11 @@ class Server:
     def hold(self) -> Path:
         """While this file exists, no scan is finished."""
         return self.models / HOLD
+
+    @property
+    def short(self) -> Path:
+        """While this file holds the name of an error, every scan fails with that."""
+        return self.models / SHORT
 
     def runs(self, name: str) -> list[int]:
         """The model versions that scans of a name were given to, one an attempt."""
@@ -208,12 +227,27 @@ def running(folder: Path, **how: Any) -> Iterator[Server]:
     until(lambda: not any(is_alive(pid) for pid in workers), "the workers end with their server")
 
 
+def _read_as_a_parser_with_a_fault() -> None:
+    """Lets the reader die of files that begin with CRASHING, as one in C may of some other bytes."""
+    from lvseg import predict
+
+    read = predict.read_scan
+
+    def read_or_die(path: Path, *how: Any) -> Any:
+        if path.is_file() and path.read_bytes().startswith(CRASHING):
+            os.abort()
+        return read(path, *how)
+
+    predict.read_scan = read_or_die
+
+
 def main() -> int:
     """The server or the worker."""
     from serving import server, worker
 
     role, *arguments = sys.argv[1:]
     if role == "worker":
+        _read_as_a_parser_with_a_fault()
         return worker.main(arguments, load=BrightVoxels)
     return server.main(arguments, worker_command=(sys.executable, __file__, "worker"))
 

@@ -25,7 +25,7 @@ import pydicom
 import pytest
 import zmq
 import zstandard
-from bad_files import bad_scans, error_of, is_one_sentence_naming, volume
+from bad_files import error_of, is_one_sentence_naming, volume
 from dicom_files import PATIENT, enhanced, save, series
 from scipy.spatial.transform import Rotation
 from serving_fixtures import DEADLY, DIGEST, LIMIT_S, STUCK, Server, is_alive, make_models, running, start, until
@@ -460,69 +460,6 @@ def test_a_result_that_is_not_there_has_its_code(server: Server, held: Path, tmp
         assert peer.ask(protocol.Fetch(job, "mask.nii.gz", size, 100)).code == "BAD_OFFSET"
         assert len(peer.ask(protocol.Fetch(job, "mask.nii.gz", size - 5, 100)).payload) == 5
         assert peer.ask(protocol.Close(job)) == protocol.Closed(job)
-
-
-def zipped(members: int, content: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for number in range(members):
-            archive.writestr(f"../../{number}.dcm", content)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("content", "content_bytes", "code"),
-    [
-        (zipped(21, b"a"), None, "ARCHIVE_LIMIT"),
-        (zipped(2, bytes(5_000_000), zipfile.ZIP_DEFLATED), None, "ARCHIVE_LIMIT"),
-        (zipped(2, b"a" * 100, zipfile.ZIP_BZIP2), None, "ARCHIVE_UNSUPPORTED"),
-        (zipped(3, b"a" * 500)[:-30], None, "INPUT_CORRUPT"),
-        (zipped(0, b""), None, "EMPTY_IMAGE"),
-        (zipped(3, b"no DICOM" * 100), None, "UNSUPPORTED_FORMAT"),
-        (zstandard.compress(bytes(7_000_000)), 5_000_000, "DECOMPRESS_LIMIT"),
-        (zstandard.compress(bytes(5000))[:-8], 5000, "INPUT_TRUNCATED"),
-        (zstandard.compress(bytes(4000)), 5000, "INPUT_TRUNCATED"),
-        (zstandard.compress(bytes(5000)) + b"more", 5000, "INPUT_CORRUPT"),
-        (b"no zstd at all" * 10, 5000, "INPUT_CORRUPT"),
-        (
-            zstandard.ZstdCompressor(
-                compression_params=zstandard.ZstdCompressionParameters(window_log=27, write_content_size=False)
-            ).compressobj().compress(os.urandom(3_000_000)),
-            5_000_000,
-            "DECOMPRESS_LIMIT",
-        ),
-    ],
-)  # fmt: skip
-def test_bombs_and_broken_archives_have_their_codes(
-    server: Server, tmp_path: Path, content: bytes, content_bytes: int | None, code: str
-) -> None:
-    how: dict[str, Any] = {"name": "study", "kind": "series"}
-    if content_bytes is not None:
-        how.update(codec="zstd", content_bytes=content_bytes)
-    else:
-        how.update(content_bytes=len(content))
-    error = send_bad(server, content, **how)
-    assert (error.code, error.fault) == (code, "input"), error
-    assert "study" in error.text
-    assert str(server.spool) not in error.text
-    assert server.spooled() == []
-
-
-def test_each_bad_scan_has_the_readers_code_and_the_clients_name(server: Server, tmp_path: Path) -> None:
-    cases = bad_scans(tmp_path)
-    assert cases
-    with server.connect() as peer:
-        for kind, (path, code) in cases.items():
-            with pytest.raises(ClientError) as refused:
-                peer.segment(path, "bright", tmp_path / "out.vtk", LIMIT_S)
-            assert (refused.value.code, refused.value.exit_code) == (code, 2), (kind, refused.value.sentence)
-            sentence = refused.value.sentence
-            assert path.name in sentence
-            assert sentence.endswith(".")
-            assert "upload-" not in sentence
-            assert str(server.spool) not in sentence
-    assert not (tmp_path / "out.vtk").exists()
-    expect_serving(server, tmp_path)
 
 
 def test_no_name_or_path_of_a_scan_is_logged(server: Server, tmp_path: Path) -> None:

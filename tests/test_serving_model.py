@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -66,8 +67,14 @@ def arguments_of(models: Path, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def endpoint(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Credentials]]:
+    """Address of a server of these models, and keys for it."""
+    with serving_models(models, tmp_path_factory.mktemp("server")) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def serving_models(models: Path, folder: Path) -> Iterator[tuple[str, Credentials]]:
     """Address of a server as its command starts it, and the keys that it made for clients on this computer."""
-    folder = tmp_path_factory.mktemp("server")
     process = subprocess.Popen(
         [sys.executable, "-m", "serving.server", *arguments_of(models, folder)],
         cwd=ROOT,
@@ -78,7 +85,7 @@ def endpoint(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         assert process.stdout is not None
         assert select.select([process.stdout], [], [], START_S)[0], "not ready"
         line = process.stdout.readline().split()
-        assert (line[0], line[2:]) == ("ready", ["volume/1"])
+        assert (line[0], line[2:]) == ("ready", [f"{path.name}/1" for path in sorted(models.iterdir())])
         workers = children(process.pid)
         assert len(workers) == 3
         yield line[1], read_credentials(folder / "access" / "local.json")
@@ -125,6 +132,19 @@ def test_a_bad_scan_costs_the_next_one_nothing(endpoint: tuple[str, Credentials]
             client.segment(bad, "volume", tmp_path / "out.vtk", LIMIT_S)
         assert refused.value.code == "EMPTY_IMAGE"
         client.segment(good, "volume", tmp_path / "out.vtk", LIMIT_S)
+
+
+def test_a_scan_without_the_organ_has_an_empty_mask_that_says_so(
+    endpoint: tuple[str, Credentials], tmp_path: Path
+) -> None:
+    scan = volume((5, 30, 34))
+    scan.voxels[:] = -1 - np.abs(scan.voxels)
+    write_volume(scan, tmp_path / "none.nii.gz")
+    with Client(*endpoint) as client:
+        (path,), measurements = client.segment(tmp_path / "none.nii.gz", "volume", tmp_path / "mask.vtk", LIMIT_S)
+    assert not read_volume(path).voxels.any()
+    assert measurements["volume_ml"] == {"liver": 0.0}
+    assert "liver: empty" in measurements["flags"]
 
 
 @pytest.mark.skipif("LVSEG_REAL_DATA" not in os.environ, reason="needs LVSEG_REAL_DATA")

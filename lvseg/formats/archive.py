@@ -74,7 +74,10 @@ def unzip(source: Path, folder: Path, content_bytes: int, members: int, name: st
                 name_in_zip = entry.filename.replace("\\", "/").rpartition("/")[2]
                 kept = f"{number:06d}{kept_suffix(name_in_zip)}"
                 with archive.open(entry) as member, (folder / kept).open("wb") as file:
-                    left -= _copy(member, file, left, name)
+                    copied = _copy(member, file, left, name)
+                if copied != entry.file_size:
+                    raise zipfile.BadZipFile("a member of another size than the directory says")
+                left -= copied
                 names[kept] = name_in_zip
     except InputError:
         raise

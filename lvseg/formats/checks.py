@@ -23,6 +23,16 @@ REACH_LIMIT_MM = 10_000.0
 DEFLATE_RATIO = 1032
 
 
+def limit_voxels(count: int) -> None:
+    """Lowers for this process what readers take, as a kernel's limit would, but told as DIMS_LIMIT.
+
+    Args:
+        count: bytes of one scan's voxels, in place of MAXIMUM_VOXEL_BYTES where it is less.
+    """
+    global MAXIMUM_VOXEL_BYTES
+    MAXIMUM_VOXEL_BYTES = min(count, MAXIMUM_VOXEL_BYTES)
+
+
 def voxel_bytes(shape: Sequence[int], item_bytes: int, path: Path) -> int:
     """Bytes that voxels of this shape take, refused where no scan has such a shape.
 

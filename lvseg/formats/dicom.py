@@ -83,8 +83,8 @@ def read(path: Path | Sequence[Path], series: str | None = None, on: Volume | No
     Raises:
         InputError: NOT_FOUND, NOT_READABLE, UNSUPPORTED_FORMAT, MULTIPLE_SERIES, UNKNOWN_SERIES, INCONSISTENT_SERIES,
             MISSING_SLICES, BAD_GEOMETRY, NO_PIXELS, UNSUPPORTED_PIXEL_TYPE, UNSUPPORTED_TRANSFER_SYNTAX,
-            INPUT_TRUNCATED, DIMS_LIMIT or EMPTY_IMAGE; of a zip also those of `archive.unzip`; of a segmentation those
-            of `dicom_seg`.
+            INPUT_TRUNCATED, DECOMPRESS_LIMIT, DIMS_LIMIT or EMPTY_IMAGE; of a zip also those of `archive.unzip`; of a
+            segmentation those of `dicom_seg`.
     """
     with quiet():
         if isinstance(path, Path) and path.is_file() and path.suffix.lower() == ".zip":

@@ -34,8 +34,9 @@ from pydicom.uid import (
 )
 
 from lvseg.errors import InputError
+from lvseg.formats import checks
 from lvseg.formats.archive import SUFFIXES, is_nameless
-from lvseg.formats.checks import DEFLATE_RATIO, MAXIMUM_VOXEL_BYTES, truncated
+from lvseg.formats.checks import DEFLATE_RATIO, truncated
 
 PREAMBLE_BYTES = 132
 SNIFFED_BYTES = 4096
@@ -388,12 +389,14 @@ def _open(path: Path, syntax: UID) -> IO[bytes]:
     if group_bytes is None:
         raise damaged(path)
     content = path.read_bytes()[PREAMBLE_BYTES + 12 + int(group_bytes) :]  # 12: the element with that length itself
-    limit = min(len(content) * DEFLATE_RATIO, 2 * MAXIMUM_VOXEL_BYTES)
+    limit = min(len(content) * DEFLATE_RATIO, 2 * checks.MAXIMUM_VOXEL_BYTES)
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         dataset = unpacker.decompress(content, limit)
     except zlib.error as error:
         raise damaged(path) from error
+    if unpacker.unconsumed_tail:
+        raise InputError("DECOMPRESS_LIMIT", f"Expected at most {limit} bytes inflated, received more in {path}.")
     if not unpacker.eof:
         raise damaged(path)
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
