@@ -383,7 +383,7 @@ class Closed:
 
 @dataclass(frozen=True)
 class Cancel:
-    """C>S: the job is to end, for every connection of its owner. Again and again is the same as once."""
+    """C>S: the job is to end, for every connection of its owner; NOT_FOUND once it has."""
 
     job: bytes = _key()
 

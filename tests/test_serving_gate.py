@@ -21,8 +21,9 @@ from serving.config import ServerConfig
 from serving.connection import Client
 from serving.crew import Generation
 from serving.errors import ClientError
-from serving.gate import Gate, Outbox
+from serving.gate import Gate
 from serving.jobs import RESULT, UPLOAD, JobTable, State
+from serving.replies import Outbox
 
 LIMITS = {"spool_free_bytes": 0}
 MODEL = protocol.Model("bright", 3, "0" * 64)
