@@ -2,8 +2,8 @@
 
     clients DEALER ==tcp, CURVE== ROUTER gate ROUTER ==ipc, folder 0700== DEALER workers
 
-One thread, one loop; `Handlers` answers the clients. No scan is parsed or unpacked here, neither NumPy nor
-TensorFlow is imported; bulk never goes over ipc, the workers find it in the spool. What a client can make the gate hold in memory
+One thread, one loop; `Handlers` answers the clients. No scan is parsed or unpacked here, neither NumPy nor TensorFlow
+is imported; bulk never goes over ipc, the workers find it in the spool. What a client can make the gate hold in memory
 is bounded: frames by MAXMSGSIZE, whole messages by the high-water marks, answers by `Replies`, which hold no file's
 bytes, uploads by credit, which is granted for what is on disk. A client that is let in and sends one message of frames
 without end is bounded by the memory limit of the service's unit alone: libzmq counts messages, not their frames.
