@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Traced graphs are millions of objects that stay; looking through them for garbage is a sixth of a test's time.
 gc.set_threshold(100_000, 20, 20)
+
+# Run in the background by a shell, this process ignores Ctrl-C, and so would those that it starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files of tests that take minutes begin first, so that no process is left with one of them at the end.
 LONGEST = ("test_fit", "test_methods_volume", "test_methods_fatfraction", "test_train", "test_predict", "test_devices",

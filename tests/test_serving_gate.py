@@ -294,11 +294,12 @@ def test_a_second_announcement_gives_a_scan_that_waits_more_time(tmp_path: Path)
             send_all(peer, first.read_bytes(), name=first.name)
             until(lambda: server.runs(first.name), "a scan is at work")
             contents = [scan_file(tmp_path, seed=seed).read_bytes() for seed in (1, 2)]
-            short, longer = (send_all(peer, content, deadline_ms=1500) for content in contents)
-            assert second.ask(submit_of(contents[1], deadline_ms=60_000)).job == longer
-            gone = peer.take_until(protocol.Error)
+            longer, short = (send_all(peer, content, deadline_ms=1500) for content in contents)
+            assert second.ask(submit_of(contents[0], deadline_ms=60_000)).job == longer
+            gone = peer.take_until(protocol.Error)  # of two with the same time, the one that came later
             assert (gone.job, gone.code) == (short, "EXPIRED")
-            assert isinstance(second.ask(protocol.Status(longer)), protocol.Progress)
+            second.socket.send_multipart(protocol.encode(protocol.Cancel(longer)))
+            assert second.take_until(protocol.Cancelled, protocol.Error) == protocol.Cancelled(longer)
         finally:
             server.hold.unlink()
 
