@@ -44,7 +44,11 @@ class Watched:
         """Whether it is another file than when this was asked last; true the first time."""
         try:
             facts = self.path.stat()
-            mark: tuple[int, ...] | None = (facts.st_mtime_ns, facts.st_size, facts.st_ino)
+            mark: tuple[int, ...] | None = (
+                facts.st_ctime_ns,
+                facts.st_size,
+                facts.st_ino,
+            )  # of every change, also of the mode
         except OSError:
             mark = None
         is_new, self._mark, self._asked = not self._asked or mark != self._mark, mark, True
@@ -166,10 +170,11 @@ def changing(folder: Path) -> Iterator[None]:
     """Holds the folder's lock, so that two commands at once lose nothing of each other's.
 
     Raises:
-        KeyFileError: the folder cannot be made or used, or others can read it.
+        KeyFileError: the folder cannot be made or used.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
         lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise KeyFileError(f"Expected a folder for keys, received '{error.strerror}' for {folder}.") from error

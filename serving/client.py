@@ -147,10 +147,10 @@ def _failure(scan: Path, error: ClientError) -> dict[str, Any]:
 
 
 def _watch(arguments: argparse.Namespace) -> int:
-    """Segments what is dropped into a folder, until Ctrl-C. A scan is done once its mask, or its failure, is written.
+    """Segments what is dropped into a folder, until Ctrl-C. Done is a scan whose measurements or failure are there.
 
     A scan counts as whole once it has not changed for SETTLED_S. Each goes its own way: one that has to wait for the
-    network or the server holds up no other.
+    network or the server holds up no other, as long as fewer than --at-once do.
     """
     import concurrent.futures
 
@@ -198,9 +198,16 @@ def _settled(
         settling: what each scan looked like, and since when; brought up to date here.
     """
     now = time.monotonic()
+    owners: dict[Path, Path] = {}
     for scan in sorted(path for path in arguments.watch.iterdir() if not path.name.startswith(".")):
         mask = arguments.out / f"{stem_of(scan)}.{arguments.format or 'vtk'}"
-        if mask.exists() or _failure_of(mask).exists():
+        if (other := owners.setdefault(mask, scan)) != scan:
+            if scan not in settling:  # told once
+                settling[scan] = (None, now)
+                print(f"serving.client: Expected scans of different names, received {scan.name}, whose mask would be"
+                      f" that of {other.name}.", file=sys.stderr)  # fmt: skip
+            continue
+        if _result_of(mask).exists() or _failure_of(mask).exists():
             continue
         mark = _mark(scan)
         if scan not in settling or settling[scan][0] != mark:
@@ -216,7 +223,7 @@ def _segment_dropped(
     try:
         with _client(arguments, stop) as client:
             result = _segment(client, arguments, scan, mask, show)
-        _write_json(mask.with_name(mask.name + ".result.json"), result)
+        _write_json(_result_of(mask), result)
     except ClientError as error:
         print(f"serving.client: {error.sentence}", file=sys.stderr)
         if _is_of_scan(error) and _mark(scan) == mark:
@@ -231,6 +238,10 @@ def _is_of_scan(error: ClientError) -> bool:
     if isinstance(error, Refused):
         return error.error.fault != "access" and not error.error.retryable and error.code != "MODEL_UNKNOWN"
     return error.exit_code == EXIT_BAD_INPUT and error.code not in ("BAD_OUTPUT", "BAD_KEY")
+
+
+def _result_of(mask: Path) -> Path:
+    return mask.with_name(mask.name + ".result.json")
 
 
 def _failure_of(mask: Path) -> Path:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 WORKER_COMMAND = (sys.executable, "-m", "serving.worker")
 UNPACK, SEGMENT, PACK = range(len(jobs.STEPS))
-FIRST_STAGES = ("unpack", "segment", "write")  # of each step
 STARTS_MAX = 3  # of a kind of worker that ends before it is ready, in a row
 RESTART_MAX_S = 30.0
 REAP_S = 5.0  # a killed process that the kernel cannot end is left behind
@@ -83,7 +82,6 @@ class Generation:
 
     number: int
     entries: tuple[Entry, ...]
-    ready: bool = False
     failed_starts: int = 0
 
 
@@ -192,7 +190,6 @@ class Crew:
         mine = [one for one in self if one.step == SEGMENT and one.generation == coming.number]
         if len(mine) == self.count(SEGMENT) and all(one.ready for one in mine):
             old, self.serving, self.coming = self.serving, coming, None
-            coming.ready = True
             log.info("models served: %s", ", ".join(f"{one.name}/{one.version}" for one in models) or "none")
             self._end_generation(old)
         return True
@@ -216,7 +213,6 @@ class Crew:
         """Ends a generation's idle processes; one with a job ends when that is done (see `release`)."""
         if generation is None:
             return
-        generation.ready = False
         for worker in self:
             if worker.step == SEGMENT and worker.generation == generation.number and worker.job is None:
                 self.dismiss(worker)

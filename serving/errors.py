@@ -9,8 +9,9 @@ class ClientError(Exception):
     """What ends a request: a stable code, a sentence for people, and the exit code of the command.
 
     Args:
-        code: the server's, or NOT_FOUND, NOT_READABLE, INPUT_TRUNCATED, TEMPORARY_FULL, BAD_OUTPUT, BAD_KEY,
-            UNREACHABLE, TIMEOUT, SERVER_KEY_MISMATCH, NOT_AUTHORISED of this side.
+        code: the server's, or of this side NOT_FOUND, NOT_READABLE, INPUT_TRUNCATED, TOO_LARGE, TEMPORARY_FULL,
+            BAD_ARGUMENT, BAD_ADDRESS, BAD_KEY, BAD_OUTPUT, MODEL_UNKNOWN, UNREACHABLE, TIMEOUT, RESULT_CORRUPT,
+            SERVER_KEY_MISMATCH, NOT_AUTHORISED.
         sentence: what was expected, what came, what to check.
         exit_code: EXIT_BAD_INPUT, EXIT_NETWORK or EXIT_ERROR.
     """

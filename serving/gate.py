@@ -33,15 +33,15 @@ from serving import access, catalogue, crew, keys, protocol
 from serving.errors import KeyFileError
 from serving.handlers import BUSY_MS, Handlers
 from serving.health import Health, Metrics
-from serving.jobs import STEPS, Job, JobTable, SpoolDamaged, State
+from serving.jobs import FIRST_STAGES, STEPS, Job, JobTable, SpoolDamaged, State
 from serving.replies import Refusal
 
 if TYPE_CHECKING:
     from serving.config import ServerConfig
 
-TICK_MS, FLUSH_MS = 100, 5
+TICK_MS, FLUSH_MS = 100, 50
 MESSAGES_A_ROUND = 64
-STOOD_STILL_S = 1.0  # a loop that took longer was stopped itself, with the machine or by a signal
+STOOD_STILL_S = 1.0  # a turn that took longer stood still itself, with the machine, by a signal or for a disk
 SEND_HWM, RECEIVE_HWM = 8, 16  # messages of a connection that libzmq holds, of up to 1 MiB each
 CLIENT_IDLE_S = 600.0
 AHEAD = 2  # scans that are unpacked before a process with models is free for them
@@ -350,9 +350,7 @@ class Gate:
             job.progress = protocol.Progress(job.key, message.stage, 0, message.done, message.total)
             job.touched = now
             for route in list(job.routes):
-                if (
-                    not self.replies.is_behind(route) and not job.abandoned
-                ):  # a slow reader gets the next: only the last counts
+                if not self.replies.is_behind(route):  # a slow reader gets the next: only the last counts
                     self.replies.send(route, job.progress)
             return
         self._stage_over(worker, now)
@@ -404,7 +402,7 @@ class Gate:
 
     def _give(self, worker: crew.Worker, job: Job, now: float) -> None:
         worker.job, worker.began = job, now
-        worker.stage = crew.FIRST_STAGES[worker.step]
+        worker.stage = FIRST_STAGES[worker.step]
         if worker.step == crew.PACK:
             self.metrics.stage.labels("queue").observe(job.queued_s)
         sent = job.submit
@@ -452,6 +450,9 @@ class Gate:
             self.let_in = self.clients.names
             if self.pair is not None:
                 self.replies.forget_owners_but(self.let_in)
+                for job in self.jobs:
+                    if job.owner not in self.let_in:
+                        job.routes.clear()
         if not self.allowed_models.changed():
             return
         try:
@@ -499,10 +500,7 @@ class Gate:
             text = f"Expected a model that is still served for {job.submit.name}, received one that is not."
             self.handlers.fail(job, Refusal("MODEL_UNAVAILABLE", "queue", text, "access", True, BUSY_MS), now)
             return
-        try:
-            self.jobs.assign(job, model)
-        except OSError as error:
-            self.handlers.fail(job, self.handlers.storage_failure(error, "queue"), now)
+        self.jobs.assign(job, model)
 
     def _measure(self) -> None:
         """The gauges, and whether the spool has room."""

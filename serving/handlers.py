@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving import access, crew, protocol
 from serving.health import Metrics
-from serving.jobs import RESULT, Job, JobTable, State
+from serving.jobs import FIRST_STAGES, RESULT, Job, JobTable, State
 from serving.replies import Refusal, Replies
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ class Handlers:
         key = protocol.job_key(owner, message, model.sha256)
         job = self.jobs.get(key, owner)
         if job is not None and (job.state is State.FAILED or job.model != model):  # done by a version taken back since
+            if job.state is not State.FAILED:
+                self.tell_all(job, self._cancelled(job), but=route)
             self._stop(job)
             self.jobs.remove(job)
             job = None
@@ -195,10 +197,11 @@ class Handlers:
         return job
 
     def _check_share(self, own: Sequence[Job], coming_in: Sequence[Job]) -> None:
-        """Leaves the others their half of the queue and of the uploads."""
+        """Leaves the others half of the queue and of the uploads."""
+        limits = self.config.limits
         waiting = sum(job.state is State.WAITING and job.step < crew.PACK for job in own)
         sending = sum(job in coming_in for job in own)
-        if waiting > self.config.limits.queue // 2 or sending > self.config.limits.uploads // 2:
+        if waiting + sending >= max(1, limits.queue // 2) or sending >= max(1, limits.uploads // 2):
             raise self._busy(f"Your {waiting} scans wait and {sending} come in, which is your share; try again later.")
 
     def _busy(self, text: str) -> Refusal:
@@ -233,7 +236,7 @@ class Handlers:
             self.metrics.received_bytes.inc(len(message.payload))
             if job.offset == job.submit.bytes:
                 self._stored(job, now)
-            elif job.until < job.submit.bytes and self._is_due(job, now):
+            elif self._is_due(job, now):
                 self.jobs.flush(job)
                 job.until, job.credited = min(job.submit.bytes, job.offset + self.config.limits.window_bytes), now
                 self.replies.send(route, protocol.Credit(job.key, job.until))
@@ -243,7 +246,8 @@ class Handlers:
 
     def _is_due(self, job: Job, now: float) -> bool:
         """Whether a sender should hear again: half its credit is used, or its link is slow."""
-        return job.until - job.offset <= self.config.limits.window_bytes // 2 or now - job.credited >= CREDIT_EVERY_S
+        goes_on = job.until < job.submit.bytes and job.until - job.offset <= self.config.limits.window_bytes // 2
+        return goes_on or now - job.credited >= CREDIT_EVERY_S
 
     def _stored(self, job: Job, now: float) -> None:
         began = now if job.began is None else job.began
@@ -324,8 +328,7 @@ class Handlers:
         if job is None and not self.jobs.is_ending(message.job, owner):
             raise self._unknown("queue")
         if job is not None and job.state not in (State.DONE, State.FAILED):
-            cancelled = Refusal("CANCELLED", "queue", f"The job of {job.submit.name} was cancelled.", "access")
-            self.tell_all(job, cancelled.message(job.key), but=route)
+            self.tell_all(job, self._cancelled(job), but=route)
             self.metrics.jobs_failed.labels("CANCELLED").inc()
         if job is not None:
             self._stop(job)
@@ -333,6 +336,10 @@ class Handlers:
             log.info("job %s: cancelled", job.label)
             self.queue_moved = True
         self.replies.send(route, protocol.Cancelled(message.job))
+
+    def _cancelled(self, job: Job) -> protocol.Error:
+        text = f"The job of {job.submit.name} was cancelled."
+        return Refusal("CANCELLED", "queue", text, "access").message(job.key)
 
     def _stop(self, job: Job) -> None:
         """Tells the worker that has a job, if any, to end it."""
@@ -353,16 +360,9 @@ class Handlers:
         return (self.clients.name_of(owner) or "a client unknown") if self.secure else "a local client"
 
     def models(self) -> tuple[protocol.Model, ...]:
-        """What clients can ask for; before anything is loaded, what will be."""
-        coming = self.workers.coming
-        if self.workers.models or coming is None or self.workers.serving is not None:
-            return self.workers.models or self._served()
-        return tuple(entry.served for entry in coming.entries)
-
-    def _served(self) -> tuple[protocol.Model, ...]:
-        """What is served but for the moment in which its process is started again."""
-        serving = self.workers.serving
-        return tuple(entry.served for entry in serving.entries) if serving else ()
+        """What clients can ask for; while nothing is loaded, what will be."""
+        generation = self.workers.serving or self.workers.coming
+        return self.workers.models or tuple(entry.served for entry in (generation.entries if generation else ()))
 
     def storage_failure(self, error: OSError, stage: str) -> Refusal:
         log.error("the spool failed at %s: %s", stage, errno.errorcode.get(error.errno or 0, "unknown"))
@@ -445,7 +445,7 @@ class Handlers:
 def _where(job: Job) -> str:
     """A job's place on its way, as LISTING says it."""
     if job.state is State.RUNNING:
-        return job.progress.stage if job.progress else crew.FIRST_STAGES[job.step]
+        return job.progress.stage if job.progress else FIRST_STAGES[job.step]
     return "queue" if job.state is State.WAITING else job.state.value
 
 

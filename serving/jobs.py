@@ -36,6 +36,7 @@ from serving import protocol
 
 LOSSES_MAX = 2  # a scan that twice took its worker down is not given a third
 STEPS = ("unpack", "segment", "pack")  # each by a kind of worker of its own
+FIRST_STAGES = ("unpack", "segment", "write")  # of each step
 DATABASE, JOB, UPLOAD, WORK, RESULT = "jobs.sqlite", "job.json", "upload", "work", "result"
 JOB_FOLDER = re.compile(r"[0-9a-f]{64}")
 LOCKED_S = 2.0
@@ -241,12 +242,12 @@ class JobTable:
     def assign(self, job: Job, model: protocol.Model) -> None:
         """Another version does a job that waits, since the one it was accepted for is not served any more.
 
-        Raises:
-            OSError: the spool is full or broken.
+        Should that not get to the disk, it is done again after a restart.
         """
         job.model = model
-        _write_facts(job)
-        self._save(job)
+        with contextlib.suppress(OSError):
+            _write_facts(job)
+        self._save_later(job)
 
     def write(self, job: Job, payload: bytes) -> None:
         """Appends to the upload.
@@ -392,6 +393,7 @@ class JobTable:
                 log.error("job %s: its row stays until the next start", job.label)
         if job.state is State.RUNNING:
             job.abandoned = True
+            job.routes.clear()
             for name in (JOB, UPLOAD):  # without them no restart takes it up again
                 with contextlib.suppress(OSError):
                     (job.folder / name).unlink(missing_ok=True)
@@ -460,14 +462,18 @@ class JobTable:
         """Takes over what an earlier server left: waiting jobs wait again, uploads go on, results are kept."""
         rows = {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in self._rows()}
         folders = {path.name: path for path in self._spool.iterdir() if JOB_FOLDER.fullmatch(path.name)}
+        made_anew = set()
         for name, folder in folders.items():
-            row = rows.pop(name, None) or _row_of(folder)
+            old = rows.pop(name, None)
+            row = old or _row_of(folder)
             job = _job_of(row, folder, now) if row else None
             if job is None or not self._take_over(job):
                 log.error("job %s: what is left of it is of no use", name[:12])
                 shutil.rmtree(folder, ignore_errors=True)
                 with _told_as_os_error():
                     self._database.execute("DELETE FROM jobs WHERE key = ?", (name,))
+            elif old is None or old["state"] != job.state.value:
+                made_anew.add(job.key)
         for name, row in rows.items():  # failed ones have no folder
             job = _job_of(row, self._spool / name, now)
             if job is not None and job.state is State.FAILED:
@@ -482,7 +488,8 @@ class JobTable:
                 self._lines[0].append(job)
             if job.state is not State.FAILED:
                 log.info("job %s: taken over, %s", job.label, job.state.value)
-            self._save(job)
+            if job.key in made_anew:  # rows that are right keep the time of their last change
+                self._save_later(job)
 
     def _rows(self) -> list[tuple[Any, ...]]:
         with _told_as_os_error():
@@ -540,7 +547,8 @@ def _connect(path: Path) -> sqlite3.Connection:
         (verdict,) = database.execute("PRAGMA quick_check").fetchone()
         if verdict != "ok":
             raise sqlite3.DatabaseError(verdict)
-        database.execute(f"SELECT {', '.join(COLUMNS)} FROM jobs LIMIT 1")
+        if [row[1] for row in database.execute("PRAGMA table_info(jobs)")] != list(COLUMNS):
+            raise sqlite3.DatabaseError("the table is another version's")
     except sqlite3.Error:
         database.close()
         raise

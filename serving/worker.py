@@ -37,7 +37,7 @@ import zmq
 
 from lvseg.errors import InputError
 from serving import logs, protocol, unpack
-from serving.jobs import RESULT, STEPS, UPLOAD, WORK, described
+from serving.jobs import FIRST_STAGES, RESULT, STEPS, UPLOAD, WORK, described
 
 if TYPE_CHECKING:
     from lvseg.predict import Segmentation
@@ -49,7 +49,6 @@ ORIGIN = "origin.json"
 HEARTBEAT_S = 1.0
 PROGRESS_EVERY_S = 0.1
 PROOF_MM = 0.01
-FIRST_STAGE = {"unpack": "unpack", "segment": "segment", "pack": "write"}
 OPEN_FILES_MAX = 256
 CONTENT_BYTES_MAX = 2 * 1024**3  # of a scan unpacked, where the gate says nothing else
 NPY_HEADER_BYTES = 128  # what NumPy writes before an array's bytes
@@ -425,7 +424,7 @@ def serve(
             link.send(protocol.Result(work.job, files))
         except Exception as error:  # one bad scan must not cost the next user the loaded models
             code, fault, sentence = _explained(error, work, folder, spool, report.stage)
-            link.send(protocol.Failed(work.job, code, report.stage or FIRST_STAGE[kind], fault, sentence))
+            link.send(protocol.Failed(work.job, code, report.stage or FIRST_STAGES[STEPS.index(kind)], fault, sentence))
 
 
 def main(argv: Sequence[str] | None = None, load: Callable[[Path], Segments] = load_segmenter) -> int:

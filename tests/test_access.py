@@ -110,6 +110,40 @@ def test_a_client_that_is_allowed_gets_in_at_once_and_one_that_is_revoked_is_out
         other.segment(scan, "bright", tmp_path / "mask.vtk", LIMIT_S)
 
 
+def test_a_revoked_client_hears_no_more_of_the_jobs_that_it_has_there(secured: Server, tmp_path: Path) -> None:
+    folder = secured.models.parent / "access"
+    secured.hold.touch()
+    try:
+        site = newcomer(secured, "site-b")
+        with connected(site) as peer:
+            job = upload(peer, scan_file(tmp_path, seed=5).read_bytes())
+            access.revoke_client(folder, "site-b")
+
+            def is_out() -> bool:
+                return bool(ask(peer, protocol.Ping(), protocol.Pong, protocol.Error) != protocol.Pong())
+
+            until(is_out, "it is refused")
+            secured.hold.unlink()
+            until(lambda: f"job {job.hex()[:12]}: done" in secured.log.read_text(), "its job is done")
+            peer.send_multipart(protocol.encode(protocol.Ping()))
+            error = take(peer, protocol.Error, protocol.Progress, protocol.Done)  # the next word after its last Ping's
+            assert (type(error), error.code, error.job) == (protocol.Error, "NOT_AUTHORISED", b"")
+            assert not peer.poll(0)
+    finally:
+        secured.hold.unlink(missing_ok=True)
+
+
+def test_a_mode_that_is_put_right_is_seen(tmp_path: Path) -> None:
+    access.allow_client(tmp_path, "site-a", keys.new_pair().public)
+    clients = access.Clients(tmp_path / access.CLIENTS)
+    (tmp_path / access.CLIENTS).chmod(0o644)
+    clients.refresh()
+    assert clients.names == {}
+    (tmp_path / access.CLIENTS).chmod(0o600)
+    clients.refresh()
+    assert list(clients.names.values()) == ["site-a"]
+
+
 def test_another_owner_s_job_is_as_unknown_as_none(secured: Server, tmp_path: Path) -> None:
     secured.hold.touch()
     try:

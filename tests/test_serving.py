@@ -405,16 +405,6 @@ def test_garbage_from_a_zmq_peer_gets_its_code(server: Server, tmp_path: Path) -
     expect_serving(server, tmp_path)
 
 
-def test_raw_tcp_bytes_and_a_frame_beyond_the_limit_harm_nobody(server: Server, tmp_path: Path) -> None:
-    host, port = server.endpoint.removeprefix("tcp://").split(":")
-    for content in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096), b"\xff" + b"\0" * 8 + b"\x7f"):
-        with socket.create_connection((host, int(port)), LIMIT_S) as raw:
-            raw.sendall(content)
-    with Raw(server.endpoint) as peer:
-        peer.socket.send_multipart([*protocol.encode(protocol.Ping()), b"x" * (protocol.FRAME_BYTES_MAX + 1)])
-        expect_serving(server, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("change", "code", "fault"),
     [
@@ -440,12 +430,6 @@ def test_bytes_beyond_the_credit_are_refused_and_the_job_lives_on(server: Server
         assert peer.ask(protocol.Chunk(job, 0, content[:9000])).code == "OVER_CREDIT"
         assert peer.ask(protocol.Status(job)) == protocol.Accepted(job, 0, 8000)
         assert peer.ask(protocol.Close(job)) == protocol.Closed(job)
-
-
-def test_a_wrong_digest_discards_the_upload(server: Server) -> None:
-    error = send_bad(server, b"12345", sha256="0" * 64)
-    assert (error.code, error.retryable) == ("DIGEST_MISMATCH", True)
-    assert server.spooled() == []
 
 
 def test_a_result_that_is_not_there_has_its_code(server: Server, held: Path, tmp_path: Path) -> None:

@@ -539,6 +539,20 @@ def test_a_watched_folder_that_is_empty_is_no_scan_yet(tmp_path: Path, incoming:
             until((out / f"{name}.vtk.result.json").exists, "what was filled is done")
 
 
+def test_of_two_watched_scans_with_one_mask_the_second_is_told_and_left(tmp_path: Path, incoming: Path) -> None:
+    out = tmp_path / "masks"
+    scan_of(incoming, 100, "one.nii.gz")
+    scan_of(incoming, 100, "one.nrrd")
+    out.mkdir()
+    (out / "two.vtk").write_text("a mask without its measurements, as a client that was killed leaves it")
+    scan_of(incoming, 100, "two.nii.gz")
+    with Scripted() as server, command(server, tmp_path, "--watch", incoming, "-o", out):
+        for name in ("one", "two"):
+            until((out / f"{name}.vtk.result.json").exists, "it is done")
+        until(lambda: "one.nrrd" in (tmp_path / "told").read_text(), "the other one is told")
+        assert [submit.name for submit in server.all(protocol.Submit)].count("one.nrrd") == 0
+
+
 def test_a_watched_folder_that_goes_away_is_looked_for_until_it_is_back(tmp_path: Path, incoming: Path) -> None:
     out = tmp_path / "masks"
     with Scripted() as server, command(server, tmp_path, "--watch", incoming, "-o", out) as process:

@@ -22,8 +22,9 @@ from serving.connection import Client
 from serving.crew import Generation
 from serving.errors import ClientError
 from serving.gate import Gate
+from serving.handlers import CREDIT_EVERY_S
 from serving.jobs import RESULT, UPLOAD, JobTable, State
-from serving.replies import Outbox
+from serving.replies import Outbox, Refusal
 
 LIMITS = {"spool_free_bytes": 0}
 MODEL = protocol.Model("bright", 3, "0" * 64)
@@ -112,7 +113,7 @@ def test_a_command_that_cannot_be_started_is_tried_again_and_ends_nothing(tmp_pa
 
 
 def test_a_server_that_stood_still_gives_no_worker_up(tmp_path: Path) -> None:
-    deadlines = {"silent_s": 1.0, "start_s": 60.0}
+    deadlines = {"silent_s": 2.0, "start_s": 60.0}
     with running(tmp_path, limits=LIMITS, deadlines=deadlines) as server:
         before = {pid for kind in jobs.STEPS for pid in server.workers(kind)}
         assert len(before) == len(jobs.STEPS)
@@ -120,7 +121,7 @@ def test_a_server_that_stood_still_gives_no_worker_up(tmp_path: Path) -> None:
         for pid in everyone:  # as a machine that is suspended
             os.kill(pid, signal.SIGSTOP)
         try:
-            with pytest.raises(ClientError), server.connect(connect_s=2.5):
+            with pytest.raises(ClientError), server.connect(connect_s=4.0):
                 pass  # the wait for this is how long it stands still
         finally:
             for pid in everyone:
@@ -185,6 +186,8 @@ def test_a_scan_that_waits_while_models_are_exchanged_is_done_by_the_new_one_and
         with server.connect() as client:  # the same scan for the same version as at first: not what version 4 said
             client.segment(second, "bright", tmp_path / "mask.nii.gz", LIMIT_S)
         assert server.runs(second.name) == [4, 3]
+        gone = peer.take_until(protocol.Error)  # who waited for the answer of version 4 is told
+        assert (gone.job, gone.code) == (job, "CANCELLED")
 
 
 def welcome(endpoint: str) -> protocol.Welcome:
@@ -260,7 +263,69 @@ def test_only_waiting_counts_as_the_queue(tmp_path: Path) -> None:
     table.close()
 
 
+def test_a_job_that_another_version_is_to_do_keeps_its_scan_where_the_row_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "LOCKED_S", 0.05)
+    table, (job,) = table_with(tmp_path, "scan")
+    with contextlib.closing(sqlite3.connect(tmp_path / jobs.DATABASE, isolation_level=None)) as lock:
+        lock.execute("BEGIN IMMEDIATE")
+        table.assign(job, protocol.Model("bright", 4, "1" * 64))
+        lock.execute("ROLLBACK")
+    table.close()
+    again = JobTable(tmp_path, 1.0)
+    assert [(one.key, one.state) for one in again] == [(job.key, State.WAITING)]
+    again.close()
+
+
+def test_restarts_make_no_result_young_again(tmp_path: Path) -> None:
+    table, (job,) = table_with(tmp_path, "scan")
+    for step in range(3):
+        table.next(step, 1.0)
+        if step < 2:
+            table.advance(job, 1.0)
+    (job.folder / RESULT).mkdir()
+    (job.folder / RESULT / "result.json").write_text("{}")
+    table.done(job, (jobs.described(job.folder / RESULT / "result.json"),), 2.0)
+    table.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / jobs.DATABASE, isolation_level=None)) as database:
+        database.execute("UPDATE jobs SET changed = changed - 70000")  # a while ago
+    for _ in range(3):
+        again = JobTable(tmp_path, 100_000.0)
+        (taken,) = again
+        assert taken.state is State.DONE
+        assert 70_000 <= 100_000.0 - taken.touched < 71_000
+        again.close()
+
+
 # ---- answers
+
+
+def test_a_sender_hears_by_amount_and_by_time(tmp_path: Path) -> None:
+    with gate(tmp_path, ("sleep", "1000")) as one:
+        submit = submit_of(b"x" * 1000)
+        job = one.jobs.add(protocol.job_key("", submit, MODEL.sha256), submit, MODEL, "", 0.0)
+        job.until, job.credited = 1000, 10.0  # all of it may come; over a slow link that takes its time
+        assert not one.handlers._is_due(job, 10.0 + CREDIT_EVERY_S - 0.1)
+        assert one.handlers._is_due(job, 10.0 + CREDIT_EVERY_S)
+        job.until = 500
+        assert one.handlers._is_due(job, 10.0)
+
+
+def test_one_client_leaves_half_of_the_queue_to_others(tmp_path: Path) -> None:
+    with gate(tmp_path, ("sleep", "1000"), limits={"queue": 4, "uploads": 4}) as one:
+        own = []
+        for number in range(2):
+            one.handlers._check_share(own, [])
+            submit = submit_of(bytes(number + 1))
+            own.append(one.jobs.add(protocol.job_key("", submit, MODEL.sha256), submit, MODEL, "", 0.0))
+        with pytest.raises(Refusal, match="share"):
+            one.handlers._check_share(own, own)
+        for job in own:
+            one.jobs.write(job, bytes(job.submit.bytes))
+            assert one.jobs.stored(job, 1.0)
+        with pytest.raises(Refusal, match="share"):
+            one.handlers._check_share(own, [])
 
 
 def test_of_a_slow_readers_news_of_a_job_only_the_last_is_kept() -> None:
@@ -294,8 +359,9 @@ def test_a_second_announcement_gives_a_scan_that_waits_more_time(tmp_path: Path)
             send_all(peer, first.read_bytes(), name=first.name)
             until(lambda: server.runs(first.name), "a scan is at work")
             contents = [scan_file(tmp_path, seed=seed).read_bytes() for seed in (1, 2)]
-            longer, short = (send_all(peer, content, deadline_ms=1500) for content in contents)
+            longer = send_all(peer, contents[0], deadline_ms=4000)
             assert second.ask(submit_of(contents[0], deadline_ms=60_000)).job == longer
+            short = send_all(peer, contents[1], deadline_ms=4000)
             gone = peer.take_until(protocol.Error)  # of two with the same time, the one that came later
             assert (gone.job, gone.code) == (short, "EXPIRED")
             second.socket.send_multipart(protocol.encode(protocol.Cancel(longer)))

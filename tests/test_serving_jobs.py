@@ -90,7 +90,7 @@ def test_an_upload_goes_on_at_its_last_safe_byte_after_the_server_was_killed(tmp
         assert peer.take_until(protocol.Stored, protocol.Error) == protocol.Stored(job, submit_of(content).sha256)
 
 
-@pytest.mark.parametrize("damage", ["garbage", "cut", "gone"])
+@pytest.mark.parametrize("damage", ["garbage", "cut", "gone", "of another version"])
 def test_a_damaged_database_costs_no_job_and_no_result(tmp_path: Path, damage: str) -> None:
     first, second = scan_file(tmp_path), scan_file(tmp_path, seed=1, name="second.nii.gz")
     with running(tmp_path, limits=LIMITS) as server, Raw(server.endpoint) as peer:
@@ -109,6 +109,9 @@ def test_a_damaged_database_costs_no_job_and_no_result(tmp_path: Path, damage: s
         database.write_bytes(os.urandom(20_000))
     elif damage == "cut":
         database.write_bytes(database.read_bytes()[:3000])
+    elif damage == "of another version":
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
+            other.execute("CREATE TABLE jobs (key TEXT PRIMARY KEY, state TEXT)")
     else:
         database.unlink()
     with running(tmp_path, limits=LIMITS) as server, Raw(server.endpoint) as peer:
