@@ -61,7 +61,8 @@ class Replies:
     Args:
         front: the ROUTER that clients talk to.
         metrics: counts what is sent.
-        read: the answer to a FETCH of an owner, made when the connection can take it, so that none waits in memory.
+        read: the answer to a FETCH of an owner, made anew whenever it is tried to send it, so that no bytes of a file
+            wait in memory.
     """
 
     def __init__(self, front: Any, metrics: Metrics, read: Callable[[str, protocol.Fetch], Any]) -> None:
