@@ -73,6 +73,7 @@ class Handlers:
         self._order = order
 
     def take(self, route: bytes, frames: list[bytes], user: str, now: float) -> None:
+        """Answers a message of a client, told apart by its key where connections have keys."""
         self.replies.heard(route, user, now)
         job = frames[2] if len(frames) > 2 and len(frames[2]) == protocol.KEY_BYTES else b""
         try:
