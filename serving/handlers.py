@@ -366,6 +366,7 @@ class Handlers:
         return self.workers.models or tuple(entry.served for entry in (generation.entries if generation else ()))
 
     def storage_failure(self, error: OSError, stage: str) -> Refusal:
+        """What a client hears of a spool that is full or broken; the log says what the system said."""
         log.error("the spool failed at %s: %s", stage, errno.errorcode.get(error.errno or 0, "unknown"))
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return Refusal(
@@ -433,6 +434,7 @@ class Handlers:
                 self.tell_all(job)
 
     def fail(self, job: Job, refusal: Refusal, now: float) -> None:
+        """Ends a job without a result and tells who waits for it."""
         log.info("job %s: failed at %s with %s", job.label, refusal.stage, refusal.code)
         if job.abandoned:
             job.state = State.FAILED
