@@ -241,6 +241,7 @@ def test_an_announcement_or_its_answer_that_is_cut_is_made_again(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "ASK_S", 0.2)
+    monkeypatch.setattr(connection, "ANNOUNCE_S", 0.2)
     answer = protocol.encode(protocol.Accepted(bytes(32), 0, 5))[3].partition(b"5")[0]
     stored = protocol.encode(protocol.Stored(bytes(32), "0" * 64))[3].partition(b"0")[0]
     faults = {
@@ -262,6 +263,7 @@ MOMENTS = {
     "waiting": ("down", b'{"stage":"segment"', 0),
     "receiving": ("down", data_header("mask.vtk", CHUNK), LONG_FRAME + 500),
 }
+STALLS = [Fault(*moment, stalls=ways) for moment in MOMENTS.values() for ways in WAYS]
 
 
 def test_the_heartbeat_finds_a_connection_in_which_nothing_moves_and_the_job_goes_on(
@@ -269,9 +271,8 @@ def test_the_heartbeat_finds_a_connection_in_which_nothing_moves_and_the_job_goe
 ) -> None:
     """All cases at once, with the heartbeat as it is: 20 seconds without a word at the most, then a new connection."""
     before = figure(server, "lvseg_received_bytes_total")
-    cases = [Fault(*moment, stalls=ways) for moment in MOMENTS.values() for ways in WAYS]
-    with ThreadPoolExecutor(len(cases)) as pool:
-        answers = [pool.submit(through, server, tmp_path, 400 + seed, [case]) for seed, case in enumerate(cases)]
+    with ThreadPoolExecutor(len(STALLS)) as pool:
+        answers = [pool.submit(through, server, tmp_path, 400 + seed, [case]) for seed, case in enumerate(STALLS)]
         sent = sum(answer.result(3 * LIMIT_S).stat().st_size for answer in answers)
     assert figure(server, "lvseg_received_bytes_total") - before == sent
 
@@ -295,9 +296,8 @@ def test_a_network_that_stands_still_for_good_ends_in_a_sentence(
             client.segment(scan, "bright", out, LIMIT_S)
         expect_right_mask(scan, out)
 
-    cases = [Fault(*moment, stalls=ways) for moment in MOMENTS.values() for ways in WAYS]
-    with ThreadPoolExecutor(len(cases)) as pool:
-        for done in [pool.submit(one, 500 + seed, case) for seed, case in enumerate(cases)]:
+    with ThreadPoolExecutor(len(STALLS)) as pool:
+        for done in [pool.submit(one, 500 + seed, case) for seed, case in enumerate(STALLS)]:
             done.result(3 * LIMIT_S)
 
 
