@@ -368,13 +368,11 @@ def _check(step: Step, groups: dict[str, Volumes], reading: Any, own_masks: bool
 
 
 def _mean_dice(step: Step, volumes: Volumes, reading: Any, measure: Any = None) -> float:
-    import tensorflow as tf
-
     from lvseg import metrics, pipeline
 
     found: dict[str, list[float]] = {}
-    for patient, file, _ in volumes.rows:
-        (volume,) = pipeline.volume_samples(tf.constant(str(file)), reading)
+    samples = pipeline.volume_samples([file for _, file, _ in volumes.rows], reading)
+    for (patient, *_), volume in zip(volumes.rows, samples, strict=True):
         if measure is not None:
             found.setdefault(patient, []).append(measure(step, volume))
             continue

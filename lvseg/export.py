@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -100,6 +101,23 @@ def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any
     target_mm, normalisation = card["spacing_mm"], card["normalisation"]
     clip, global_bounds = card["clip_percentiles"], card["global_bounds"]
 
+    voxels_spec = tf.TensorSpec([None, None, None], tf.float32, "voxels")
+    spacing_spec = tf.TensorSpec([3], tf.float32, "spacing_mm")
+    stacks_spec = tf.TensorSpec([None, size, size, 2 * neighbours + 1], tf.float32, "stacks")
+    probabilities_spec = tf.TensorSpec([None, size, size, len(card["labels"])], tf.float32, "probabilities")
+    shape_spec = tf.TensorSpec([3], tf.int32, "shape")
+
+    def traced(function: Any, *signature: tf.TensorSpec) -> Any:
+        graph = tf.function(function, input_signature=signature, autograph=False)
+        graph.get_concrete_function()  # Keras takes graphs that it does not have to make itself as they are
+        return graph
+
+    # One graph each, which two signatures call.
+    answer = traced(network, stacks_spec)
+    on_own_grid = traced(
+        functools.partial(preprocess.restore, target_mm=target_mm), probabilities_spec, shape_spec, spacing_spec
+    )
+
     def bounds(voxels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         scan = preprocess.statistics(voxels, percentiles=clip is not None)
         return scan.minimum, *preprocess.intensity_bounds(scan, normalisation, clip, global_bounds)
@@ -115,10 +133,10 @@ def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any
         return {"slices": harmonise(voxels, spacing_mm, fill, low, high)}
 
     def infer(stacks: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"probabilities": network(stacks)}
+        return {"probabilities": answer(stacks)}
 
     def restore(probabilities: tf.Tensor, shape: tf.Tensor, spacing_mm: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"labels": preprocess.restore(probabilities, shape, spacing_mm, target_mm)}
+        return {"labels": on_own_grid(probabilities, shape, spacing_mm)}
 
     def segment(voxels: tf.Tensor, spacing_mm: tf.Tensor) -> dict[str, tf.Tensor]:
         fill, low, high = bounds(voxels)
@@ -132,34 +150,23 @@ def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any
                 tf.gather(voxels, around), spacing_mm, fill, tf.gather(low, around), tf.gather(high, around)
             )
             stacks = preprocess.stack_neighbours(planes, neighbours, tf.range(neighbours, neighbours + batch_size))
-            return preprocess.restore(network(stacks), shape, spacing_mm, target_mm)
+            return on_own_grid(answer(stacks), shape, spacing_mm)
 
         labels = tf.map_fn(
             one_batch, tf.range(0, count, batch_size), fn_output_signature=tf.uint8, parallel_iterations=1
         )
         return {"labels": tf.reshape(labels, [-1, shape[1], shape[2]])[:count]}
 
-    voxels = tf.TensorSpec([None, None, None], tf.float32, "voxels")
-    spacing = tf.TensorSpec([3], tf.float32, "spacing_mm")
-    stacks = tf.TensorSpec([None, size, size, 2 * neighbours + 1], tf.float32, "stacks")
-    probabilities = tf.TensorSpec([None, size, size, len(card["labels"])], tf.float32, "probabilities")
-    shape = tf.TensorSpec([3], tf.int32, "shape")
-
     archive = keras.export.ExportArchive()
     for each in tracked:
         archive.track(each)
 
-    def traced(function: Any, *signature: tf.TensorSpec) -> Any:
-        graph = tf.function(function, input_signature=signature, autograph=False)
-        graph.get_concrete_function()  # Keras takes graphs that it does not have to make itself as they are
-        return graph
-
-    whole = traced(segment, voxels, spacing)
+    whole = traced(segment, voxels_spec, spacing_spec)
     archive.add_endpoint("serving_default", whole)
     archive.add_endpoint("segment", whole)
-    archive.add_endpoint("prepare", traced(prepare, voxels, spacing))
-    archive.add_endpoint("infer", traced(infer, stacks))
-    archive.add_endpoint("restore", traced(restore, probabilities, shape, spacing))
+    archive.add_endpoint("prepare", traced(prepare, voxels_spec, spacing_spec))
+    archive.add_endpoint("infer", traced(infer, stacks_spec))
+    archive.add_endpoint("restore", traced(restore, probabilities_spec, shape_spec, spacing_spec))
     with command.atomic(folder) as temporary:
         with contextlib.redirect_stdout(io.StringIO()):  # Keras lists every endpoint there
             archive.write_out(str(temporary))

@@ -314,20 +314,19 @@ class Fit:
             validation_fat_error_points, absolute, of its mean fat fraction where that is the task.
         """
         # The same patients every time, spread over the datasets, so that every scanner is seen.
-        shown = set(np.linspace(0, len(self.validation) - 1, OVERLAYS).round().astype(int).tolist())
+        shown = set(np.linspace(0, len(self.validation) - 1, OVERLAYS * self.cluster.is_chief).round().astype(int))
+        own = set(range(self.cluster.worker, len(self.validation), self.cluster.workers))
         scores = np.zeros((3, len(self.validation)))
-        for place, (row, file) in enumerate(self.validation):
-            is_own = place % self.cluster.workers == self.cluster.worker
-            is_shown = place in shown and self.cluster.is_chief
-            if not is_own and not is_shown:
-                continue
-            (volume,) = pipeline.volume_samples(tf.constant(str(file)), self.reading)
+        read = sorted(own | shown)
+        volumes = pipeline.volume_samples([self.validation[place][1] for place in read], self.reading)
+        for place, volume in zip(read, volumes, strict=True):
+            row, _ = self.validation[place]
             predicted = self.step.labels(volume)
             true = volume.mask.numpy()[..., 0]
-            if is_own:
+            if place in own:
                 overlap = np.mean([metrics.dice(predicted, true, c) for c in range(1, len(self.classes))])
                 scores[:, place] = overlap, *self._errors(predicted, true, volume)
-            if is_shown:
+            if place in shown:
                 study = f" {row['study']}" if row["study"] else ""
                 largest = int(np.argmax(np.count_nonzero(true, axis=(1, 2))))
                 grey = volume.stack[largest, self.reading.neighbours].numpy()

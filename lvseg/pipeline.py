@@ -192,8 +192,8 @@ def volumes_together(volumes: int, slices: int, shuffle_slices: int) -> int:
 
 
 @tf.autograph.experimental.do_not_convert
-def volume_samples(name: tf.Tensor, reading: Reading) -> tf.data.Dataset:
-    """A dataset of one element: all slices of a shard's volume, in order, as `Samples` with B = S."""
+def volume_samples(files: Sequence[Path], reading: Reading) -> tf.data.Dataset:
+    """A dataset of one element a shard, in order: all slices of its volume, in order, as `Samples` with B = S."""
 
     def samples(record: tf.Tensor) -> Samples:
         volume = _volume(record, reading)
@@ -206,7 +206,7 @@ def volume_samples(name: tf.Tensor, reading: Reading) -> tf.data.Dataset:
         )
         return Samples(tf.gather(volume.image, around), volume.mask, tf.gather(volume.scale, around), own, tissues)
 
-    return tf.data.TFRecordDataset(name).map(samples)
+    return tf.data.TFRecordDataset(tf.constant([str(file) for file in files], tf.string)).map(samples)
 
 
 def _volume(record: tf.Tensor, reading: Reading) -> _Volume:

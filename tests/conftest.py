@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Two processes of tests share the cores: a second thread of NumPy's would only wait for the first, at a core's cost.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Shards of a small study are made sooner by the process at hand than two more have imported TensorFlow.
+os.environ.setdefault("LOKY_MAX_CPU_COUNT", "1")
 # Traced graphs are millions of objects that stay; looking through them for garbage is a sixth of a test's time.
 gc.set_threshold(100_000, 20, 20)
 
@@ -41,13 +44,23 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(study: Path) -> Path:
+def trained(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of that experiment, trained to its end by the command in a process of its own."""
     from small_study import command
 
-    done = command(study, "lvseg.train", "--cfg", "experiment.yaml")
-    assert done.returncode == 0, done.stderr
-    return study / "runs/volume/small-fold0"
+    from lvseg.command import alone
+
+    run, base = study / "runs/volume/small-fold0", tmp_path_factory.getbasetemp()
+    # The first process of tests that asks trains for all of them.
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    with alone(shared.with_name("trained.lock"), shared):
+        if not shared.exists():
+            done = command(study, "lvseg.train", "--cfg", "experiment.yaml")
+            assert done.returncode == 0, done.stderr
+            shutil.copytree(run, shared)
+    if not run.exists():
+        shutil.copytree(shared, run)
+    return run
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from small_study import best_weights, rows, scan
+from small_study import best_weights, python, rows, scan
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lvseg import draws, pipeline, prepare, train
@@ -52,7 +52,7 @@ def test_a_test_patient_s_shard_cannot_be_read_by_training_even_where_it_is_name
     fit = Fit(experiment, sets, split, tmp_path, ALONE)
     (shard,) = sets[0].files(["a-001"])
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"(?s)Expected a patient of this split.*a-001"):
-        list(pipeline.volume_samples(tf.constant(str(shard)), fit.reading))
+        list(pipeline.volume_samples([shard], fit.reading))
     fit.files[-1] = shard
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"(?s)Expected a patient of this split.*a-001"):
         list(fit._batches(0).take(fit.slices))
@@ -84,7 +84,7 @@ def test_a_run_that_goes_on_does_not_need_the_weights_it_started_from(in_study, 
     started = fit(*(each for each in settings if "weights=" not in each), "model.encoder_weights=none")
     vgg.save_encoder(started.step.model, weights, "made by a test", {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Fit, "export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Fit, "export", interrupted)
         assert run_command(tmp_path / "runs", *settings) == 1
     weights.unlink()
     assert run_command(tmp_path / "runs", *settings) == 0
@@ -94,18 +94,52 @@ def test_a_run_that_goes_on_does_not_need_the_weights_it_started_from(in_study, 
     assert run_command(tmp_path / "other", *settings) == 2  # one that begins needs them
 
 
+# In a process of its own: determinism, which XLA cannot do, is never switched off again in one that had it on.
+COMPILED_AND_NOT = """
+import json
+from pathlib import Path
+from lvseg import devices, prepare
+from lvseg.config import load_experiment
+from lvseg.fit import Fit
+
+for compiled in ("true", "false"):
+    settings = [f"train.jit_compile={compiled}", "train.deterministic=false", "model.width=2"]
+    experiment = load_experiment(Path("experiment.yaml"), settings)
+    sets = prepare.prepare(experiment.data)
+    split = prepare.split(experiment.data, sets)
+    fit = Fit(experiment, sets, split, Path("compiled"), devices.cluster("cpu", 4))
+    for samples in fit._batches(0).take(3):
+        fit.step(samples)
+    print(json.dumps(fit.step.sums.numpy().tolist()))
+"""
+
+
+def test_a_step_compiled_by_xla_trains_as_one_that_is_not(study):
+    done = python(study, "-c", COMPILED_AND_NOT)
+    assert done.returncode == 0, done.stderr
+    (steps, loss, *pixels), (_, own_loss, *own_pixels) = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    assert steps == 3 and loss == pytest.approx(own_loss, rel=1e-3)
+    assert pixels == pytest.approx(own_pixels, abs=0.01 * 3 * 4 * 32 * 32)  # of even probability, they fall either way
+
+
 @pytest.fixture
 def fit(in_study, tmp_path):
-    """A training loop that has not begun, on the small study, with a run folder of its own."""
+    """A training loop that has not begun, on the study in the working folder, with a run folder of its own."""
 
     def make(*overrides):
-        short = ["train.deterministic=false", "train.steps=4", "train.validate_every=4", "train.checkpoint_every=2"]
-        experiment = load_experiment(in_study / "experiment.yaml", [*short, *overrides])
+        short = ["train.deterministic=false", "train.steps=4", "train.validate_every=4", "train.checkpoint_every=2",
+                 "augment.elastic=null"]  # fmt: skip
+        experiment = load_experiment(Path("experiment.yaml"), [*short, *overrides])
         sets = prepare.prepare(experiment.data, jobs=1)
         split = prepare.split(experiment.data, sets)
         return Fit(experiment, sets, split, tmp_path / "run", ALONE)
 
     return make
+
+
+def interrupted(*_):
+    """In place of a method of `Fit`."""
+    raise KeyboardInterrupt
 
 
 def run_command(runs, *settings):
@@ -115,8 +149,11 @@ def run_command(runs, *settings):
     )
 
 
+ELASTIC = "augment.elastic={sigma_px: 1.0, grid: 4}"
+
+
 def test_a_step_deforms_drops_out_and_draws_anew_by_step_and_sample(fit):
-    one = fit()
+    one = fit(ELASTIC)
     batches = list(one._batches(0).take(2))
     drawn, calls, kept = [], [], one.step._logits
 
@@ -152,7 +189,7 @@ def test_a_step_is_adam_s_on_the_clipped_gradients_of_the_loss_that_the_config_n
     one = fit(
         f"train.learning_rate={peak}", f"train.beta_1={beta_1}", f"train.beta_2={beta_2}",
         f"train.clip_norm={clip_norm}", "train.loss=focal", "train.focal_gamma=1.0", "train.class_weights=[0.5, 3.0]",
-        "train.schedule=polynomial", "train.warmup_steps=1", "model.dropout=0", "augment.elastic=null",
+        "train.schedule=polynomial", "train.warmup_steps=1", "model.dropout=0",
     )  # fmt: skip
     variables = one.step.model.trainable_variables
     weights = [variable.numpy().astype(np.float64) for variable in variables]
@@ -222,7 +259,7 @@ def test_training_stops_early_after_so_many_validations_without_a_better_one(fit
     overrides = ["train.steps=8", "train.validate_every=2", "train.checkpoint_every=8"]
     make = functools.partial(fit, *overrides, "train.early_stopping={patience: 2}")
     scores = iter(dice)
-    for attempt in range(3):  # whatever is done again once it has stopped, no step is trained
+    for attempt in range(2):  # whatever is done again once it has stopped, no step is trained
         one = make()
         monkeypatch.setattr(one, "_over_machines", lambda values: values * 0 + next(scores))
         one.run()
@@ -261,13 +298,13 @@ def test_the_command_hands_the_loop_no_shard_of_a_test_patient(in_study, tmp_pat
     assert len(handed) == 18 and not {"a-001", "b-001"} & set(handed)
 
 
-def test_a_second_process_on_a_run_folder_is_refused(in_study, tmp_path, capfd):
+def test_a_second_process_on_a_run_folder_is_refused(in_study, tmp_path, monkeypatch, capfd):
     run = tmp_path / "volume/small-fold0"
     with lock(run.parent / ".small-fold0.lock", run):
         assert run_command(tmp_path) == 2
         assert str(run) in capfd.readouterr().err.splitlines()[-1] and not run.exists()
-    short = ("train.steps=2", "train.validate_every=2", "train.deterministic=false", "model.width=2")
-    assert run_command(tmp_path, *short) == 0
+    monkeypatch.setattr(Fit, "run", interrupted)
+    assert run_command(tmp_path) == 1 and run.exists()  # it came as far as training
 
 
 def test_a_learning_rate_that_is_too_high_ends_in_one_sentence(in_study, tmp_path, capfd):
@@ -290,7 +327,7 @@ def test_a_damaged_checkpoint_is_one_sentence(fit):
 
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_resumes_and_exports_in_float32(fit, tmp_path, precision):
-    make = functools.partial(fit, f"train.precision={precision}", "train.deterministic=true")
+    make = functools.partial(fit, f"train.precision={precision}", "train.deterministic=true", ELASTIC)
     whole = make()
     whole.run()
     shutil.rmtree(whole.run_folder)
@@ -355,7 +392,7 @@ def test_histograms_and_a_profile_come_on_request(fit):
     assert list((one.run_folder / "logs").rglob("*.xplane.pb"))
 
 
-def test_what_a_test_patient_s_scan_holds_cannot_matter(study, tmp_path, monkeypatch):
+def test_what_a_test_patient_s_scan_holds_cannot_matter(study, tmp_path, fit, monkeypatch):
     """Training with other scans of the test patients ends with the very same weights."""
     folder = tmp_path / "study"
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
@@ -365,21 +402,23 @@ def test_what_a_test_patient_s_scan_holds_cannot_matter(study, tmp_path, monkeyp
     kept = []
     for place in (study, folder):
         monkeypatch.chdir(place)
-        runs = tmp_path / f"runs{len(kept)}"
-        assert run_command(runs, "train.steps=20", "train.validate_every=10") == 0
-        kept.append(np.load(best_weights(runs / "volume/small-fold0")))
+        one = fit("train.steps=20", "train.validate_every=10", "train.deterministic=true", ELASTIC)
+        one.run()
+        kept.append(np.load(one.best_weights))
+        one.run_folder.rename(tmp_path / f"run of {place.name}")
     for name in kept[0].files:
         np.testing.assert_array_equal(kept[0][name], kept[1][name])
 
 
 @pytest.mark.parametrize(
-    "override",
-    ["augment.elastic.where=host", "augment.elastic=null", "train.loss=cross_entropy_dice", "model.residual=true",
-     "data.axis=coronal", "data.normalise=slice", "data.normalise=global"],
+    "switches",
+    [("augment.elastic.where=host", "data.axis=coronal", "data.normalise=slice"), ("model.residual=true",),
+     ("augment.elastic=null", "data.normalise=global", "train.loss=cross_entropy_dice")],
+    ids=" ".join,
 )  # fmt: skip
-def test_every_switch_trains_evaluates_and_exports(in_study, tmp_path, override):
+def test_every_switch_trains_evaluates_and_exports(in_study, tmp_path, switches):
     small = ("train.steps=4", "train.validate_every=4", "train.deterministic=false", "model.width=2")
-    assert run_command(tmp_path, *small, override) == 0
+    assert run_command(tmp_path, *small, *switches) == 0
     run = tmp_path / "volume/small-fold0"
     image = read_volume(in_study / "raw/b/b-001/image.nii.gz")
     assert Segmenter(run / "model").segment(image).mask.shape == image.shape
@@ -388,14 +427,9 @@ def test_every_switch_trains_evaluates_and_exports(in_study, tmp_path, override)
     )
 
 
-def test_the_pretrained_encoder_trains_without_weights_only_when_told(in_study, tmp_path, capfd):
-    vgg = (
-        "model.encoder=vgg11",
-        "model.width=2",
-        "train.steps=2",
-        "train.validate_every=2",
-        "train.deterministic=false",
-    )
+def test_the_pretrained_encoder_trains_without_weights_only_when_told(in_study, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(Fit, "run", interrupted)
+    vgg = ("model.encoder=vgg11", "model.width=2")
     assert run_command(tmp_path, *vgg, "model.encoder_weights=no.safetensors") == 2
     assert "model.encoder_weights" in capfd.readouterr().err.strip().splitlines()[-1]
-    assert run_command(tmp_path, *vgg, "model.encoder_weights=none") == 0
+    assert run_command(tmp_path, *vgg, "model.encoder_weights=none") == 1  # it came as far as training

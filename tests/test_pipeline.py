@@ -100,7 +100,7 @@ def test_normalisation_while_reading_is_that_of_the_scan(shards):
 
 def test_a_volume_is_read_whole_and_in_order(shards):
     files, _ = shards
-    (volume,) = pipeline.volume_samples(tf.constant(str(files[2])), READING)
+    (volume,) = pipeline.volume_samples([files[2]], READING)
     assert values(volume) == [200, 201, 202, 203, 204]
 
 
@@ -239,5 +239,5 @@ def test_a_sample_names_its_file_and_slice(shards):
         for samples in batches(shards, step).take(8):
             for value, (file, own) in zip(values(samples), samples.source.numpy(), strict=True):
                 assert value == 100 * file + own
-    (volume,) = pipeline.volume_samples(tf.constant(str(shards[0][2])), READING)
+    (volume,) = pipeline.volume_samples([shards[0][2]], READING)
     assert volume.source.numpy()[:, 1].tolist() == list(range(5))

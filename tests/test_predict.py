@@ -256,7 +256,7 @@ def test_training_sees_what_serving_sees(model, tmp_path, normalisation, clip):
                                np.zeros(image.shape, np.uint8), None)  # fmt: skip
     records.write_shard(shard, tmp_path / "one.tfrecord")
     reading = pipeline.Reading(32, 1, normalisation, clip, bounds)
-    (samples,) = pipeline.volume_samples(tf.constant(str(tmp_path / "one.tfrecord")), reading)
+    (samples,) = pipeline.volume_samples([tmp_path / "one.tfrecord"], reading)
     trained_on = pipeline.intensities(samples, normalisation)
     np.testing.assert_allclose(trained_on, served, atol=1e-4 * np.ptp(served))
 

@@ -264,9 +264,9 @@ def test_maps_travel_with_their_slices_and_neighbours(shards, batch_size):
             np.testing.assert_array_equal(tissues, maps[file][around])
             seen += 1
     assert seen == 20
-    (volume,) = pipeline.volume_samples(tf.constant(str(files[0])), reading)
+    (volume,) = pipeline.volume_samples([files[0]], reading)
     np.testing.assert_array_equal(volume.tissues[:, 1], maps[0])
-    (volume,) = pipeline.volume_samples(tf.constant(str(files[0])), reading._replace(tissues=False))
+    (volume,) = pipeline.volume_samples([files[0]], reading._replace(tissues=False))
     assert volume.tissues.shape == (5, 0, SIZE, SIZE)
 
 

@@ -247,21 +247,6 @@ def test_the_overlay_shows_the_scan_the_answer_and_the_truth(trained, in_study, 
         assert f"{scanner}-001" in title
 
 
-def test_a_step_compiled_by_xla_trains_as_one_that_is_not(study, tmp_path):
-    losses = []
-    for compiled in ("true", "false"):
-        settings = (
-            f"runs={tmp_path / compiled}", f"train.jit_compile={compiled}", "train.deterministic=false",
-            "train.steps=3", "train.validate_every=1", "model.width=2",
-        )  # fmt: skip
-        done = command(
-            study, "lvseg.train", "--cfg", "experiment.yaml", *(word for each in settings for word in ("--set", each))
-        )
-        assert done.returncode == 0, done.stderr
-        losses.append([float(row["loss"]) for row in rows(tmp_path / compiled / "volume/small-fold0/metrics.csv")])
-    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
 def test_an_evaluation_needs_every_patient_and_a_model_of_the_same_classes(trained, in_study, tmp_path):
     run = Path("runs/volume/small-fold0")
     other = tmp_path / "model"
