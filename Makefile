@@ -23,10 +23,10 @@ test: .venv/.dev
 coverage: .venv/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
-# Where the stack of make test is at hand too, each must serve what the other exported.
+# Where the stack of make test is at hand too, each must serve what the other exported. TESTS=... for some files alone.
 test-current: .venv-current/.done
 	LVSEG_OTHER_PYTHON="$(if $(wildcard .venv/.demo),$(CURDIR)/$(BIN)/python)" \
-		.venv-current/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+		.venv-current/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .
