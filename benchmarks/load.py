@@ -79,7 +79,8 @@ def write_scan(folder: Path, shape: tuple[int, int, int], number: int) -> Path:
     from lvseg.volume import Volume
 
     voxels = np.random.default_rng(number).integers(0, 300, shape).astype(np.int16)
-    voxels[:, shape[1] // 3 : -shape[1] // 3, shape[2] // 3 : -shape[2] // 3] += 500
+    # So bright that the mean lies above the noise: the mask is a body of one piece, as a network's is.
+    voxels[:, shape[1] // 3 : -shape[1] // 3, shape[2] // 3 : -shape[2] // 3] += 2000
     affine = np.diag([SPACING_MM[2], SPACING_MM[1], SPACING_MM[0], 1.0])[:, [2, 1, 0, 3]]
     folder.mkdir(exist_ok=True)
     return write_volume(Volume(voxels, affine), folder / f"{number}.nii.gz")[0]
