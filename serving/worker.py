@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import json
 import logging
 import os
@@ -402,6 +403,9 @@ def serve(
             continue
         segmenters[served.name, served.version] = segmenter
         ready.append(protocol.Model(served.name, served.version, served.sha256))
+    # What is loaded stays, and is not looked through for garbage amid somebody's scan, which takes a third of a second.
+    gc.collect()
+    gc.freeze()
     if kind != "segment":
         import lvseg.predict  # noqa: F401 now, so that no user's scan pays for it
         from lvseg.formats.checks import limit_voxels
