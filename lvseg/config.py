@@ -60,6 +60,7 @@ class Model(Keys):
     encoder_input: Literal["spread", "projection"] = "spread"
     freeze_encoder_steps: Annotated[int, Field(ge=0)] = 0
     residual: bool = True
+    norm: Literal["instance"] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
 
@@ -284,6 +285,11 @@ class Experiment(Keys):
             )
         if self.model.encoder is None and self.model.encoder_input != "spread":
             raise ValueError(f"expected encoder=vgg11 for encoder_input={self.model.encoder_input}, received null")
+        if self.model.encoder is not None and self.model.norm is not None:
+            raise ValueError(
+                f"expected encoder=null for norm={self.model.norm}, which the pretrained encoder was trained without,"
+                f" received {self.model.encoder}"
+            )
         if self.model.encoder is None and self.model.freeze_encoder_steps:
             raise ValueError("expected encoder=vgg11 for freeze_encoder_steps, received null")
         if self.model.freeze_encoder_steps > self.train.steps:

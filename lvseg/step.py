@@ -28,6 +28,7 @@ def network(experiment: Experiment, classes: int, offset: float, scale: float, p
     return unet(
         data.size, 2 * data.neighbours + 1, classes, model.width, model.encoder, model.residual, model.dropout,
         offset, scale, experiment.seed, encoder_input=model.encoder_input, precision=precision,
+        norm=model.norm,
     )  # fmt: skip
 
 

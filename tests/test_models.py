@@ -71,9 +71,10 @@ def test_the_decoder_of_vgg11_is_ternausnets():
 
 @pytest.mark.parametrize("encoder", [None, "vgg11"])
 def test_every_layer_is_named(encoder):
-    kind = r"conv\d|relu\d|pool|up|bridge|short|add|dropout|projection"
+    kind = r"conv\d|norm\d|relu\d|pool|up|bridge|short|add|dropout|projection"
     plain = "stacks|seeds|input_scaling|logits|probabilities"
-    model = unet(32, 3, 2, 2, encoder, residual=True, encoder_input="projection" if encoder else "spread")
+    how = {"encoder_input": "projection"} if encoder else {"norm": "instance"}
+    model = unet(32, 3, 2, 2, encoder, residual=True, **how)
     assert all(re.fullmatch(rf"{plain}|(enc|dec)\d_({kind})", layer.name) for layer in model.layers)
 
 
@@ -125,6 +126,30 @@ def test_every_decoder_block_gets_the_encoder_block_of_its_level(encoder):
         assert not bridge[..., block.shape[-1] :].any()
         assert model.get_layer(f"dec{level}_{last}").output.shape[1] == 64 // 2 ** (level - 1)
         up.set_weights(kept)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_instance_norm_stands_between_every_convolution_and_its_relu_and_knows_no_other_sample(residual):
+    model = unet(32, 3, 2, 4, None, residual, norm="instance")
+    rng = np.random.default_rng(0)
+    for layer in model.layers:
+        layer.set_weights([rng.normal(0.3, 0.3, weights.shape) for weights in layer.get_weights()])
+    stacks, seeds = rng.normal(size=(3, 32, 32, 3)).astype(np.float32), np.zeros((3, 2), np.int64)
+
+    def output(name):
+        return keras.Model(model.inputs, model.get_layer(name).output)([stacks, seeds]).numpy().astype(np.float64)
+
+    blocks = [f"enc{level}" for level in range(1, 6)] + [f"dec{level}" for level in range(1, 5)]
+    for name in [f"{block}_{{}}{number}" for block in blocks for number in (1, 2)]:
+        values, (gamma, beta) = output(name.format("conv")), model.get_layer(name.format("norm")).get_weights()
+        mean, variance = values.mean(axis=(1, 2), keepdims=True), values.var(axis=(1, 2), keepdims=True)
+        expected = (values - mean) / np.sqrt(variance + 1e-5) * gamma + beta
+        np.testing.assert_allclose(output(name.format("norm")), expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(output("enc1_relu1"), np.maximum(output("enc1_norm1"), 0))
+    together = model([stacks, seeds]).numpy()
+    for number in range(3):
+        alone = model([stacks[number : number + 1], seeds[:1]]).numpy()
+        np.testing.assert_allclose(alone[0], together[number], atol=1e-5)
 
 
 @pytest.mark.parametrize(("encoder", "deepest"), [(None, {"enc4", "enc5"}), ("vgg11", {"enc5", "enc6"})])
@@ -192,7 +217,8 @@ def test_mixed_precision_answers_and_learns_nearly_what_float32_does():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("encoder", "vgg16"), ("encoder_input", "projection"), ("encoder_input", "first"), ("precision", "float16")],
+    [("encoder", "vgg16"), ("encoder_input", "projection"), ("encoder_input", "first"), ("precision", "float16"),
+     ("norm", "batch")],
 )
 def test_what_there_is_not_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}='{value}'"):

@@ -33,6 +33,7 @@ def unet(
     seed: int = 0,
     encoder_input: str = "spread",
     precision: str = "float32",
+    norm: str | None = None,
 ) -> keras.Model:
     """Builds the network.
 
@@ -52,18 +53,21 @@ def unet(
             as their mean.
         precision: "float32", "mixed_bfloat16" or "mixed_float16"; weights, input scaling, logits and softmax are
             float32 in any case.
+        norm: None, or "instance" (Ulyanov et al., 2016): every convolution of 3 x 3 is followed by a normalisation of
+            each channel of each sample over its slice, before its ReLU.
 
     Returns:
         keras.Model of (stacks float32 [B, size, size, channels], seeds int64 [B, 2]) to probabilities float32
         [B, size, size, classes]; seeds only matter with training=True.
 
     Raises:
-        ValueError: for an encoder, encoder_input or precision that there is not.
+        ValueError: for an encoder, encoder_input, precision or norm that there is not; the pretrained encoder has none.
     """
     for name, value, known in (
         ("encoder", encoder, (None, "vgg11")),
         ("encoder_input", encoder_input, ("spread", "projection") if encoder else ("spread",)),
         ("precision", precision, ("float32", "mixed_bfloat16", "mixed_float16")),
+        ("norm", norm, (None,) if encoder else (None, "instance")),
     ):
         if value not in known:
             raise ValueError(f"Expected one of {known} with encoder={encoder!r}, received {name}={value!r}.")
@@ -89,7 +93,7 @@ def unet(
     for level, filters in enumerate(widths, start=1):
         if level > 1:
             x = keras.layers.MaxPooling2D(2, dtype=precision, name=f"enc{level}_pool")(x)
-        x = _block(x, filters, residual and level > 1, initial, precision, f"enc{level}")
+        x = _block(x, filters, residual and level > 1, initial, precision, norm, f"enc{level}")
         if level > len(widths) - 2:
             stream = DROPOUT_STREAM + level
             x = StatelessDropout(dropout, stream, dtype=precision, name=f"enc{level}_dropout")(x, seeds)
@@ -116,7 +120,7 @@ def unet(
             name=f"dec{level}_up",
         )(x)
         x = keras.layers.Concatenate(dtype=precision, name=f"dec{level}_bridge")([bridge, x])
-        x = _block(x, filters, residual, initial, precision, f"dec{level}")
+        x = _block(x, filters, residual, initial, precision, norm, f"dec{level}")
 
     logits = keras.layers.Conv2D(classes, 1, kernel_initializer=initial(), dtype="float32", name="logits")(x)
     probabilities = keras.layers.Softmax(dtype="float32", name="probabilities")(logits)
@@ -151,13 +155,17 @@ def _block(
     residual: bool,
     initial: Callable[[], keras.initializers.Initializer],
     precision: str,
+    norm: str | None,
     name: str,
 ) -> keras.KerasTensor:
-    """3 x 3 convolutions with ReLU; with `residual` the block's projected input joins before the last ReLU."""
+    """3 x 3 convolutions, normalised if asked for, with ReLU; with `residual` the block's projected input joins before the last ReLU."""
     conv = functools.partial(keras.layers.Conv2D, padding="same", dtype=precision)
     short = x
     for number, count in enumerate(filters, start=1):
         x = conv(count, 3, kernel_initializer=initial(), name=f"{name}_conv{number}")(x)
+        if norm == "instance":
+            own = keras.layers.GroupNormalization(groups=-1, epsilon=1e-5, dtype=precision, name=f"{name}_norm{number}")
+            x = own(x)
         if residual and number == len(filters):
             short = conv(count, 1, kernel_initializer=initial(), name=f"{name}_short")(short)
             x = keras.layers.Add(dtype=precision, name=f"{name}_add")([x, short])

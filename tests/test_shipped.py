@@ -1,0 +1,89 @@
+"""The model that comes with lvseg: whole, small, told what it is, and right on scans that nothing was trained on."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_study import ROOT
+
+from lvseg import metrics
+from lvseg.export import weights_sha256
+from lvseg.formats import read_volume, write_volume
+from lvseg.phantom.scanners import SCANNERS
+from lvseg.predict import SHIPPED, Segmenter, main, newest_version, shipped_model
+
+UNSEEN = 101, 3  # seed and number of a patient that no card has
+
+
+@pytest.fixture(scope="module")
+def patient():
+    """A simulated patient under a scanner that is never trained on."""
+    return SCANNERS["siemens_volume"].image(*UNSEEN)
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return Segmenter(shipped_model("volume"))
+
+
+def test_it_is_what_its_card_says_and_small_enough_for_the_repository():
+    for task in SHIPPED.iterdir():
+        folder = newest_version(task)
+        info = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        assert info["task"] == task.name and info["weights_sha256"] == weights_sha256(folder)
+        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 8e6
+        text = (task / "README.md").read_text(encoding="utf-8")
+        assert info["weights_sha256"] in text and info["provenance"]["config_sha256"] in text
+        assert not any("siemens" in row["name"] for row in info["provenance"]["datasets"])
+        for heading in ("How it was made", "What it was measured on", "What it must not be used for"):
+            assert f"## {heading}\n" in text
+
+
+def test_its_files_name_no_folder_of_the_machine_that_trained_it():
+    for path in SHIPPED.rglob("*"):
+        if path.is_file():
+            for word in (b"/home/", b"/tmp/", b"/root/", b"/work/"):
+                assert word not in path.read_bytes(), path
+
+
+def test_all_of_it_is_in_what_pip_installs(tmp_path):
+    build = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run([sys.executable, "-m", *build], check=True, cwd=tmp_path)
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
+    assert files and {path.relative_to(ROOT).as_posix() for path in files} <= names
+
+
+def test_the_command_needs_no_model_and_finds_the_liver_of_a_scanner_never_seen(patient, tmp_path, capfd):
+    write_volume(patient.images["image"], tmp_path / "scan.nii.gz")
+    assert main([str(tmp_path / "scan.nii.gz"), "-o", str(tmp_path / "liver.nii.gz")]) == 0
+    assert "liver" in capfd.readouterr().out
+    mask = read_volume(tmp_path / "liver.nii.gz")
+    assert metrics.dice(mask.voxels, patient.mask.voxels) > 0.9
+    np.testing.assert_allclose(mask.affine, patient.mask.affine, atol=1e-3)
+
+
+@pytest.mark.parametrize("change", ["turned over", "brighter", "bent"])
+def test_contrasts_that_no_scanner_of_the_study_has(segmenter, patient, change):
+    image = patient.images["image"]
+    values = image.voxels.astype(np.float32)
+    bright = float(np.percentile(values, 99.5))
+    body = values > 0.05 * bright
+    values = {
+        "turned over": np.where(body, np.maximum(1.1 * bright - values, 0), values),
+        "brighter": 37 * values + 4000,
+        "bent": bright * (np.maximum(values, 0) / bright) ** 1.7,
+    }[change]
+    answer = segmenter.segment(image.with_voxels(values.astype(np.float32)), postprocessing=["largest_component"])
+    assert metrics.dice(answer.mask.voxels, patient.mask.voxels) > 0.85
+
+
+def test_a_task_without_a_model_is_said(tmp_path: Path, capfd):
+    (tmp_path / "scan.nii.gz").touch()
+    pair = ["--water", str(tmp_path / "scan.nii.gz"), "--fat", str(tmp_path / "scan.nii.gz")]
+    assert main([*pair, "-o", str(tmp_path / "liver.vtk")]) == 2
+    assert "Expected --model, since none comes with lvseg for the task fatfraction" in capfd.readouterr().err
