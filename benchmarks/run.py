@@ -20,7 +20,7 @@ from measure import JSON_PREFIX, Row, run_script, table
 
 SCRIPTS = (
     "harmonise.py", "pipeline.py", "prepare.py", "memory.py", "phantom.py", "swap.py", "evaluation.py", "elastic.py",
-    "render.py", "training.py", "service.py", "load.py",
+    "render.py", "training.py", "shipped.py", "service.py", "load.py",
 )  # fmt: skip
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"

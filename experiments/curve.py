@@ -57,10 +57,10 @@ def parts(scans: Sequence[Scan]) -> tuple[list[str], list[str]]:
 
 
 def card_with(path: Path, patients: Sequence[str], out: Path) -> Path:
-    """Writes a card of chosen patients alone."""
+    """Writes a card of chosen patients alone, without their maps of tissues, which no real study has."""
     card = read_yaml(path)
     root = (path.parent / card["root"]).resolve()
-    card |= {"root": str(root), "patients": list(patients), "simulate": None}
+    card |= {"root": str(root), "patients": list(patients), "simulate": None, "tissues": None}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(yaml.safe_dump(card, sort_keys=False), encoding="utf-8")
     return out

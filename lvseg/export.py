@@ -24,7 +24,7 @@ import tensorflow as tf
 from lvseg import command, preprocess
 from lvseg.errors import InputError
 from lvseg.postprocess import STEPS
-from lvseg.predict import VERSION, Segmenter
+from lvseg.predict import VERSION, Segmenter, newest_version, shipped_model
 
 # What the members of an ensemble must agree on.
 SHARED = (
@@ -194,17 +194,16 @@ def next_version(out: Path) -> Path:
     return out / str(max(versions, default=0) + 1)
 
 
-def publish(runs: Sequence[Path], out: Path, postprocessing: Sequence[str] | None = None) -> Path:
-    """Writes a run's model, or the ensemble of several runs', to the next free version folder and returns it.
+def publish(models: Sequence[Path], out: Path, postprocessing: Sequence[str] | None = None) -> Path:
+    """Writes a model, or the ensemble of several, to the next free version folder and returns it.
 
     Args:
-        runs: folders; out: models/<task>, the version folder is made in it.
+        models: their folders, such as <run>/model; out: models/<task>, the version folder is made in it.
         postprocessing: of `postprocess.STEPS`, which whoever uses the model applies; None for what its card says.
 
     Raises:
-        InputError: NOT_FOUND if a run has no model yet; see `export_ensemble`.
+        InputError: NOT_FOUND if there is no model yet; see `export_ensemble`.
     """
-    models = [run / "model" for run in runs]
     for model in models:
         if not (model / "model.json").is_file():
             raise InputError(
@@ -228,17 +227,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="lvseg.export",
         description="Writes a run's model to the next version folder, from which predict and the server load it; of"
-        " several runs, such as the folds of one, a model that answers with the mean of their probabilities.",
+        " several runs, such as the folds of one, a model that answers with the mean of their probabilities; or the"
+        " model that comes with lvseg.",
         epilog="Example: python -m lvseg.export --run runs/volume/best-fold0 --out models/volume",
     )
-    parser.add_argument("--run", type=Path, required=True, nargs="+", action="extend", help="run folders")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, nargs="+", action="extend", help="run folders")
+    source.add_argument("--shipped", metavar="TASK", help="the model that comes with lvseg, such as volume")
     parser.add_argument("--out", type=Path, required=True, help="models/<task>; the version folder is made in it")
     parser.add_argument(
         "--postprocessing", choices=STEPS, nargs="*", help="what whoever uses the model does with its masks"
     )
 
     def body(arguments: argparse.Namespace) -> None:
-        print(publish(arguments.run, arguments.out, arguments.postprocessing))
+        if arguments.shipped is not None:
+            models = [newest_version(shipped_model(arguments.shipped))]
+        else:
+            models = [run / "model" for run in arguments.run]
+        print(publish(models, arguments.out, arguments.postprocessing))
 
     return command.run(parser, body, argv)
 

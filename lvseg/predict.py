@@ -78,8 +78,11 @@ def shipped_model(task: str) -> Path:
     """
     folder = SHIPPED / task
     if not folder.is_dir():
+        there = ", ".join(sorted(path.name for path in SHIPPED.iterdir()))
         raise InputError(
-            "MODEL_UNAVAILABLE", f"Expected --model, since none comes with lvseg for the task {task}, received none."
+            "MODEL_UNAVAILABLE",
+            f"Expected a task that lvseg comes with a model for ({there}), received {task}; for others, train or name"
+            " one.",
         )
     return folder
 

@@ -415,7 +415,8 @@ def test_what_a_test_patient_s_scan_holds_cannot_matter(study, tmp_path, fit, mo
 
 @pytest.mark.parametrize(
     "switches",
-    [("augment.elastic.where=host", "data.axis=coronal", "data.normalise=slice"), ("model.residual=true", "model.norm=instance"),
+    [("augment.elastic.where=host", "data.axis=coronal", "data.normalise=slice"),
+     ("model.residual=true", "model.norm=instance"),
      ("augment.elastic=null", "data.normalise=global", "train.loss=cross_entropy_dice")],
     ids=" ".join,
 )  # fmt: skip

@@ -217,8 +217,13 @@ def test_mixed_precision_answers_and_learns_nearly_what_float32_does():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("encoder", "vgg16"), ("encoder_input", "projection"), ("encoder_input", "first"), ("precision", "float16"),
-     ("norm", "batch")],
+    [
+        ("encoder", "vgg16"),
+        ("encoder_input", "projection"),
+        ("encoder_input", "first"),
+        ("precision", "float16"),
+        ("norm", "batch"),
+    ],
 )
 def test_what_there_is_not_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}='{value}'"):

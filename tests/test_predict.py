@@ -342,10 +342,10 @@ def test_a_model_folder_means_its_newest_version(exported, tmp_path):
 def test_export_takes_the_next_version(exported, tmp_path):
     run, out = tmp_path / "run", tmp_path / "models"
     shutil.copytree(exported, run / "model")
-    assert [publish([run], out).name for _ in range(3)] == ["1", "2", "3"]
+    assert [publish([run / "model"], out).name for _ in range(3)] == ["1", "2", "3"]
     assert weights_sha256(out / "3") == weights_sha256(exported)
     with pytest.raises(InputError, match="no-run"):
-        publish([tmp_path / "no-run"], out)
+        publish([tmp_path / "no-run/model"], out)
 
 
 def test_an_ensemble_answers_with_the_mean_of_its_members(exported, tmp_path):
@@ -378,15 +378,15 @@ def test_an_ensemble_of_models_that_see_scans_unlike_is_refused(exported, tmp_pa
     export_model(unet(32, 3, 2, 2, seed=2), card(normalisation="slice"), tmp_path / "other/model")
     shutil.copytree(exported, tmp_path / "one/model")
     with pytest.raises(InputError, match="Expected models of one normalisation, received patient"):
-        publish([tmp_path / "one", tmp_path / "other"], tmp_path / "models")
+        publish([tmp_path / "one/model", tmp_path / "other/model"], tmp_path / "models")
     with pytest.raises(InputError, match="Expected models of other weights each"):
-        publish([tmp_path / "one", tmp_path / "one"], tmp_path / "models")
+        publish([tmp_path / "one/model"] * 2, tmp_path / "models")
     assert not list((tmp_path / "models").glob("*"))
 
 
 def test_postprocessing_is_what_the_card_or_the_caller_asks_for(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "run/model")
-    segmenter = Segmenter(publish([tmp_path / "run"], tmp_path / "models", ["largest_component"]))
+    segmenter = Segmenter(publish([tmp_path / "run/model"], tmp_path / "models", ["largest_component"]))
     image = scan("a", 1)[0]
     plain = segmenter.segment(image, postprocessing=[]).mask.canonical().voxels
     assert ndimage.label(plain)[1] > 1  # of a network that learnt nothing

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small_study import ROOT
 
-from lvseg import metrics
+from lvseg import export, metrics
 from lvseg.export import weights_sha256
 from lvseg.formats import read_volume, write_volume
 from lvseg.phantom.scanners import SCANNERS
@@ -67,6 +67,18 @@ def test_the_command_needs_no_model_and_finds_the_liver_of_a_scanner_never_seen(
     np.testing.assert_allclose(mask.affine, patient.mask.affine, atol=1e-3)
 
 
+def test_it_is_handed_to_the_server_as_it_is(tmp_path, capfd):
+    assert export.main(["--shipped", "volume", "--out", str(tmp_path / "volume")]) == 0
+    own, there = newest_version(shipped_model("volume")), tmp_path / "volume/1"
+    assert capfd.readouterr().out.strip() == str(there)
+    for path in own.rglob("*"):
+        assert path.is_dir() or (there / path.relative_to(own)).read_bytes() == path.read_bytes()
+    assert export.main(["--shipped", "lung", "--out", str(tmp_path / "lung")]) == 2
+    assert (
+        "comes with a model for (volume), received lung" in capfd.readouterr().err and not (tmp_path / "lung").exists()
+    )
+
+
 @pytest.mark.parametrize("change", ["turned over", "brighter", "bent"])
 def test_contrasts_that_no_scanner_of_the_study_has(segmenter, patient, change):
     image = patient.images["image"]
@@ -86,4 +98,4 @@ def test_a_task_without_a_model_is_said(tmp_path: Path, capfd):
     (tmp_path / "scan.nii.gz").touch()
     pair = ["--water", str(tmp_path / "scan.nii.gz"), "--fat", str(tmp_path / "scan.nii.gz")]
     assert main([*pair, "-o", str(tmp_path / "liver.vtk")]) == 2
-    assert "Expected --model, since none comes with lvseg for the task fatfraction" in capfd.readouterr().err
+    assert "comes with a model for (volume), received fatfraction" in capfd.readouterr().err

@@ -158,7 +158,7 @@ def _block(
     norm: str | None,
     name: str,
 ) -> keras.KerasTensor:
-    """3 x 3 convolutions, normalised if asked for, with ReLU; with `residual` the block's projected input joins before the last ReLU."""
+    """3 x 3 convolutions with norm and ReLU; with `residual` the block's projected input joins before the last ReLU."""
     conv = functools.partial(keras.layers.Conv2D, padding="same", dtype=precision)
     short = x
     for number, count in enumerate(filters, start=1):
