@@ -1,6 +1,6 @@
 """Rendering a stack of 256 x 256 x 3 from a simulated patient's map of tissues, as the training step does it.
 
-Contrast with everything that `experiments/anyscanner_volume.yaml` switches on, compiled by XLA as in the step, on one
+Contrast with all of intensities that `experiments/anyscanner_volume.yaml` switches on, compiled by XLA as in the step, on one
 stack at a time; the map is a slice of a simulated patient. A new step, so new random numbers, each time.
 
 python benchmarks/render.py
@@ -27,7 +27,7 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
     from lvseg.phantom.patients import draw_anatomy
 
     allocator.keep_memory()
-    experiment = load_experiment(ROOT / "experiments" / "anyscanner_volume.yaml", ["data.spacing_mm=[1.75, 1.75]"])
+    experiment = load_experiment(ROOT / "experiments" / "anyscanner_volume.yaml")
     settings = experiment.augment.model_dump()
     names = {name: settings[name] for name in intensity.NAMES if settings[name]}
     in_plane = (np.arange(SIZE) - (SIZE - 1) / 2) * PIXEL_MM

@@ -7,6 +7,7 @@ For each direction between the simulated scanners, and each number of segmented 
 "report", training on the known scanners and those patients from the start, and "any", a model for any scanner
 (--model), adapted to those patients by lvseg.adapt. Half of the new scanner's patients are for measuring alone. Every
 number lands in runs/curve/<task>.csv, a row a patient; what is there is not measured again, so a stopped run goes on.
+The column made_of tells by how many steps, or from which model's weights; another of either is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,19 +26,29 @@ import numpy as np
 import yaml
 
 from lvseg import agreement, biomarkers, command, metrics, waterfat
-from lvseg.adapt import Plan, adapt
+from lvseg.adapt import Plan, adapt, print_measured
 from lvseg.cards import Scan, read_image, read_labels
 from lvseg.config import Experiment
 from lvseg.errors import InputError
 from lvseg.keys import check_keys, read_yaml
-from lvseg.predict import Segmenter
+from lvseg.predict import Segmenter, newest_version
 from lvseg.prepare import card_scans
 from lvseg.train import train
 
 DIRECTIONS = {"ge": ("philips",), "philips": ("ge",), "siemens": ("philips", "ge")}  # new scanner: known ones
 ENDINGS = {"volume": "volume", "fatfraction": "fat"}
 CONFIGS = {"volume": "experiments/volume_cpu.yaml", "fatfraction": "experiments/fatfraction_cpu.yaml"}
-COLUMNS = ("scanner", "way", "patients", "draw", "patient", "dice", "volume_error_percent", "fat_error_points")
+COLUMNS = (
+    "scanner",
+    "way",
+    "made_of",
+    "patients",
+    "draw",
+    "patient",
+    "dice",
+    "volume_error_percent",
+    "fat_error_points",
+)
 FOLDS = 5
 OUT = Path("runs/curve")
 
@@ -60,7 +73,13 @@ def card_with(path: Path, patients: Sequence[str], out: Path) -> Path:
     """Writes a card of chosen patients alone, without their maps of tissues, which no real study has."""
     card = read_yaml(path)
     root = (path.parent / card["root"]).resolve()
-    card |= {"root": str(root), "patients": list(patients), "simulate": None, "tissues": None}
+    card |= {
+        "name": f"curve_{out.stem}",
+        "root": str(root),
+        "patients": list(patients),
+        "simulate": None,
+        "tissues": None,
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(yaml.safe_dump(card, sort_keys=False), encoding="utf-8")
     return out
@@ -104,8 +123,8 @@ def measured(model: Path, scans: Sequence[Scan]) -> Iterator[dict[str, Any]]:
             "fat_error_points": None,
         }
         if image.metadata.get("units") == "percent":
-            means = [waterfat.fat_fraction_percent(image, labels)["mean"] for labels in (mask, truth)]
-            row["fat_error_points"] = None if None in means else means[0] - means[1]
+            found, true = (waterfat.fat_fraction_percent(image, labels)["mean"] for labels in (mask, truth))
+            row["fat_error_points"] = None if true is None else (found or 0.0) - true  # nothing found is no fat
         yield row
 
 
@@ -159,7 +178,19 @@ def table(rows: Sequence[dict[str, str]]) -> str:
 def run(arguments: argparse.Namespace) -> None:
     """Measures what is missing and prints the table."""
     path = OUT / f"{arguments.task}.csv"
-    done = {(row["scanner"], row["way"], int(row["patients"]), int(row["draw"])) for row in rows_of(path)}
+    known = rows_of(path)
+    made_of = {"report": f"{arguments.steps or 'all'} steps"}
+    if arguments.model is not None:
+        info = json.loads((newest_version(arguments.model) / "model.json").read_text(encoding="utf-8"))
+        made_of["any"] = info["weights_sha256"][:16]
+    for row in known if not arguments.table else []:
+        if row["way"] in arguments.ways and row["made_of"] != made_of[row["way"]]:
+            raise InputError(
+                "BAD_ARGUMENT",
+                f"Expected {path} to be of {made_of[row['way']]}, received rows of {row['made_of']}; move it away"
+                " first.",
+            )
+    done = {(row["scanner"], row["way"], int(row["patients"]), int(row["draw"])) for row in known}
     for scanner in arguments.only if not arguments.table else []:
         scans = card_scans(card_of(arguments.task, scanner))
         pool, held_out = parts(scans)
@@ -180,9 +211,11 @@ def run(arguments: argparse.Namespace) -> None:
                         model = arguments.model
                         if count:
                             card = card_with(card_of(arguments.task, scanner), chosen, OUT / f"{name}.yaml")
-                            adapted = adapt(model, [card], OUT / "models" / f"{arguments.task}-{name}", None, Plan())
+                            out = OUT / "models" / f"{arguments.task}-{name}"
+                            adapted = adapt(model, [card], out, None, Plan(minutes=math.inf))
+                            print_measured(adapted, own_masks=False)
                             model = Path(adapted["version"]) if adapted["version"] else model
-                    key = {"scanner": scanner, "way": way, "patients": count, "draw": draw}
+                    key = {"scanner": scanner, "way": way, "made_of": made_of[way], "patients": count, "draw": draw}
                     add(path, key, measured(model, own))
     print(table(rows_of(path)))
 

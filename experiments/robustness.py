@@ -16,7 +16,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy import ndimage
 
 from lvseg import command, metrics
 from lvseg.cards import read_image, read_labels
@@ -57,22 +56,16 @@ def noise(image: Array, mask: Array, value: float, spacing: tuple[float, float, 
 
 
 def slice_mm(image: Array, mask: Array, value: float, spacing: tuple[float, float, float], random: np.random.Generator):
-    """Slices as far apart, and as thick, as so many mm; truth at their centres."""
-    fine = 0.5
-    depth = np.arange(0, (len(image) - 1) * spacing[0] + 1e-6, fine)
-    thin = ndimage.map_coordinates(
-        image, np.meshgrid(depth / spacing[0], *(np.arange(n) for n in image.shape[1:]), indexing="ij"), order=1
-    ) if value < spacing[0] else None  # fmt: skip
-    centres = np.arange(value / 2, depth[-1], value)
-    nearest = np.clip(np.round(centres / spacing[0]).astype(int), 0, len(image) - 1)
-    if thin is not None:
-        return thin[np.clip(np.round(centres / fine).astype(int), 0, len(thin) - 1)], mask[nearest], value
-    weights = np.zeros((len(centres), len(image)))
+    """Slices as far apart, and as thick, as so many mm, the first where it was; liver is where most of a slice is."""
     own = np.arange(len(image)) * spacing[0]
-    for row, centre in enumerate(centres):
-        reach = np.clip((value + spacing[0]) / 2 - np.abs(own - centre), 0, min(value, spacing[0]))
-        weights[row] = reach / reach.sum()
-    return np.einsum("sk,kij->sij", weights, image), mask[nearest], value
+    away = np.abs(own - np.arange(0, own[-1] + 1e-6, value)[:, None])
+    if value < spacing[0]:
+        reach = np.clip(1 - away / spacing[0], 0, None)  # between two slices
+    else:
+        reach = np.clip((value + spacing[0]) / 2 - away, 0, spacing[0])  # how much of each slice lies in the new one
+    weights = reach / reach.sum(axis=1, keepdims=True)
+    covered = np.einsum("sk,kij->sij", weights, mask > 0)
+    return np.einsum("sk,kij->sij", weights, image), (covered >= 0.5).astype(np.uint8), value
 
 
 def slab(image: Array, mask: Array, value: float, spacing: tuple[float, float, float], random: np.random.Generator):

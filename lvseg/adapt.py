@@ -7,7 +7,8 @@
 A short training on the new study's segmented patients, half of every batch replayed from patients that the model was
 trained on, so that it keeps what it knew. With four patients or more some are left out and decide when it ends;
 otherwise the patients themselves do. Without segmented patients the model's own masks of unlabelled scans, where it
-agrees with itself, take their place. Test patients of either are never read.
+agrees with itself, take their place. All patients of the new study's cards are used, unless --patients names some; test
+patients of the model's own training are never read.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvseg import command
-from lvseg.cards import load_card
+from lvseg.cards import check_classes, load_card
 from lvseg.config import Data, Experiment
 from lvseg.errors import InputError
 from lvseg.keys import check_keys, digest
@@ -35,6 +36,7 @@ from lvseg.prepare import ShardSet, prepare
 from lvseg.suggest import agreement_with_itself, look, suggest, write_own_masks
 
 if TYPE_CHECKING:
+    from lvseg.devices import Cluster
     from lvseg.step import Step
 
 STEPS, CHECK_EVERY, PATIENCE = 200, 25, 3
@@ -51,7 +53,8 @@ class Plan:
     """How an adaptation is done.
 
     Args:
-        steps: at most; minutes: of training, at most; learning_rate: where it begins, from which it falls to 0.
+        steps: at most; minutes: of training and checks, at most.
+        learning_rate: where it begins; at the last of `steps` it is 0.
         replay: cards instead of those that the model was trained on, or none of them; None for the model's own.
         seed: of order, augmentation and dropout.
     """
@@ -99,12 +102,15 @@ def adapt(
         `after`; `steps`, `minutes`, and `version`, the folder that was written, or None.
 
     Raises:
-        InputError: BAD_MODEL for a model without its experiment or of several; BAD_SPLIT for patients that the model
-            knows; NOT_FOUND for patients that are not there; what preparation says.
+        InputError: BAD_MODEL for a model without its experiment or of several, and for cards of another task or other
+            classes; BAD_SPLIT for patients that the model knows, unless from an adaptation; NOT_FOUND for patients that
+            are not there; what preparation says.
     """
     plan = plan or Plan()
     info = _info(model)
-    experiment = _experiment(info, cards, plan)
+    for path in cards:
+        check_classes(path, info["task"], info["labels"])
+    cluster, experiment = _cluster(info), _experiment(info, cards, plan)
     every = _volumes(prepare(experiment.data))
     chosen = every.patients if patients is None else list(dict.fromkeys(patients))
     if missing := sorted(set(chosen) - set(every.patients)):
@@ -113,42 +119,54 @@ def adapt(
             f"Expected patients of {', '.join(map(str, cards))}, received {', '.join(missing[:5])}, of whom there are"
             " no scans.",
         )
-    split = info["provenance"]["split"]
-    if known := sorted(set(chosen) & {name for part in split.values() for name in part}):
+    split, earlier = info["provenance"]["split"], info["provenance"].get("adapted", [])
+    again = {name for study in earlier for name in study["patients"]}
+    deciding = {name for study in earlier for name in study["left_out"]}
+    fresh = set(chosen) - again - deciding
+    if known := sorted(fresh & {name for part in split.values() for name in part}):
         raise InputError(
             "BAD_SPLIT", f"Expected patients that the model does not know, received {', '.join(known[:5])}."
         )
-    left_out = _left_out(chosen)
+    # Who decided about an earlier adaptation never trains a later one, and the other way round.
+    left_out = sorted(set(chosen) & deciding) or _left_out(sorted(fresh))
     new = _of(every, set(chosen) - set(left_out))
     study = {
         "cards": [load_card(path)[0].name for path in cards],
+        "paths": [str(path) for path in cards],
         "cards_sha256": [digest(load_card(path)[0].model_dump(mode="json")) for path in cards],
         "patients": new.patients,
         "left_out": left_out,
     }
-    return _adapt(model, info, experiment, new, _of(every, set(left_out)), study, out, plan)
+    return _adapt(model, info, experiment, cluster, new, _of(every, set(left_out)), study, out, plan)
 
 
-def adapt_to_own_masks(model: Path, scans: Sequence[Path], out: Path, plan: Plan | None = None) -> dict[str, Any]:
+def adapt_to_own_masks(
+    model: Path, scans: Sequence[Path], out: Path, plan: Plan | None = None, modality: str | None = None
+) -> dict[str, Any]:
     """Adapts a model to scans that nobody segmented, by its own masks where it agrees with itself; as `adapt`.
+
+    Args:
+        modality: "MR" or "CT", of all scans; None for what their files say, and for MR where they do not.
 
     Raises:
         InputError: as `adapt`; NO_PATIENTS if the model agrees with itself on none of them.
     """
     plan = plan or Plan()
     info = _info(model)
+    cluster = _cluster(info)
     with tempfile.TemporaryDirectory() as folder:
-        card, trusted = write_own_masks(Segmenter(model), scans, Path(folder), LEAST_AGREEMENT)
+        cards, trusted = write_own_masks(Segmenter(model), scans, Path(folder), LEAST_AGREEMENT, modality)
         if not trusted:
             raise InputError(
                 "NO_PATIENTS",
                 f"Expected scans on which the model agrees with itself, received {len(scans)} below a Dice of"
                 f" {LEAST_AGREEMENT} with their mirror images; segment the ones that --suggest names.",
             )
-        experiment = _experiment(info, [card], plan, shards=Path(folder) / "shards")
+        experiment = _experiment(info, cards, plan, shards=Path(folder) / "shards")
         new = _volumes(prepare(experiment.data))
-        study = {"cards": [], "cards_sha256": [], "patients": [], "left_out": [], "own_masks": len(trusted)}
-        return _adapt(model, info, experiment, new, Volumes(()), study, out, plan)
+        study: dict[str, Any] = {"cards": [], "paths": [], "cards_sha256": [], "patients": [], "left_out": []}
+        own_masks = {"own_masks": len(trusted)}
+        return _adapt(model, info, experiment, cluster, new, Volumes(()), study | own_masks, out, plan)
 
 
 def _info(model: Path) -> dict[str, Any]:
@@ -165,10 +183,23 @@ def _info(model: Path) -> dict[str, Any]:
     return info
 
 
+def _cluster(info: dict[str, Any]) -> Cluster:
+    """The device, chosen before TensorFlow computes anything."""
+    from lvseg import devices
+
+    own = info["experiment"]["train"]
+    return devices.cluster("cpu" if own["devices"] == "cpu" else "auto", _batch_size(info))
+
+
+def _batch_size(info: dict[str, Any]) -> int:
+    """The model's own, made even: half of a batch is replayed."""
+    own: int = info["experiment"]["train"]["batch_size"]
+    return max(2, own + own % 2)
+
+
 def _experiment(info: dict[str, Any], cards: Sequence[Path], plan: Plan, shards: Path | None = None) -> Experiment:
     """The model's own experiment, on other datasets and for a few steps."""
     own = info["experiment"]
-    batch_size = max(2, own["train"]["batch_size"])
     elastic = own["augment"].get("elastic")
     values = {
         **own,
@@ -185,7 +216,7 @@ def _experiment(info: dict[str, Any], cards: Sequence[Path], plan: Plan, shards:
         "train": {
             **own["train"],
             "steps": plan.steps,
-            "batch_size": batch_size + batch_size % 2,
+            "batch_size": _batch_size(info),
             "learning_rate": plan.learning_rate,
             "schedule": "cosine",
             "warmup_steps": 0,
@@ -250,6 +281,7 @@ def _adapt(
     model: Path,
     info: dict[str, Any],
     experiment: Experiment,
+    cluster: Cluster,
     new: Volumes,
     left_out: Volumes,
     study: dict[str, Any],
@@ -258,7 +290,7 @@ def _adapt(
 ) -> dict[str, Any]:
     import tensorflow as tf
 
-    from lvseg import devices, export
+    from lvseg import export
     from lvseg.models.vgg import EncoderWeights
     from lvseg.step import Step, network
 
@@ -266,7 +298,6 @@ def _adapt(
         tf.config.experimental.enable_op_determinism()
     replayed, known = _known(info, experiment.data, plan)
     train, scaling = experiment.train, info["input_scaling"]
-    cluster = devices.cluster("cpu" if train.devices == "cpu" else "auto", train.batch_size)
     weights_of_encoder = info["provenance"].get("encoder_weights")
     step = Step(
         experiment, cluster, len(info["labels"]), scaling["dark"], scaling["bright"],
@@ -276,14 +307,15 @@ def _adapt(
     reading = _reading(experiment, info, (*new.patients, *left_out.patients, *replayed.patients, *known.patients))
 
     groups = {"left_out": left_out, "adapted_on": new, "known": known}
+    started, done = time.monotonic(), 0
     checks = [_check(step, groups, reading, own_masks="own_masks" in study)]
+    a_check_s = time.monotonic() - started
     best, kept = 0, step.model.get_weights()
     batches = iter(_batches(experiment, new, replayed, reading))
     deciding = "left_out" if left_out.rows else "adapted_on"
-    started, done = time.monotonic(), 0
     for number in command.progress(range(1, train.steps + 1), "adapting"):
         step(next(batches))
-        done, late = number, time.monotonic() - started > 60 * plan.minutes
+        done, late = number, time.monotonic() - started + a_check_s > 60 * plan.minutes
         if number % CHECK_EVERY and number != train.steps and not late:
             continue
         if int(step.bad_step.numpy()):
@@ -307,10 +339,13 @@ def _adapt(
         return {**measured, "version": None}
     folder = export.next_version(out)
     split = info["provenance"]["split"]
+    data = info["experiment"]["data"]
+    datasets = list(dict.fromkeys([*data["datasets"], *study["paths"]]))  # a later adaptation replays this one's, too
     parent = {key: info[key] for key in ("name", "weights_sha256", "measured")} | {"version": info.get("version")}
     card = {
         **{key: value for key, value in info.items() if key not in ("weights_sha256", "version")},
         "measured": measured,
+        "experiment": {**info["experiment"], "data": {**data, "datasets": datasets}},
         "provenance": {
             **info["provenance"],
             "split": {
@@ -377,9 +412,8 @@ def _mean_dice(step: Step, volumes: Volumes, reading: Any, measure: Any = None) 
             found.setdefault(patient, []).append(measure(step, volume))
             continue
         predicted, true = step.labels(volume), volume.mask.numpy()[..., 0]
-        classes = int(step.model.output_shape[-1])
-        overlap = [metrics.dice(predicted == label, true == label) for label in range(1, classes)]
-        found.setdefault(patient, []).append(float(np.mean(overlap)))
+        overlap = metrics.mean_dice(predicted, true, int(step.model.output_shape[-1]))
+        found.setdefault(patient, []).append(overlap)
     return float(np.mean([np.mean(values) for values in found.values()]))
 
 
@@ -413,12 +447,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--card", type=Path, nargs="+", default=[], help="datasets of the new study")
     parser.add_argument("--patients", nargs="+", help="of the cards; all without it")
     parser.add_argument("--unlabelled", type=Path, nargs="+", default=[], metavar="SCAN", help="as lvseg.predict takes")
+    parser.add_argument("--modality", choices=("mr", "ct"), help="of --unlabelled, where files do not tell, as NIfTI")
     parser.add_argument("--suggest", type=int, metavar="K", help="name the K of --unlabelled most worth segmenting")
     parser.add_argument("-o", "--out", type=Path, help="models/<task>; the version folder is made in it")
     parser.add_argument("--replay", type=Path, nargs="*", help="cards instead of the model's own; none for no replay")
     parser.add_argument("--steps", type=int, default=STEPS, help="at most (default: %(default)s)")
     parser.add_argument(
-        "--minutes", type=float, default=MOST_MINUTES, help="of training, at most (default: %(default)s)"
+        "--minutes", type=float, default=MOST_MINUTES, help="of training and checks, at most (default: %(default)s)"
     )
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -428,6 +463,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _body(arguments: argparse.Namespace) -> None:
     if bool(arguments.card) == bool(arguments.unlabelled):
         raise InputError("BAD_ARGUMENT", "Expected --card or --unlabelled, received both or neither.")
+    modality = arguments.modality and arguments.modality.upper()
+    if modality and arguments.card:
+        raise InputError("BAD_ARGUMENT", "Expected --modality with --unlabelled only; cards say their own.")
     if arguments.suggest is not None:
         if not arguments.unlabelled or not 1 <= arguments.suggest <= len(arguments.unlabelled):
             raise InputError(
@@ -435,16 +473,21 @@ def _body(arguments: argparse.Namespace) -> None:
                 f"Expected --suggest of 1 to as many as --unlabelled, {len(arguments.unlabelled)}, received"
                 f" {arguments.suggest}.",
             )
-        looked = look(Segmenter(arguments.model), arguments.unlabelled)
-        for place in suggest(looked, arguments.suggest):
+        looked = look(Segmenter(arguments.model), arguments.unlabelled, modality)
+        for place in suggest(looked, min(arguments.suggest, len(looked))):
             print(f"{looked[place].scan}  (doubt {looked[place].doubt:.3f})")
         return
     if arguments.out is None:
         raise InputError("BAD_ARGUMENT", "Expected --out, where the next version goes, received none.")
-    for name, least in (("steps", 1), ("minutes", 0), ("learning_rate", 0), ("seed", 0)):
-        value = getattr(arguments, name)
-        if not value >= least or (name in ("minutes", "learning_rate") and value == 0):
-            raise InputError("BAD_ARGUMENT", f"Expected --{name.replace('_', '-')} above {least}, received {value}.")
+    for name, what, right in (
+        ("steps", "of at least 1", arguments.steps >= 1),
+        ("minutes", "above 0", arguments.minutes > 0),
+        ("learning_rate", "above 0", arguments.learning_rate > 0),
+        ("seed", "of at least 0", arguments.seed >= 0),
+    ):
+        if not right:
+            option, value = name.replace("_", "-"), getattr(arguments, name)
+            raise InputError("BAD_ARGUMENT", f"Expected --{option} {what}, received {value}.")
     replay = None if arguments.replay is None else tuple(arguments.replay)
     plan = Plan(arguments.steps, arguments.minutes, arguments.learning_rate, replay, arguments.seed)
     if arguments.card:
@@ -452,7 +495,7 @@ def _body(arguments: argparse.Namespace) -> None:
     else:
         if arguments.patients:
             raise InputError("BAD_ARGUMENT", "Expected --patients with --card only.")
-        measured = adapt_to_own_masks(arguments.model, arguments.unlabelled, arguments.out, plan)
+        measured = adapt_to_own_masks(arguments.model, arguments.unlabelled, arguments.out, plan, modality)
     print_measured(measured, own_masks=not arguments.card)
 
 

@@ -206,6 +206,17 @@ def load_card(path: Path) -> tuple[Card, Path]:
     return card, path.parent / card.root
 
 
+def check_classes(path: Path, task: str, classes: Sequence[str]) -> None:
+    """InputError BAD_MODEL for a card of another task or other classes, with the background, than a model's."""
+    card, _ = load_card(path)
+    if (card.task, card.classes) != (task, list(classes)):
+        raise InputError(
+            "BAD_MODEL",
+            f"Expected a card of the model's task and classes, {task} with {', '.join(classes)}, received {card.task}"
+            f" with {', '.join(card.classes)} in {path}.",
+        )
+
+
 def agreed_spacing_mm(paths: Sequence[Path]) -> list[float] | None:
     """The target spacing (row, column) in mm that the cards of an experiment state, None if none does.
 

@@ -94,6 +94,11 @@ def uniform_of_each(seeds: tf.Tensor, stream: int, count: int) -> tf.Tensor:
     )
 
 
+def of_sample(values: tf.Tensor) -> tf.Tensor:
+    """A number a sample, [B], as float32 [B, 1, 1, 1], to meet stacks."""
+    return tf.cast(values, tf.float32)[:, tf.newaxis, tf.newaxis, tf.newaxis]
+
+
 def displacement(seeds: tf.Tensor, sigma_px: float, grid: int) -> tf.Tensor:
     """Draws the control points' displacements, each sample's from its own seed alone.
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lvseg import agreement, biomarkers, command, figures, metrics, overlays, quality, report, waterfat
-from lvseg.cards import Scan, load_card, read_image, read_labels
+from lvseg.cards import Scan, check_classes, read_image, read_labels
 from lvseg.config import load_experiment
 from lvseg.degrade import KINDS, degrade
 from lvseg.errors import InputError
@@ -135,13 +135,7 @@ def _of_cards(run: Path, paths: Sequence[Path]) -> list[Scan]:
     own = read_yaml(run / "model" / "model.json")
     scans = []
     for path in paths:
-        card, _ = load_card(path)
-        if (card.task, card.classes) != (own["task"], own["labels"]):
-            raise InputError(
-                "BAD_MODEL",
-                f"Expected a card of the run's task and classes, {own['task']} with {', '.join(own['labels'])},"
-                f" received {card.task} with {', '.join(card.classes)} in {path}.",
-            )
+        check_classes(path, own["task"], own["labels"])
         scans += card_scans(path)
     return scans
 

@@ -86,7 +86,8 @@ def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any
     Signatures: `prepare` (voxels float32 [S,H,W], spacing_mm float32 [3]) -> slices float32 [S,size,size]; `infer`
     (stacks float32 [B,size,size,2n+1]) -> probabilities float32 [B,size,size,C]; `restore` (probabilities, shape
     int32 [3], spacing_mm) -> labels uint8 [S,H,W]; `segment`, also `serving_default`, is the three in one, batch by
-    batch, so that its memory beyond the scan's does not grow with S.
+    batch, so that its memory beyond the scan's does not grow with S. None of them knows the modality: who calls them with
+    a CT clips it to the card's `ct_window_hu` first, as `predict.Segmenter` does.
 
     Args:
         network: stacks float32 [B, size, size, 2n+1] -> probabilities float32 [B, size, size, C].

@@ -324,7 +324,7 @@ class Fit:
             predicted = self.step.labels(volume)
             true = volume.mask.numpy()[..., 0]
             if place in own:
-                overlap = np.mean([metrics.dice(predicted, true, c) for c in range(1, len(self.classes))])
+                overlap = metrics.mean_dice(predicted, true, len(self.classes))
                 scores[:, place] = overlap, *self._errors(predicted, true, volume)
             if place in shown:
                 study = f" {row['study']}" if row["study"] else ""

@@ -117,7 +117,7 @@ def _thicker(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: 
     share = draws.strength(seeds, draws.THICKNESS_STREAM, keys["probability"], 0.0, keys["max_share"])
     before = tf.concat([stacks[..., :1], stacks[..., :-1]], axis=-1)
     after = tf.concat([stacks[..., 1:], stacks[..., -1:]], axis=-1)
-    return _where(share, stacks + _of_sample(share) * (before + after - 2.0 * stacks), stacks)
+    return _where(share, stacks + draws.of_sample(share) * (before + after - 2.0 * stacks), stacks)
 
 
 def _ghosted(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
@@ -134,7 +134,7 @@ def _ghosted(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: 
         columns = tf.gather(stacks, index, axis=2, batch_dims=1)
         along_rows = (drawn[:, 1] < 0.5)[:, tf.newaxis, tf.newaxis, tf.newaxis]
         ghosts += 0.5 * (tf.where(along_rows, rows, columns) - low)
-    return _where(share, stacks + _of_sample(share) * (ghosts - (stacks - low)), stacks)
+    return _where(share, stacks + draws.of_sample(share) * (ghosts - (stacks - low)), stacks)
 
 
 def _cut(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
@@ -205,7 +205,7 @@ def _bent(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: flo
     log_gamma = draws.strength(seeds, draws.GAMMA_STREAM, keys["probability"], -bound, bound)
     share = (stacks - low) / (high - low)
     # Not a power, which XLA on a processor calls a function for; 0 stays within 1e-30 of 0.
-    size = tf.exp(_of_sample(tf.exp(log_gamma)) * tf.math.log(tf.maximum(tf.abs(share), 1e-30)))
+    size = tf.exp(draws.of_sample(tf.exp(log_gamma)) * tf.math.log(tf.maximum(tf.abs(share), 1e-30)))
     bent = tf.sign(share) * size
     return _where(log_gamma, low + bent * (high - low), stacks)
 
@@ -221,19 +221,15 @@ def _noisy(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: fl
     first, second = draws.normal_pairs(draws.of_stream(seeds, draws.NOISE_PIXEL_STREAM), pairs)
     if not is_rician:
         normal = tf.concat([first, second], axis=1)[:, :count]
-        return stacks + _of_sample(sigma) * tf.reshape(normal, [-1, *shape])
+        return stacks + draws.of_sample(sigma) * tf.reshape(normal, [-1, *shape])
     # A magnitude of two channels, of which the signal is in one (Gudbjartsson and Patz, Magn Reson Med 1995, 34:910).
-    real, imaginary = (_of_sample(sigma) * tf.reshape(normal, [-1, *shape]) for normal in (first, second))
+    real, imaginary = (draws.of_sample(sigma) * tf.reshape(normal, [-1, *shape]) for normal in (first, second))
     return _where(sigma, low + tf.sqrt((stacks - low + real) ** 2 + imaginary**2), stacks)
 
 
 def _where(strength: tf.Tensor, changed: tf.Tensor, stacks: tf.Tensor) -> tf.Tensor:
     """Keeps the samples whose strength is 0 as they are, to the bit."""
     return tf.where((strength != 0)[:, tf.newaxis, tf.newaxis, tf.newaxis], changed, stacks)
-
-
-def _of_sample(values: tf.Tensor) -> tf.Tensor:
-    return tf.cast(values, tf.float32)[:, tf.newaxis, tf.newaxis, tf.newaxis]
 
 
 # In the order in which they come about; `smooth` is all of SMOOTHING, and NAMES are the keys of an experiment.

@@ -90,3 +90,8 @@ def dice(prediction: Array, truth: Array, label: int = 1) -> float:
         ValueError: for shapes that differ, or for probabilities instead of labels.
     """
     return overlap_counts(prediction, truth, label).dice
+
+
+def mean_dice(prediction: Array, truth: Array, classes: int) -> float:
+    """Mean `dice` over the classes 1 to `classes` - 1."""
+    return sum(dice(prediction, truth, label) for label in range(1, classes)) / (classes - 1)

@@ -78,7 +78,7 @@ def shipped_model(task: str) -> Path:
     """
     folder = SHIPPED / task
     if not folder.is_dir():
-        there = ", ".join(sorted(path.name for path in SHIPPED.iterdir()))
+        there = ", ".join(sorted(path.name for path in SHIPPED.glob("[!_]*/")))
         raise InputError(
             "MODEL_UNAVAILABLE",
             f"Expected a task that lvseg comes with a model for ({there}), received {task}; for others, train or name"

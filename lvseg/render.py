@@ -100,7 +100,7 @@ def contrast(
     if kind == "fraction":
         shown = 100.0 * tf.minimum(rendered, 1.0)
     else:
-        shown = low + (high - low) * (rendered / _bright(rendered) * _of_sample(0.8 + 0.5 * chosen[:, 2]))
+        shown = low + (high - low) * (rendered / _bright(rendered) * draws.of_sample(0.8 + 0.5 * chosen[:, 2]))
     has_map = tf.reduce_max(tf.cast(tissues, tf.float32), axis=[1, 2, 3]) > float(Tissue.AIR)
     is_rendered = has_map & (chosen[:, 0] < probability)
     return tf.where(is_rendered[:, tf.newaxis, tf.newaxis, tf.newaxis], shown, stacks)
@@ -236,7 +236,3 @@ def _log_between(lowest: float, highest: float, drawn: tf.Tensor) -> tf.Tensor:
 def _set(table: tf.Tensor, tissue: Tissue, values: tf.Tensor) -> tf.Tensor:
     """A table [B, tissues] with one column replaced, by values [B]."""
     return tf.where(np.arange(TISSUES) == int(tissue), values[:, tf.newaxis], table)
-
-
-def _of_sample(values: tf.Tensor) -> tf.Tensor:
-    return tf.cast(values, tf.float32)[:, tf.newaxis, tf.newaxis, tf.newaxis]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from lvseg import command, quality
+from lvseg import command, quality, waterfat
 from lvseg.errors import InputError
-from lvseg.formats import read_volume, write_volume
+from lvseg.formats import write_volume
 from lvseg.postprocess import postprocess
-from lvseg.predict import Segmenter
-from lvseg.volume import Array
+from lvseg.predict import FAT_FRACTION_TASK, Segmentation, Segmenter, read_scan
+from lvseg.volume import Array, Volume
 
 if TYPE_CHECKING:
     from lvseg.pipeline import Samples
@@ -42,20 +42,43 @@ class Look:
     features: Array
 
 
-def look(segmenter: Segmenter, scans: Sequence[Path]) -> list[Look]:
-    """Looks at each scan with the model, four passes each.
+def look(segmenter: Segmenter, scans: Sequence[Path], modality: str | None = None) -> list[Look]:
+    """Looks at each scan with the model, four passes each; scans that cannot be read are named on stderr and left out.
+
+    Args:
+        scans: as `predict.read_scan` takes; modality: of all, as `Segmenter.segment`.
 
     Raises:
-        InputError: for a scan that cannot be read.
+        InputError: NO_PATIENTS if none can be read.
     """
     found = []
-    for path in command.progress(scans, "looking"):
-        volume = read_volume(path)
-        answer = segmenter.segment(volume, keep=True)
+    for path, volume, answer in _segmented(segmenter, scans, modality, "looking"):
         own = quality.features(segmenter, answer)
         doubt = 1.0 if own is None else 1.0 - float(np.mean([own[name] for name in quality.AGREEING]))
-        found.append(Look(path, doubt, _features(answer.slices, volume.spacing_mm, own)))
+        found.append(Look(path, doubt, _features(answer.slices, _spacing_mm(segmenter, volume), own)))
+    if not found:
+        raise InputError("NO_PATIENTS", f"Expected a scan that can be read, received none of {len(scans)}.")
     return found
+
+
+def _segmented(
+    segmenter: Segmenter, scans: Sequence[Path], modality: str | None, doing: str
+) -> Iterator[tuple[Path, Volume, Segmentation]]:
+    """Each scan that can be read, with its segmentation; the others are named on stderr."""
+    for path in command.progress(scans, doing):
+        try:
+            volume = read_scan(path, segmenter.info["task"])
+            yield path, volume, segmenter.segment(volume, keep=True, modality=modality)
+        except InputError as error:
+            print(f"left aside: {error.sentence}", file=sys.stderr)
+
+
+def _spacing_mm(segmenter: Segmenter, volume: Volume) -> list[float]:
+    """Slice distance first, then in the plane, as the model sees the scan."""
+    from lvseg.preprocess import AXIS_PERMUTATIONS
+
+    canonical = volume.canonical().spacing_mm
+    return [canonical[axis] for axis in AXIS_PERMUTATIONS[segmenter.info["axis"]]]
 
 
 def suggest(looked: Sequence[Look], count: int) -> list[int]:
@@ -76,47 +99,52 @@ def suggest(looked: Sequence[Look], count: int) -> list[int]:
 
 
 def write_own_masks(
-    segmenter: Segmenter, scans: Sequence[Path], folder: Path, least_agreement: float
-) -> tuple[Path, list[Path]]:
+    segmenter: Segmenter, scans: Sequence[Path], folder: Path, least_agreement: float, modality: str | None = None
+) -> tuple[list[Path], list[Path]]:
     """Writes a model's own masks, the largest part of each, of the scans on which it agrees with itself.
 
     Args:
-        scans: files, or folders or zips of one DICOM series each; folder: where card, links and masks go.
+        scans: as `predict.read_scan` takes; folder: where cards, scans and masks go.
         least_agreement: Dice of a mask with the mirror image's.
+        modality: of all, as `Segmenter.segment`; MR where neither it nor the files say.
 
     Returns:
-        The card of a dataset of those scans, and which they are; the others are named on stderr.
+        The cards of those scans, one a modality, and which they are; the others are named on stderr.
     """
-    trusted = []
-    for number, path in enumerate(command.progress(scans, "segmenting")):
-        answer = segmenter.segment(volume := read_volume(path), keep=True)
+    trusted: list[Path] = []
+    info, modalities = segmenter.info, set()
+    is_fat = info["task"] == FAT_FRACTION_TASK
+    for path, volume, answer in _segmented(segmenter, scans, modality, "segmenting"):
         own = quality.features(segmenter, answer)
         if own is None or own["mirrored_dice"] < least_agreement:
             print(f"left aside, since the model does not agree with itself: {path}", file=sys.stderr)
             continue
-        patient = folder / "scans" / f"own-{number:04d}"
-        (patient / "scan").mkdir(parents=True)
-        (patient / "scan" / path.name).symlink_to(path.resolve())
+        seen_as = "CT" if (modality or volume.metadata.get("modality")) == "CT" else "MR"
+        patient = folder / seen_as / f"own-{len(trusted):04d}"
+        patient.mkdir(parents=True)
+        write_volume(waterfat.from_series(volume) if is_fat else volume, patient / "scan.nii.gz")
+        modalities.add(seen_as)
         canonical = answer.mask.canonical().voxels
         mask = volume.from_canonical(postprocess(canonical, ["largest_component"]))
         write_volume(mask, patient / "mask.nii.gz")
         trusted.append(path)
-    info = segmenter.info
-    card = {
-        "name": "own_masks",
-        "task": info["task"],
-        "scanner": "unlabelled",
-        "modality": "MR",
-        "root": "scans",
-        "image": "{patient}/scan/*",
-        "mask": "{patient}/mask.nii.gz",
-        "labels": {name: [label] for label, name in enumerate(info["labels"][1:], start=1)},
-        "kind": "fat_fraction" if info["task"] == "fatfraction" else "intensity",
-        "licence": "as the scans",
-        "citation": "masks by the model itself",
-    }
-    (folder / "own_masks.yaml").write_text(yaml.safe_dump(card), encoding="utf-8")
-    return folder / "own_masks.yaml", trusted
+    cards = []
+    for each in sorted(modalities):
+        card = {
+            "name": f"own_masks_{each}",
+            "task": info["task"],
+            "scanner": f"unlabelled_{each}",
+            "modality": each,
+            "root": each,
+            "image": "{patient}/scan.nii.gz",
+            "mask": "{patient}/mask.nii.gz",
+            "labels": {name: [label] for label, name in enumerate(info["labels"][1:], start=1)},
+            "licence": "as the scans",
+            "citation": "masks by the model itself",
+        } | ({"kind": "fat_fraction", "scale": 1.0} if is_fat else {})
+        cards.append(folder / f"own_masks_{each}.yaml")
+        cards[-1].write_text(yaml.safe_dump(card), encoding="utf-8")
+    return cards, trusted
 
 
 def agreement_with_itself(step: Step, volume: Samples) -> float:

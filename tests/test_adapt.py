@@ -9,12 +9,14 @@ from small_study import scan, write_card
 
 from lvseg import adapt, metrics
 from lvseg.adapt import LEAST_TO_LEAVE_OUT, MOST_FORGOTTEN, Plan
+from lvseg.cards import find_scans, load_card, read_image, read_labels
 from lvseg.errors import InputError
 from lvseg.evaluate import evaluate_run
 from lvseg.export import weights
-from lvseg.formats import write_volume
+from lvseg.formats import read_volume, write_volume
 from lvseg.predict import Segmenter
-from lvseg.suggest import Look, look, suggest
+from lvseg.suggest import Look, look, suggest, write_own_masks
+from lvseg.volume import Volume
 
 QUICK = Plan(steps=150, learning_rate=2e-3, minutes=20)
 
@@ -129,6 +131,37 @@ def test_it_goes_by_the_known_patients_too(trained, new_study, monkeypatch, tmp_
     assert measured["version"] is None
 
 
+def test_a_later_adaptation_takes_the_same_card_with_more_patients(adapted, new_study, monkeypatch, tmp_path):
+    """Who was adapted to is adapted to again, who decided decides again, and the earlier study is replayed."""
+    monkeypatch.chdir(new_study)
+    for name, value in {"CHECK_EVERY": 5, "ENOUGH": -1.0, "MOST_FORGOTTEN": 1.0}.items():
+        monkeypatch.setattr(adapt, name, value)
+    first = json.loads((adapted[1] / "1/model.json").read_text())
+    for number in range(26, 32):
+        image, mask = dimmed(number)
+        patient = new_study / "raw/more" / f"c-{number:03d}"
+        patient.mkdir(parents=True)
+        write_volume(image, patient / "image.nii.gz")
+        write_volume(mask.with_voxels(mask.voxels * 7), patient / "organs.nii.gz")
+    for patient in (new_study / "raw/c").iterdir():
+        (new_study / "raw/more" / patient.name).symlink_to(patient)
+    card = new_study / "cards/c.yaml"
+    before = card.read_text()
+    card.write_text(before.replace("raw/c", "raw/more"))
+    plan = Plan(steps=5, learning_rate=1e-4, minutes=20)
+    try:
+        adapt.adapt(adapted[1] / "1", [Path("cards/c.yaml")], tmp_path / "next", plan=plan)
+    finally:
+        card.write_text(before)
+    second = json.loads((tmp_path / "next/1/model.json").read_text())
+    one, two = second["provenance"]["adapted"]
+    assert one == first["provenance"]["adapted"][0] and two["left_out"] == one["left_out"]
+    assert set(two["patients"]) == {f"c-{number:03d}" for number in range(20, 32)} - set(one["left_out"])
+    assert second["experiment"]["data"]["datasets"] == ["cards/a.yaml", "cards/b.yaml", "cards/c.yaml"]
+    replayed, known = adapt._known(second, adapt._experiment(second, [Path("cards/c.yaml")], Plan()).data, plan)
+    assert set(replayed.patients) & set(one["patients"]) and set(one["left_out"]) <= set(known.patients)
+
+
 def test_half_of_every_batch_is_replayed(trained, new_study, monkeypatch):
     monkeypatch.chdir(new_study)
     info = adapt._info(trained / "model")
@@ -163,6 +196,37 @@ def test_own_masks_replace_segmented_patients(trained, study, monkeypatch, tmp_p
     assert measured["adapted_on"]["after"] >= measured["adapted_on"]["before"] > 0.8
     with pytest.raises(InputError, match="agrees with itself"):
         adapt.adapt_to_own_masks(trained / "model", [tmp_path / "noise.nii.gz"], tmp_path / "none", plan)
+
+
+@pytest.mark.parametrize("modality", [None, "CT"])
+def test_own_masks_are_learned_from_as_the_model_will_see_the_scans(trained, in_study, tmp_path, modality, capfd):
+    scans = []
+    for number in range(30, 33):
+        image, _ = scan("b", number)
+        scans.append(tmp_path / f"{number}.mha")
+        write_volume(image, scans[-1])
+    (tmp_path / "notes.txt").write_text("no scan")
+    cards, trusted = write_own_masks(
+        Segmenter(trained / "model"), [*scans, tmp_path / "notes.txt"], tmp_path / "own", 0.5, modality
+    )
+    assert trusted == scans and "notes.txt" in capfd.readouterr().err  # one bad file costs that file alone
+    (card,) = (load_card(path)[0] for path in cards)
+    assert card.modality == (modality or "MR") and (card.task, card.classes) == ("volume", ["background", "organ"])
+    for path, found in zip(scans, find_scans(*load_card(cards[0])), strict=True):
+        own, image = read_image(found), read_volume(path)
+        np.testing.assert_array_equal(own.voxels, image.voxels)
+        np.testing.assert_allclose(own.affine, image.affine, atol=1e-4)
+        assert read_labels(found, own).voxels.any()
+
+
+def test_a_scan_stored_along_another_axis_is_no_other_scan(trained, in_study, tmp_path):
+    image, _ = scan("a", 70)
+    turned = Volume(image.voxels.transpose(2, 0, 1).copy(), image.affine[:, [2, 0, 1, 3]])
+    scans = [tmp_path / "one.nii.gz", tmp_path / "turned.nii.gz"]
+    for volume, path in zip((image, turned), scans, strict=True):
+        write_volume(volume, path)
+    one, other = look(Segmenter(trained / "model"), scans)
+    np.testing.assert_allclose(one.features, other.features, atol=1e-6)
 
 
 def test_unsure_and_unlike_scans_are_suggested_first(trained, in_study, tmp_path):
@@ -201,12 +265,18 @@ def test_patients_are_left_out_only_where_there_are_enough():
         (["--card", "cards/a.yaml", "-o", "x"], ("does not know", "a-0")),
         (["--card", "cards/c.yaml", "-o", "x", "--replay", "cards/gone.yaml"], ("gone.yaml", "--replay")),
         (["--card", "cards/c.yaml", "-o", "x", "--replay", "cards/c.yaml"], ("trained on", "cards/c.yaml")),
-        (["--card", "cards/c.yaml", "-o", "x", "--steps", "0"], ("--steps",)),
+        (["--card", "cards/c.yaml", "-o", "x", "--steps", "0"], ("--steps of at least 1", "received 0")),
+        (["--card", "cards/c.yaml", "-o", "x", "--minutes", "0"], ("--minutes above 0", "received 0")),
+        (["--card", "cards/other.yaml", "-o", "x"], ("background, spleen", "cards/other.yaml")),
+        (["--card", "cards/c.yaml", "-o", "x", "--modality", "ct"], ("--modality", "--unlabelled")),
+        (["--unlabelled", "cards/c.yaml", "--suggest", "1"], ("can be read", "none of 1")),
         (["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "2"], ("--suggest", "received 2")),
     ],
 )
 def test_wrong_use_is_one_sentence(trained, new_study, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(new_study)
+    other = (new_study / "cards/c.yaml").read_text().replace("organ:", "spleen:")
+    (new_study / "cards/other.yaml").write_text(other)
     assert adapt.main(["--model", str(trained / "model"), *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("lvseg.adapt: Expected") and all(word in error for word in words)

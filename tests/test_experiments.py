@@ -87,6 +87,7 @@ def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, m
 
     monkeypatch.setattr(curve, "trained_as_in_the_report", train)
     monkeypatch.setattr(curve, "adapt", adapt)
+    monkeypatch.setattr(curve, "print_measured", lambda measured, own_masks: None)
     options = ["--task", "volume", "--model", trained / "model", "--only", "b", "--draws", 2]
     assert run(*options, "--patients", 0, 2) == 0
     pool, held_out = curve.parts(curve.card_scans(Path("cards/b.yaml")))
@@ -106,6 +107,7 @@ def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, m
     made.clear()
     assert run(*options, "--patients", 0, 2) == 0 and not made  # all of it is there
     assert run(*options, "--patients", 99) == 2
+    assert run(*options, "--patients", 0, "--steps", 7) == 2 and "received rows of all steps" in capsys.readouterr().err
     assert run("--task", "volume", "--only", "b") == 2 and "--model" in capsys.readouterr().err
 
 
@@ -157,14 +159,19 @@ def test_thicker_slices_are_means_and_keep_their_truth():
     image, mask, volume = voxels_after("slice distance (mm)", 2 * own_mm)
     assert len(image) == len(mask) and volume.spacing_mm[0] == pytest.approx(2 * own_mm)
     height = (len(truth) - 1) * own_mm
-    assert (len(image) - 1) * 2 * own_mm <= height < (len(image) + 1) * 2 * own_mm
-    # A centre on a slice: half of it and a quarter of either neighbour, as far as they reach.
-    centre = 1
+    assert (len(image) - 1) * 2 * own_mm <= height < len(image) * 2 * own_mm
+    # Centres on every other slice: half of it and a quarter of either neighbour, as far as there are any.
     plain = canonical.voxels.astype(np.float64)
-    np.testing.assert_allclose(image[0], (plain[0] * 0.5 + plain[1] + plain[2] * 0.5) / 2, rtol=1e-5)
-    assert np.array_equal(mask[0], truth[centre])
+    np.testing.assert_allclose(image[0], (plain[0] + plain[1] * 0.5) / 1.5, rtol=1e-5)
+    np.testing.assert_allclose(image[1], (plain[1] * 0.5 + plain[2] + plain[3] * 0.5) / 2, rtol=1e-5)
+    assert np.array_equal(mask[1], truth[1] * 0.25 + truth[2] * 0.5 + truth[3] * 0.25 >= 0.5)
+    same, same_mask, _ = voxels_after("slice distance (mm)", own_mm)
+    np.testing.assert_allclose(same, plain, rtol=1e-5)
+    assert np.array_equal(same_mask, truth)
     thin, thin_mask, thin_volume = voxels_after("slice distance (mm)", own_mm / 2)
-    assert thin_volume.spacing_mm[0] == pytest.approx(own_mm / 2) and len(thin) >= 2 * len(truth) - 3
+    assert thin_volume.spacing_mm[0] == pytest.approx(own_mm / 2) and len(thin) == 2 * len(truth) - 1
+    np.testing.assert_allclose(thin[::2], plain, rtol=1e-5)
+    np.testing.assert_allclose(thin[1], (plain[0] + plain[1]) / 2, rtol=1e-5)
     share = thin_mask.sum() * thin_volume.spacing_mm[0] / (truth.sum() * own_mm)
     assert share == pytest.approx(1.0, abs=0.15)
 
