@@ -27,15 +27,19 @@ def dimmed(number: int) -> tuple:
     return image.with_voxels((0.42 * image.voxels).astype(np.int16)), mask
 
 
-@pytest.fixture(scope="module")
-def new_study(study: Path) -> Path:
-    """The study with a third card, c, of six patients at another contrast."""
-    for number in range(20, 26):
+def write_dimmed(folder: Path, numbers: range) -> None:
+    for number in numbers:
         image, mask = dimmed(number)
-        patient = study / "raw/c" / f"c-{number:03d}"
+        patient = folder / f"c-{number:03d}"
         patient.mkdir(parents=True)
         write_volume(image, patient / "image.nii.gz")
         write_volume(mask.with_voxels(mask.voxels * 7), patient / "organs.nii.gz")
+
+
+@pytest.fixture(scope="module")
+def new_study(study: Path) -> Path:
+    """The study with a third card, c, of six patients at another contrast."""
+    write_dimmed(study / "raw/c", range(20, 26))
     write_card(study, "c")
     return study
 
@@ -137,12 +141,7 @@ def test_a_later_adaptation_takes_the_same_card_with_more_patients(adapted, new_
     for name, value in {"CHECK_EVERY": 5, "ENOUGH": -1.0, "MOST_FORGOTTEN": 1.0}.items():
         monkeypatch.setattr(adapt, name, value)
     first = json.loads((adapted[1] / "1/model.json").read_text())
-    for number in range(26, 32):
-        image, mask = dimmed(number)
-        patient = new_study / "raw/more" / f"c-{number:03d}"
-        patient.mkdir(parents=True)
-        write_volume(image, patient / "image.nii.gz")
-        write_volume(mask.with_voxels(mask.voxels * 7), patient / "organs.nii.gz")
+    write_dimmed(new_study / "raw/more", range(26, 32))
     for patient in (new_study / "raw/c").iterdir():
         (new_study / "raw/more" / patient.name).symlink_to(patient)
     card = new_study / "cards/c.yaml"
