@@ -1,6 +1,6 @@
 """Rendering a stack of 256 x 256 x 3 from a simulated patient's map of tissues, as the training step does it.
 
-Contrast with all of intensities that `experiments/anyscanner_volume.yaml` switches on, compiled by XLA as in the step, on one
+Contrast with all that `experiments/anyscanner_volume.yaml` does to intensities, compiled by XLA as in the step, on one
 stack at a time; the map is a slice of a simulated patient. A new step, so new random numbers, each time.
 
 python benchmarks/render.py

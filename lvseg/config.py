@@ -59,6 +59,7 @@ class Model(Keys):
     encoder_weights: str = "imagenet"
     encoder_input: Literal["spread", "projection"] = "spread"
     freeze_encoder_steps: Annotated[int, Field(ge=0)] = 0
+    start_from: str | None = None
     residual: bool = True
     norm: Literal["instance"] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
@@ -289,6 +290,11 @@ class Experiment(Keys):
             raise ValueError(
                 f"expected encoder=null for norm={self.model.norm}, which the pretrained encoder was trained without,"
                 f" received {self.model.encoder}"
+            )
+        if self.model.start_from is not None and self.model.encoder and self.model.encoder_weights != "none":
+            raise ValueError(
+                "expected encoder_weights=none with model.start_from, which replaces them, received"
+                f" {self.model.encoder_weights}"
             )
         if self.model.encoder is None and self.model.freeze_encoder_steps:
             raise ValueError("expected encoder=vgg11 for freeze_encoder_steps, received null")

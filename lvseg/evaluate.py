@@ -39,8 +39,8 @@ CALIBRATION = "quality.json"
 CALIBRATION_KINDS = 3
 CALIBRATION_SCANS = 20  # more take minutes and tell nothing new
 PROVENANCE = (
-    "config_sha256", "shards_sha256", "split_sha256", "code_sha256", "encoder_weights", "seed", "versions", "hardware",
-    "started",
+    "config_sha256", "shards_sha256", "split_sha256", "code_sha256", "encoder_weights", "started_from", "seed",
+    "versions", "hardware", "started",
 )  # fmt: skip
 OVERLAP = ("dice", "precision", "recall")
 DISTANCES = ("hausdorff_95_mm", "mean_surface_distance_mm")

@@ -6,10 +6,8 @@ python -m lvseg.export --run runs/volume/best-fold0 --out models/volume
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import hashlib
-import io
 import json
 import shutil
 import sys
@@ -23,6 +21,7 @@ import tensorflow as tf
 
 from lvseg import command, preprocess
 from lvseg.errors import InputError
+from lvseg.optimiser import tf_variable
 from lvseg.postprocess import STEPS
 from lvseg.predict import VERSION, Segmenter, newest_version, shipped_model
 
@@ -86,8 +85,8 @@ def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any
     Signatures: `prepare` (voxels float32 [S,H,W], spacing_mm float32 [3]) -> slices float32 [S,size,size]; `infer`
     (stacks float32 [B,size,size,2n+1]) -> probabilities float32 [B,size,size,C]; `restore` (probabilities, shape
     int32 [3], spacing_mm) -> labels uint8 [S,H,W]; `segment`, also `serving_default`, is the three in one, batch by
-    batch, so that its memory beyond the scan's does not grow with S. None of them knows the modality: who calls them with
-    a CT clips it to the card's `ct_window_hu` first, as `predict.Segmenter` does.
+    batch, so that its memory beyond the scan's does not grow with S. None of them knows the modality: a CT has to
+    be clipped to the card's `ct_window_hu` before, as `predict.Segmenter` does.
 
     Args:
         network: stacks float32 [B, size, size, 2n+1] -> probabilities float32 [B, size, size, C].
@@ -110,8 +109,7 @@ def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any
 
     def traced(function: Any, *signature: tf.TensorSpec) -> Any:
         graph = tf.function(function, input_signature=signature, autograph=False)
-        graph.get_concrete_function()  # Keras takes graphs that it does not have to make itself as they are
-        return graph
+        return graph.get_concrete_function()
 
     # One graph each, which two signatures call.
     answer = traced(network, stacks_spec)
@@ -158,19 +156,18 @@ def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any
         )
         return {"labels": tf.reshape(labels, [-1, shape[1], shape[2]])[:count]}
 
-    archive = keras.export.ExportArchive()
-    for each in tracked:
-        archive.track(each)
-
     whole = traced(segment, voxels_spec, spacing_spec)
-    archive.add_endpoint("serving_default", whole)
-    archive.add_endpoint("segment", whole)
-    archive.add_endpoint("prepare", traced(prepare, voxels_spec, spacing_spec))
-    archive.add_endpoint("infer", traced(infer, stacks_spec))
-    archive.add_endpoint("restore", traced(restore, probabilities_spec, shape_spec, spacing_spec))
+    signatures = {
+        "serving_default": whole,
+        "segment": whole,
+        "prepare": traced(prepare, voxels_spec, spacing_spec),
+        "infer": traced(infer, stacks_spec),
+        "restore": traced(restore, probabilities_spec, shape_spec, spacing_spec),
+    }
+    # Saved as they are: as an archive of Keras's, which keeps the functions too, all graphs would be in it twice.
+    held = tf.train.Checkpoint(variables=[tf_variable(own) for each in tracked for own in each.variables])
     with command.atomic(folder) as temporary:
-        with contextlib.redirect_stdout(io.StringIO()):  # Keras lists every endpoint there
-            archive.write_out(str(temporary))
+        tf.saved_model.save(held, str(temporary), signatures)
         card = {**card, "weights_sha256": weights_sha256(temporary)}
         (temporary / "model.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
     return card

@@ -20,6 +20,7 @@ from lvseg.errors import InputError, RunError
 from lvseg.keys import digest, read_yaml
 from lvseg.models.vgg import EncoderWeights
 from lvseg.pipeline import Samples
+from lvseg.predict import newest_version
 from lvseg.prepare import ShardSet
 from lvseg.split import Split
 from lvseg.step import INFER_SLICES, Step, network
@@ -79,7 +80,8 @@ class Fit:
                 " 99.5th percentiles (medians); look at the page that lvseg.prepare writes, or set data.normalise.",
             )
         # What a checkpoint goes on from, it holds: the encoder's first weights need not be at hand any more.
-        known = read_yaml(run / "manifest.json").get("encoder_weights") if is_started(run) else None
+        manifest = read_yaml(run / "manifest.json") if is_started(run) else {}
+        known = manifest.get("encoder_weights")
         dark, bright = scaled if data.normalise == "none" else (0.0, 1.0)
         self.step = Step(experiment, cluster, len(self.classes), dark, bright, known and EncoderWeights(**known))
         self.best_dice = tf.Variable(-1.0, dtype=tf.float64, trainable=False)
@@ -96,6 +98,7 @@ class Fit:
         )
         self.manager = tf.train.CheckpointManager(self.checkpoint, str(run / "checkpoints"), max_to_keep=2)
         self._restore()
+        self.started_from = self._start_from() if not is_started(run) else manifest.get("started_from")
         self._agree()
 
     @property
@@ -209,6 +212,22 @@ class Fit:
             ) from error
         if self.cluster.is_chief:
             print(f"going on from step {int(self.step.number.numpy())} ({path})")
+
+    def _start_from(self) -> dict[str, Any] | None:
+        """Takes the weights of the model that the experiment starts from, and returns which they are."""
+        named = self.experiment.model.start_from
+        if named is None:
+            return None
+        folder = newest_version(Path(named))
+        info = read_yaml(folder / "model.json")
+        weights, own = export.weights(folder), self.step.model.get_weights()
+        if [array.shape for array in weights] != [array.shape for array in own]:
+            raise InputError(
+                "BAD_CONFIG",
+                f"Expected the same network in model.start_from as in model, received another in {folder}.",
+            )
+        self.step.model.set_weights(weights)
+        return {key: info.get(key) for key in ("name", "version", "weights_sha256")}
 
     def _agree(self) -> None:
         """InputError BAD_CLUSTER if several machines are not about to do the same: another config, step or folder."""

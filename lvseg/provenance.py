@@ -33,6 +33,7 @@ def manifest(
     split: Split,
     encoder_weights: EncoderWeights | None,
     cluster: Cluster,
+    started_from: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that a run's result depends on, JSON-able; equal hashes mean equal inputs."""
     shards = {shards.card.name: [row["shard_sha256"] for row in shards.rows] for shards in sets}
@@ -42,6 +43,7 @@ def manifest(
         "split_sha256": digest(asdict(split)),
         "code_sha256": code_sha256(),
         "encoder_weights": encoder_weights._asdict() if encoder_weights else None,
+        "started_from": started_from,
         "split": asdict(split),
         "datasets": [
             {

@@ -24,9 +24,11 @@ from lvseg.cards import load_card
 from lvseg.config import Experiment, add_experiment_arguments, load_experiment
 from lvseg.errors import InputError
 from lvseg.keys import changed_keys, check_keys, read_yaml
+from lvseg.predict import newest_version
 
 if TYPE_CHECKING:
     from lvseg.devices import Cluster
+    from lvseg.split import Split
 
 
 def train(experiment: Experiment) -> None:
@@ -63,9 +65,11 @@ def _train(experiment: Experiment, run: Path, cluster: Cluster) -> None:
             )
     sets = prepare.prepare(experiment.data)
     split = prepare.split(experiment.data, sets)
+    if experiment.model.start_from is not None and not is_started(run):
+        _check_start(Path(experiment.model.start_from), split)
     seen = split.train + split.validation
     fit = Fit(experiment, [shards.of(seen) for shards in sets], replace(split, test=()), run, cluster)
-    manifest = provenance.manifest(experiment, sets, split, fit.step.encoder_weights, cluster)
+    manifest = provenance.manifest(experiment, sets, split, fit.step.encoder_weights, cluster, fit.started_from)
     going_on = is_started(run)
     manifest = provenance.continued(run, manifest, fit.first_step) if going_on else manifest
     if cluster.is_chief:
@@ -82,6 +86,18 @@ def _train(experiment: Experiment, run: Path, cluster: Cluster) -> None:
     finished = provenance.finished(manifest, exported["weights_sha256"])
     provenance.write(run, finished)
     print(f"trained: {run} (model in {run / 'model'}, look with: tensorboard --logdir {run.parent})")
+
+
+def _check_start(model: Path, split: Split) -> None:
+    """InputError BAD_SPLIT if the model to start from was trained on patients that judge this run."""
+    before = read_yaml(newest_version(model) / "model.json")["provenance"]["split"]
+    judged = set(before["train"]) & {*split.validation, *split.test} | set(before["validation"]) & set(split.test)
+    if judged:
+        raise InputError(
+            "BAD_SPLIT",
+            f"Expected model.start_from to know none of the patients that judge this run, received {model}, which knows"
+            f" {', '.join(sorted(judged)[:5])}.",
+        )
 
 
 def _remove_left_overs(run: Path, going_on: bool) -> None:

@@ -18,6 +18,7 @@ from lvseg.command import alone as lock
 from lvseg.config import load_experiment
 from lvseg.devices import Cluster
 from lvseg.errors import InputError, RunError
+from lvseg.export import weights
 from lvseg.fit import Fit
 from lvseg.formats import read_volume, write_volume
 from lvseg.models import vgg
@@ -93,6 +94,42 @@ def test_a_run_that_goes_on_does_not_need_the_weights_it_started_from(in_study, 
     assert manifest["encoder_weights"]["name"] == "first.safetensors"
     assert [each["first_step"] for each in manifest["sessions"]] == [0, 2]
     assert run_command(tmp_path / "other", *settings) == 2  # one that begins needs them
+
+
+def test_a_run_starts_from_another_model_and_goes_on_without_it(trained, in_study, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(trained / "model", start)
+    small = (f"model.start_from={start}", "train.steps=2", "train.validate_every=2", "train.checkpoint_every=1",
+             "train.learning_rate=1.0e-12", "train.deterministic=false")  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fit, "export", interrupted)
+        assert run_command(tmp_path / "runs", *small) == 1
+    shutil.rmtree(start)
+    assert run_command(tmp_path / "runs", *small) == 0
+    run = tmp_path / "runs/volume/small-fold0"
+    own = json.loads((trained / "model/model.json").read_text())
+    for manifest in (run / "manifest.json", run / "model/model.json"):
+        content = json.loads(manifest.read_text())
+        started_from = content.get("provenance", content)["started_from"]
+        assert started_from["weights_sha256"] == own["weights_sha256"] and started_from["name"] == "small"
+    for one, other in zip(weights(run / "model"), weights(trained / "model"), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("model.start_from=nowhere",), "received nowhere"),
+        (("model.start_from=MODEL", "model.width=2"), "the same network"),
+        (("model.start_from=MODEL", "data.test_patients=[a-002, b-002]"), "a-00"),
+        (("model.start_from=MODEL", "model.encoder=vgg11"), "encoder_weights=none"),
+    ],
+)
+def test_a_model_that_a_run_cannot_start_from_is_a_sentence(trained, in_study, tmp_path, capfd, settings, words):
+    settings = [each.replace("MODEL", str(trained / "model")) for each in settings]
+    assert run_command(tmp_path, *settings) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("lvseg.train: Expected") and words in error
 
 
 # In a process of its own: determinism, which XLA cannot do, is never switched off again in one that had it on.

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 
 from lvseg.draws import DROPOUT_STREAM
-from lvseg.models.layers import StatelessDropout
+from lvseg.models.layers import InstanceNormalization, StatelessDropout
 
 DEPTH = 5
 # Output channels of VGG11's convolutions, block by block (Simonyan and Zisserman, 2014, configuration A).
@@ -164,8 +164,7 @@ def _block(
     for number, count in enumerate(filters, start=1):
         x = conv(count, 3, kernel_initializer=initial(), name=f"{name}_conv{number}")(x)
         if norm == "instance":
-            own = keras.layers.GroupNormalization(groups=-1, epsilon=1e-5, dtype=precision, name=f"{name}_norm{number}")
-            x = own(x)
+            x = InstanceNormalization(dtype=precision, name=f"{name}_norm{number}")(x)
         if residual and number == len(filters):
             short = conv(count, 1, kernel_initializer=initial(), name=f"{name}_short")(short)
             x = keras.layers.Add(dtype=precision, name=f"{name}_add")([x, short])
