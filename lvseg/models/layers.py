@@ -48,8 +48,8 @@ class StatelessDropout(keras.layers.Layer):
 class InstanceNormalization(keras.layers.Layer):
     """Normalises every channel of every sample over its slice, then scales and shifts it by learned numbers.
 
-    Source: Ulyanov et al., 2016. Keras's GroupNormalization computes the same in many more operations, which make up most
-    of an exported network's graph.
+    Source: Ulyanov et al., 2016. Keras's GroupNormalization computes the same in many more operations, which make up
+    most of an exported network's graph.
 
     Args:
         epsilon: added to the variance.
