@@ -38,7 +38,8 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
     @tf.function(jit_compile=True, autograph=False)
     def rendered(step: tf.Tensor) -> tf.Tensor:
         seeds = draws.sample_seeds(0, draws.ELASTIC_STREAM, step, tf.range(1))
-        images = render.contrast(stacks, tissues, seeds, settings["contrast"]["kind"], 1.0, 0.0, 1.0)
+        contrast = settings["contrast"]
+        images = render.contrast(stacks, tissues, seeds, contrast["kind"], 1.0, 0.0, 1.0, contrast["partial_volume"])
         return intensity.intensity(images, seeds, names, 0.0, 1.0)
 
     steps = iter(range(2**31))

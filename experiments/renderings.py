@@ -42,7 +42,8 @@ def renderings(arguments: argparse.Namespace) -> None:
     _, maps = augment.spatial(stacks, maps, seeds, spatial)
     names = {name: settings[name] for name in intensity.NAMES if settings[name]}
     high = 100.0 if settings["contrast"]["kind"] == "fraction" else 1.0
-    images = render.contrast(stacks, maps, seeds, settings["contrast"]["kind"], 1.0, 0.0, high)
+    contrast = settings["contrast"]
+    images = render.contrast(stacks, maps, seeds, contrast["kind"], 1.0, 0.0, high, contrast["partial_volume"])
     images = intensity.intensity(images, seeds, names, 0.0, high).numpy()[..., data.neighbours]
     grey = (255 * np.clip(images / high, 0, 1)).astype(np.uint8)
     picture = grey.reshape(ROWS, COLUMNS, data.size, data.size).transpose(0, 2, 1, 3)

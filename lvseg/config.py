@@ -161,6 +161,7 @@ class Contrast(Chance):
     their fat fraction in percent."""
 
     kind: Literal["physics", "random", "mixture", "fraction"] = "mixture"
+    partial_volume: Annotated[float, Field(ge=0, le=0.25)] = 0.25
 
 
 class Augment(Keys):

@@ -4,8 +4,9 @@ What a network has seen at every contrast it does not need to be shown at a new 
 of its own. "physics": a spoiled gradient echo (any echo time, fat suppression, contrast agent, water, fat and fat
 fraction) or a T2-weighted spin echo of tissues that vary about the literature's values (`lvseg.phantom.physics`).
 "random": every tissue an intensity of its own, as in SynthSeg (Billot et al., Med Image Anal 2023, 86:102789).
-"fraction": the fat fraction in percent, of patients of any fatness. All have a smooth texture in every tissue. Noise,
-coils, blur and the like are `lvseg.intensity`'s, for real scans too.
+"fraction": the fat fraction in percent, of patients of any fatness. All have a smooth texture in every tissue, and
+pixels that belong to several tissues, where water and fat of opposite phase cancel. Noise, coils, blur and the like
+are `lvseg.intensity`'s, for real scans too.
 
 Seeds, and what every operation here has to be able to do, are as in `lvseg.augment`.
 """
@@ -56,7 +57,14 @@ STEP = 8  # every so many pixels are looked at for it
 
 
 def contrast(
-    stacks: tf.Tensor, tissues: tf.Tensor, seeds: tf.Tensor, kind: Kind, probability: float, low: float, high: float
+    stacks: tf.Tensor,
+    tissues: tf.Tensor,
+    seeds: tf.Tensor,
+    kind: Kind,
+    probability: float,
+    low: float,
+    high: float,
+    partial_volume: float = 0.0,
 ) -> tf.Tensor:
     """Renders the samples that have a map of tissues; those without one stay as they are, to the bit.
 
@@ -68,6 +76,8 @@ def contrast(
         probability: of a sample being rendered.
         low, high: intensities of no signal and of bright tissue among those that the network sees; not used for
             "fraction", whose percents are what they are.
+        partial_volume: share of a pixel's signal, at most, that comes from its neighbour on either side, along rows and
+            along columns; drawn for each sample.
 
     Returns:
         float32 [B, size, size, C].
@@ -83,20 +93,25 @@ def contrast(
     size, channels = stacks.shape[1], stacks.shape[3]
     chosen = draws.uniform_of_each(seeds, draws.CONTRAST_STREAM, 4)
     shares = FRACTION_SHARES if kind == "fraction" else SHARES
-    signal, roughness = physics(seeds, shares), draws.uniform_of_each(seeds, draws.ROUGHNESS_STREAM, TISSUES)
+    signal, roughness = signals(seeds, shares), draws.uniform_of_each(seeds, draws.ROUGHNESS_STREAM, TISSUES)
     is_random = chosen[:, 1, tf.newaxis] < RANDOM_SHARE[kind]
     if RANDOM_SHARE[kind]:
-        signal = tf.where(is_random, _random(seeds), signal)
+        intensity = _random(seeds)
+        in_phase = tf.stack([intensity, tf.zeros_like(intensity)], axis=-1)
+        signal = tf.where(is_random[..., tf.newaxis], in_phase, signal)
     roughest = [tf.constant(ROUGHEST[name], tf.float64) for name in ("random", "physics")]
     roughness *= tf.where(is_random, *roughest)
-    table = tf.cast(tf.stack([signal, roughness], axis=-1), tf.float32)
+    table = tf.cast(tf.concat([signal, roughness[..., tf.newaxis]], axis=-1), tf.float32)
     # GPUs have gather kernels for int32 but none for the narrower integers.
     tissues = tf.cast(tissues, tf.int32)
     picked = tf.gather(table, tissues, batch_dims=1)
     control = draws.normal_of_each(draws.of_stream(seeds, draws.TEXTURE_STREAM), channels * TEXTURE_GRID**2)
     control = tf.reshape(tf.cast(control, tf.float32), [-1, channels, TEXTURE_GRID, TEXTURE_GRID])
     texture = augment.spline_surface(control, size)
-    rendered = picked[..., 0] * tf.maximum(1.0 + picked[..., 1] * texture, 0.0)
+    rough = tf.maximum(1.0 + picked[..., 2] * texture, 0.0)
+    share = draws.of_sample(partial_volume * chosen[:, 3])
+    real, imaginary = (_shared(picked[..., part] * rough, share) for part in (0, 1))
+    rendered = tf.sqrt(real * real + imaginary * imaginary)
     if kind == "fraction":
         shown = 100.0 * tf.minimum(rendered, 1.0)
     else:
@@ -106,15 +121,15 @@ def contrast(
     return tf.where(is_rendered[:, tf.newaxis, tf.newaxis, tf.newaxis], shown, stacks)
 
 
-def physics(seeds: tf.Tensor, shares: Sequence[float] | None = None) -> tf.Tensor:
-    """What every tissue sends to an image whose sequence and patient are drawn at random.
+def signals(seeds: tf.Tensor, shares: Sequence[float] | None = None) -> tf.Tensor:
+    """What every tissue sends to an image whose sequence and patient are drawn at random, with its phase.
 
     Args:
         seeds: int64 [B, 2], as `contrast`.
         shares: how often each of IMAGES is made, adding up to 1; None for SHARES.
 
     Returns:
-        float64 [B, tissues], 0 or more.
+        float64 [B, tissues, 2], real and imaginary part, with water as the real axis.
     """
     drawn = draws.uniform_of_each(seeds, draws.SEQUENCE_STREAM, 16)
     z = tf.clip_by_value(
@@ -169,8 +184,11 @@ def physics(seeds: tf.Tensor, shares: Sequence[float] | None = None) -> tf.Tenso
     imaginary = tf.reduce_sum(FAT_AMPLITUDES * tf.sin(turns), axis=1, keepdims=True)
     left = (0.02 + 0.25 * drawn[:, 9])[:, tf.newaxis]
 
-    def magnitude(of_fat: tf.Tensor) -> tf.Tensor:
-        return tf.sqrt((water + of_fat * real) ** 2 + (of_fat * imaginary) ** 2)
+    def echo_of(of_fat: tf.Tensor) -> tf.Tensor:
+        return tf.stack([water + of_fat * real, of_fat * imaginary], axis=-1)
+
+    def in_phase(signal: tf.Tensor) -> tf.Tensor:
+        return tf.stack([signal, tf.zeros_like(signal)], axis=-1)
 
     has_signal = tf.cast(density > 0.3, tf.float64)  # of others a scanner finds no fraction above its noise
     spin_repetition, spin_echo = _log_between(1.5, 6.0, drawn[:, 10]), _log_between(0.05, 0.13, drawn[:, 11])
@@ -178,12 +196,12 @@ def physics(seeds: tf.Tensor, shares: Sequence[float] | None = None) -> tf.Tenso
     recovered = density * (1.0 - tf.exp(-spin_repetition[:, tf.newaxis] / t1)) * tf.exp(-spin_echo[:, tf.newaxis] / t2)
     images = tf.stack(
         [
-            magnitude(lipid),
-            magnitude(left * lipid),
-            water,
-            lipid,
-            has_signal * fat,
-            recovered * ((1.0 - fat) + spin_fat * fat),
+            echo_of(lipid),
+            echo_of(left * lipid),
+            in_phase(water),
+            in_phase(lipid),
+            in_phase(has_signal * fat),
+            in_phase(recovered * ((1.0 - fat) + spin_fat * fat)),
         ],
         axis=1,
     )
@@ -194,6 +212,16 @@ def spoiled_gradient_echo(t1_s: tf.Tensor, repetition_s: tf.Tensor, flip: tf.Ten
     """Steady state for a proton density of 1, flip in radians; `lvseg.phantom.physics` has the same in NumPy."""
     e1 = tf.exp(-repetition_s / t1_s)
     return tf.sin(flip) * (1.0 - e1) / (1.0 - tf.cos(flip) * e1)
+
+
+def _shared(images: tf.Tensor, share: tf.Tensor) -> tf.Tensor:
+    """Images [B, size, size, C] whose pixels get a share, float32 [B, 1, 1, 1], from either neighbour, both ways."""
+    before = tf.concat([images[:, :1], images[:, :-1]], axis=1)
+    after = tf.concat([images[:, 1:], images[:, -1:]], axis=1)
+    images += share * (before + after - 2.0 * images)
+    before = tf.concat([images[:, :, :1], images[:, :, :-1]], axis=2)
+    after = tf.concat([images[:, :, 1:], images[:, :, -1:]], axis=2)
+    return images + share * (before + after - 2.0 * images)
 
 
 def _random(seeds: tf.Tensor) -> tf.Tensor:

@@ -208,8 +208,9 @@ class Step:
         if self._contrast:
             maps = tf.transpose(tissues, [0, 2, 3, 1])
             stacks = render.contrast(
-                stacks, maps, seeds, self._contrast["kind"], self._contrast["probability"], self.dark, self.bright
-            )
+                stacks, maps, seeds, self._contrast["kind"], self._contrast["probability"], self.dark, self.bright,
+                self._contrast["partial_volume"],
+            )  # fmt: skip
         return intensity.intensity(stacks, seeds, self._intensity, self.dark, self.bright)
 
 

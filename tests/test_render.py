@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from gpu_kernels import without_gpu_kernel
+from scipy import ndimage
 
 from lvseg import draws, intensity, pipeline, prepare, preprocess, records, render
 from lvseg.config import Experiment, load_experiment
@@ -37,18 +38,20 @@ def body(channels=3):
     return np.repeat(tissues[None, ..., None], channels, axis=-1)
 
 
-def rendered(count, kind="mixture", probability=1.0, low=0.0, high=1.0, stacks=None, maps=None):
+def rendered(count, kind="mixture", probability=1.0, low=0.0, high=1.0, stacks=None, maps=None, partial_volume=0.0):
     maps = np.repeat(body(), count, axis=0) if maps is None else maps
     stacks = np.zeros(maps.shape, np.float32) if stacks is None else stacks
     draw = tf.function(
-        lambda stacks, maps, seeds: render.contrast(stacks, maps, seeds, kind, probability, low, high), autograph=False
+        lambda stacks, maps, seeds: render.contrast(stacks, maps, seeds, kind, probability, low, high, partial_volume),
+        autograph=False,
     )
     return draw(tf.constant(stacks), tf.constant(maps), seeds_of(count)).numpy()
 
 
 def table(seeds):
-    """`render.physics` in a graph, traced anew: hundreds of samples one by one take long eagerly."""
-    return tf.function(lambda seeds: render.physics(seeds), autograph=False)(seeds).numpy()
+    """Magnitudes of `render.signals`, in a graph, traced anew: hundreds of samples one by one take long eagerly."""
+    found = tf.function(lambda seeds: render.signals(seeds), autograph=False)(seeds).numpy()
+    return np.hypot(found[..., 0], found[..., 1])
 
 
 def only_image(monkeypatch, name):
@@ -160,6 +163,45 @@ def test_a_tissue_is_one_intensity_but_for_its_texture():
         values = images[:, body()[0, ..., 0] == tissue].reshape(len(images), -1)
         assert (values.std(axis=1) <= 0.2 * values.mean(axis=1) + 1e-6).all()
         assert np.median(values.std(axis=1) / values.mean(axis=1)) > 0.005
+
+
+def test_pixels_of_two_tissues_send_the_sum_of_both_with_its_phase(monkeypatch):
+    """Against the same sum in NumPy: complex signals, shared with the four neighbours, then their magnitude."""
+    monkeypatch.setattr(render, "ROUGHEST", {"physics": 0.0, "random": 0.0})
+    only_image(monkeypatch, "echo")
+    maps = np.random.default_rng(0).integers(0, render.TISSUES, (6, SIZE, SIZE, 2)).astype(np.uint8)
+    most = 0.25
+    images = rendered(6, "physics", maps=maps, partial_volume=most)
+    seeds = seeds_of(6)
+    found = render.signals(seeds, [float(name == "echo") for name in render.IMAGES]).numpy() @ [1.0, 1.0j]
+    shares = most * draws.uniform_of_each(seeds, draws.CONTRAST_STREAM, 4).numpy()[:, 3]
+    assert shares.min() < 0.1 and shares.max() > 0.15
+    for image, own, table, share in zip(images, maps, found, shares, strict=True):
+        kernel = [share, 1 - 2 * share, share]
+        expected = table[own]
+        for axis in (0, 1):
+            expected = ndimage.convolve1d(expected.real, kernel, axis) + 1j * ndimage.convolve1d(
+                expected.imag, kernel, axis
+            )
+        expected = np.abs(expected)
+        np.testing.assert_allclose(image / image.max(), expected / expected.max(), atol=2e-4)
+
+
+def test_water_and_fat_of_opposite_phase_cancel_at_their_border(monkeypatch):
+    monkeypatch.setattr(render, "ROUGHEST", {"physics": 0.0, "random": 0.0})
+    only_image(monkeypatch, "echo")
+    maps = np.full((60, SIZE, SIZE, 1), Tissue.FAT, np.uint8)
+    maps[:, :, SIZE // 2 :] = Tissue.MUSCLE
+    opposed = draws.uniform_of_each(seeds_of(60), draws.SEQUENCE_STREAM, 16).numpy()[:, 7] < 1 / 3
+    shares = draws.uniform_of_each(seeds_of(60), draws.CONTRAST_STREAM, 4).numpy()[:, 3]
+    strong = shares > 0.6
+    rows = rendered(60, "physics", maps=maps, partial_volume=0.25)[:, SIZE // 2, :, 0]
+    darkest = rows[:, SIZE // 2 - 1 : SIZE // 2 + 1].min(axis=1)
+    sides = np.minimum(rows[:, 2], rows[:, -3])
+    assert (opposed & strong).sum() > 3 and (darkest < 0.9 * sides)[opposed & strong].all()
+    in_phase = draws.uniform_of_each(seeds_of(60), draws.SEQUENCE_STREAM, 16).numpy()[:, 7]
+    in_phase = (in_phase > 1 / 3) & (in_phase < 2 / 3)
+    assert in_phase.sum() > 3 and (darkest > 0.9 * sides)[in_phase].all()
 
 
 def test_samples_without_a_map_or_by_chance_stay_to_the_bit():
