@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from lvseg.devices import Cluster
     from lvseg.step import Step
 
-STEPS, CHECK_EVERY, PATIENCE = 200, 25, 3
+STEPS, CHECK_EVERY, PATIENCE = 150, 50, 2
 LEARNING_RATE = 3.0e-4
 MOST_MINUTES = 5.0
 REPLAYED, KNOWN_CHECKED = 24, 12  # patients of those that the model was trained on, and chosen by

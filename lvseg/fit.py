@@ -227,7 +227,7 @@ class Fit:
                 f"Expected the same network in model.start_from as in model, received another in {folder}.",
             )
         self.step.model.set_weights(weights)
-        return {key: info.get(key) for key in ("name", "version", "weights_sha256")}
+        return {key: info.get(key) for key in ("name", "weights_sha256")}
 
     def _agree(self) -> None:
         """InputError BAD_CLUSTER if several machines are not about to do the same: another config, step or folder."""
