@@ -90,7 +90,9 @@ def _train(experiment: Experiment, run: Path, cluster: Cluster) -> None:
 
 def _check_start(model: Path, split: Split) -> None:
     """InputError BAD_SPLIT if the model to start from was trained on patients that judge this run."""
-    before = read_yaml(newest_version(model) / "model.json")["provenance"]["split"]
+    before = read_yaml(newest_version(model) / "model.json").get("provenance", {}).get("split")
+    if before is None:
+        raise InputError("BAD_MODEL", f"Expected one trained network in model.start_from, received none in {model}.")
     judged = set(before["train"]) & {*split.validation, *split.test} | set(before["validation"]) & set(split.test)
     if judged:
         raise InputError(

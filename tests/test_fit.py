@@ -120,13 +120,20 @@ def test_a_run_starts_from_another_model_and_goes_on_without_it(trained, in_stud
     ("settings", "words"),
     [
         (("model.start_from=nowhere",), "received nowhere"),
+        (("model.start_from=ENSEMBLE",), "one trained network"),
         (("model.start_from=MODEL", "model.width=2"), "the same network"),
         (("model.start_from=MODEL", "data.test_patients=[a-002, b-002]"), "a-00"),
         (("model.start_from=MODEL", "model.encoder=vgg11"), "encoder_weights=none"),
     ],
 )
 def test_a_model_that_a_run_cannot_start_from_is_a_sentence(trained, in_study, tmp_path, capfd, settings, words):
-    settings = [each.replace("MODEL", str(trained / "model")) for each in settings]
+    (tmp_path / "several").mkdir()
+    (tmp_path / "several/saved_model.pb").touch()
+    (tmp_path / "several/model.json").write_text('{"members": []}')
+    places = {"MODEL": str(trained / "model"), "ENSEMBLE": str(tmp_path / "several")}
+    settings = [
+        functools.reduce(lambda text, name: text.replace(name, places[name]), places, each) for each in settings
+    ]
     assert run_command(tmp_path, *settings) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("lvseg.train: Expected") and words in error

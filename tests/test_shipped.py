@@ -1,6 +1,7 @@
 """The model that comes with lvseg: whole, small, told what it is, and right on scans that nothing was trained on."""
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -51,7 +52,11 @@ def test_its_files_name_no_folder_of_the_machine_that_trained_it():
 
 
 def test_all_of_it_is_in_what_pip_installs(tmp_path):
-    build = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
+    for name in ("lvseg", "serving"):
+        shutil.copytree(ROOT / name, tmp_path / "tree" / name)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "tree")
+    build = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), "./tree"]
     subprocess.run([sys.executable, "-m", *build], check=True, cwd=tmp_path)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     files = [path for path in SHIPPED.rglob("*") if path.is_file()]
