@@ -96,9 +96,7 @@ def contrast(
     signal, roughness = signals(seeds, shares), draws.uniform_of_each(seeds, draws.ROUGHNESS_STREAM, TISSUES)
     is_random = chosen[:, 1, tf.newaxis] < RANDOM_SHARE[kind]
     if RANDOM_SHARE[kind]:
-        intensity = _random(seeds)
-        in_phase = tf.stack([intensity, tf.zeros_like(intensity)], axis=-1)
-        signal = tf.where(is_random[..., tf.newaxis], in_phase, signal)
+        signal = tf.where(is_random[..., tf.newaxis], _in_phase(_random(seeds)), signal)
     roughest = [tf.constant(ROUGHEST[name], tf.float64) for name in ("random", "physics")]
     roughness *= tf.where(is_random, *roughest)
     table = tf.cast(tf.concat([signal, roughness[..., tf.newaxis]], axis=-1), tf.float32)
@@ -187,9 +185,6 @@ def signals(seeds: tf.Tensor, shares: Sequence[float] | None = None) -> tf.Tenso
     def echo_of(of_fat: tf.Tensor) -> tf.Tensor:
         return tf.stack([water + of_fat * real, of_fat * imaginary], axis=-1)
 
-    def in_phase(signal: tf.Tensor) -> tf.Tensor:
-        return tf.stack([signal, tf.zeros_like(signal)], axis=-1)
-
     has_signal = tf.cast(density > 0.3, tf.float64)  # of others a scanner finds no fraction above its noise
     spin_repetition, spin_echo = _log_between(1.5, 6.0, drawn[:, 10]), _log_between(0.05, 0.13, drawn[:, 11])
     spin_fat = tf.where(drawn[:, 12, tf.newaxis] < 0.5, tf.ones_like(left), left)
@@ -198,10 +193,10 @@ def signals(seeds: tf.Tensor, shares: Sequence[float] | None = None) -> tf.Tenso
         [
             echo_of(lipid),
             echo_of(left * lipid),
-            in_phase(water),
-            in_phase(lipid),
-            in_phase(has_signal * fat),
-            in_phase(recovered * ((1.0 - fat) + spin_fat * fat)),
+            _in_phase(water),
+            _in_phase(lipid),
+            _in_phase(has_signal * fat),
+            _in_phase(recovered * ((1.0 - fat) + spin_fat * fat)),
         ],
         axis=1,
     )
@@ -212,6 +207,11 @@ def spoiled_gradient_echo(t1_s: tf.Tensor, repetition_s: tf.Tensor, flip: tf.Ten
     """Steady state for a proton density of 1, flip in radians; `lvseg.phantom.physics` has the same in NumPy."""
     e1 = tf.exp(-repetition_s / t1_s)
     return tf.sin(flip) * (1.0 - e1) / (1.0 - tf.cos(flip) * e1)
+
+
+def _in_phase(signal: tf.Tensor) -> tf.Tensor:
+    """Real signals as complex ones: another axis at the end, of real and imaginary part."""
+    return tf.stack([signal, tf.zeros_like(signal)], axis=-1)
 
 
 def _shared(images: tf.Tensor, share: tf.Tensor) -> tf.Tensor:
