@@ -1,7 +1,7 @@
 """Patients with peculiarities: each changes what it says and nothing else, and the protocols that image them."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 
 import numpy as np
@@ -11,7 +11,9 @@ from scipy import ndimage
 from lvseg.phantom import patients
 from lvseg.phantom.anatomy import WHOLE_LIVER, Anatomy, Tissue
 from lvseg.phantom.patients import draw_anatomy, liver_volume_ml, patient_id, random_stream
+from lvseg.phantom.physics import opposed_phase_echo_s
 from lvseg.phantom.scan import Scan
+from lvseg.phantom.scanners import image_patient
 from lvseg.phantom.simulate import PROTOCOLS
 from lvseg.phantom.varied import SLICE_MM, draw_scanner
 from lvseg.phantom.variety import USUAL, Variety, draw_variety
@@ -210,19 +212,36 @@ def scan(name: str, number: int) -> Scan:
     return PROTOCOLS[name].image(SEED, number)
 
 
-@pytest.mark.parametrize("name", ["varied_volume", "varied_fat"])
+@pytest.mark.parametrize("name", ["varied_volume", "varied_opposed", "varied_fat"])
 def test_a_varied_scan_has_the_files_and_truth_of_its_task(name):
-    made, like = scan(name, 3), PROTOCOLS["philips" + name.removeprefix("varied")].image(SEED, 3)
+    made, like = scan(name, 3), PROTOCOLS["philips_fat" if name == "varied_fat" else "philips_volume"].image(SEED, 3)
     assert set(made.images) == set(like.images) and list(made.truth) == list(like.truth)
     assert {key: volume.voxels.dtype for key, volume in made.images.items()} == {
         key: volume.voxels.dtype for key, volume in like.images.items()
     }
     labelled = np.isin(made.tissues.voxels, WHOLE_LIVER)
     assert np.all(labelled[made.mask.voxels == 1])
-    if name == "varied_volume":
+    if name != "varied_fat":
         assert np.array_equal(made.mask.voxels == 1, labelled)
     again = PROTOCOLS[name].image(SEED, 3)
     assert all(np.array_equal(made.images[key].voxels, again.images[key].voxels) for key in made.images)
+
+
+def test_opposed_phase_draws_black_lines_where_liver_and_fat_meet():
+    """In phase the border lies between its two sides in brightness; in opposed phase it is darker than either."""
+    own = draw_scanner("in phase", "volume", random_stream(SEED, 3, "scanner varied_opposed"))
+    sequence = replace(own.sequence, fat_left=None, echo_weights=(1.0,))
+    sequence = replace(sequence, echo_times_ms=(2000.0 * opposed_phase_echo_s(sequence.field_t),))
+    in_phase = image_patient(draw_anatomy(SEED, 3, varied=True), replace(own, sequence=sequence))
+
+    def border_of(made: Scan) -> float:
+        image, tissues = made.images["image"].canonical().voxels, made.tissues.canonical().voxels
+        liver, fat = (tissues == tissue for tissue in (Tissue.LIVER, Tissue.VISCERAL_FAT))
+        darkest = np.minimum(image[:, :, 1:], image[:, :, :-1])[liver[:, :, 1:] & fat[:, :, :-1]]
+        assert len(darkest) > 200
+        return float(np.median(darkest) / min(np.median(image[liver]), np.median(image[fat])))
+
+    assert border_of(scan("varied_opposed", 3)) < 0.6 < 0.9 < border_of(in_phase)
 
 
 def test_a_slab_shows_a_part_of_the_liver():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -27,21 +27,33 @@ ECHOES = 6
 
 @dataclass(frozen=True)
 class VariedScanner:
-    """Another scanner for every patient; `name` and `task` are as in files and cards."""
+    """Another scanner for every patient.
+
+    Args:
+        name, task: as in files and cards.
+        opposed: every patient is scanned with water and fat in opposed phase: black lines where they meet.
+    """
 
     name: str
     task: str
+    opposed: bool = False
     varied: ClassVar[bool] = True
 
     def image(self, seed: int, number: int) -> Scan:
         """Draws a patient with peculiarities and a scanner, and scans."""
         scanner = draw_scanner(self.name, self.task, random_stream(seed, number, f"scanner {self.name}"))
+        if self.opposed:
+            scanner = replace(scanner, sequence=_in_opposed_phase(scanner.sequence))
         return image_patient(draw_anatomy(seed, number, varied=True), scanner)
 
 
 PROTOCOLS: Mapping[str, VariedScanner] = {
     protocol.name: protocol
-    for protocol in (VariedScanner("varied_volume", VOLUME), VariedScanner("varied_fat", FAT_FRACTION))
+    for protocol in (
+        VariedScanner("varied_volume", VOLUME),
+        VariedScanner("varied_opposed", VOLUME, opposed=True),
+        VariedScanner("varied_fat", FAT_FRACTION),
+    )
 }
 
 
@@ -88,6 +100,12 @@ def _draw_echo(field_t: float, draw: np.random.Generator) -> Sequence:
     if kind < 0.25:
         return Sequence(field_t, repetition_ms, flip_deg, (opposed_ms, 2.0 * opposed_ms), (0.5, 0.5))
     return Sequence(field_t, repetition_ms, flip_deg, (echo_ms,), fat_left=left if kind < 0.55 else None)
+
+
+def _in_opposed_phase(sequence: Sequence) -> Sequence:
+    """The sequence with one echo, the first at which the main peak of fat is opposed to water."""
+    echo_ms = 1000.0 * opposed_phase_echo_s(sequence.field_t)
+    return replace(sequence, echo_times_ms=(echo_ms,), echo_weights=(1.0,), fat_left=None)
 
 
 def _draw_echoes(field_t: float, draw: np.random.Generator) -> Sequence:
