@@ -99,7 +99,9 @@ def contrast(
         signal = tf.where(is_random[..., tf.newaxis], _in_phase(_random(seeds)), signal)
     roughest = [tf.constant(ROUGHEST[name], tf.float64) for name in ("random", "physics")]
     roughness *= tf.where(is_random, *roughest)
-    table = tf.cast(tf.concat([signal, roughness[..., tf.newaxis]], axis=-1), tf.float32)
+    table = tf.concat([signal, roughness[..., tf.newaxis]], axis=-1)
+    # XLA would compute the table anew at every pixel that looks it up; a product of matrices it computes once.
+    table = tf.cast(tf.matmul(table, tf.eye(3, dtype=tf.float64)), tf.float32)
     # GPUs have gather kernels for int32 but none for the narrower integers.
     tissues = tf.cast(tissues, tf.int32)
     picked = tf.gather(table, tissues, batch_dims=1)
