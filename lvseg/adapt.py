@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import tempfile
 import time
@@ -261,7 +262,7 @@ def _known(info: dict[str, Any], data: Data, plan: Plan) -> tuple[Volumes, Volum
             " others with --replay, or none to do without, which forgets.",
         )
     own = data.model_copy(update={"datasets": named, "shards": info["experiment"]["data"]["shards"]})
-    every = _volumes(prepare(own, simulated_at_most=2 * (REPLAYED + KNOWN_CHECKED)))
+    every = _volumes(prepare(own, simulated_at_most=math.ceil(2 * (REPLAYED + KNOWN_CHECKED) / len(named))))
     split = info["provenance"]["split"]
     parts = []
     for part, most in (("train", REPLAYED), ("validation", KNOWN_CHECKED)):

@@ -30,7 +30,7 @@ FAT_FRACTION_TASK = "fatfraction"  # a model of this task sees fat fractions in 
 # What of model.json is needed to use the model.
 CARD_KEYS = ("task", "labels", "axis", "spacing_mm", "size", "neighbours", "batch_size", "weights_sha256")
 SHIPPED = Path(__file__).parent / "shipped"
-LEAST_MR = -500.0  # no MR is as negative, and every CT with air in it is
+LEAST_MR = -500.0  # no MR is as negative, and every CT of a body with air around or in it is
 # Voxels brighter than this share of the scan's range (minimum to 99th percentile) count as tissue when the crop cuts.
 TISSUE_SHARE = 0.15
 # Every slice becomes one of the network's size, however small it is: no scanner makes more, but a small file may.
@@ -196,7 +196,7 @@ class Segmenter:
             raise InputError("DIMS_LIMIT", f"Expected at most {SLICES_MAX} slices, received {slices} in {name}.")
         modality = modality or scan.metadata.get("modality")
         voxels = np.ascontiguousarray(intensities(canonical).transpose(permutation))
-        looks_like_ct = modality != "CT" and bool(voxels.min() < LEAST_MR)
+        has_air, is_ct = bool(voxels.min() < LEAST_MR), modality == "CT"
         voxels = windowed(voxels, modality, self.info.get("ct_window_hu"))
         if voxels.min() == voxels.max():
             name = scan.source or "the scan"
@@ -223,8 +223,10 @@ class Segmenter:
             labels = postprocess(labels, steps)
         mask = scan.from_canonical(labels.transpose(np.argsort(permutation)))
         measurements = self._measure(image, mask, cut_tissue(voxels, spacing_mm.numpy(), self.info))
-        if looks_like_ct:
+        if has_air and not is_ct:
             measurements["flags"].append("voxels look like Hounsfield units; if it is a CT, say so (--modality ct)")
+        if is_ct and not has_air:
+            measurements["flags"].append("no air, so these may not be Hounsfield units; of an MR, say so (--modality mr)")
         return Segmentation(mask, measurements, prepared.numpy() if keep else None, foreground, clock.seconds)
 
     def foreground(self, slices: Array) -> Array:

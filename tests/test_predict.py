@@ -279,6 +279,7 @@ def test_a_ct_is_seen_through_the_models_window_and_nothing_else_is(model, tmp_p
     plain, flags = seen(hu, None)
     assert not np.array_equal(plain, windowed) and any("Hounsfield" in flag for flag in flags)
     assert not any("Hounsfield" in flag for flag in seen(hu, "CT")[1] + seen(np.abs(hu), None)[1])
+    assert any("may not be Hounsfield" in flag for flag in seen(np.abs(hu), "CT")[1])  # an MR, said to be a CT
     with pytest.raises(InputError, match="CT window"):
         seen(np.where(hu > 0, -900.0, -1000.0).astype(np.float32), "CT")
     export_model(model, card(), tmp_path / "2")  # a model without a window sees all of a CT
