@@ -9,6 +9,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -77,6 +78,35 @@ def export_ensemble(models: Sequence[Path], folder: Path) -> dict[str, Any]:
     own = {key: value for key, value in cards[0].items() if key not in ("measured", "provenance", "version")}
     card = {**own, "name": " + ".join(dict.fromkeys(card.get("name", "unnamed") for card in cards)), "members": cards}
     return export_network(network, [member.loaded for member in members], card, folder)
+
+
+def export_with_odds(model: Path, odds: float, folder: Path) -> dict[str, Any]:
+    """Writes a model whose odds of every class against the background are multiplied, by its last layer's biases.
+
+    Args:
+        model: folder of one network's; odds: above 0; below 1 for smaller masks, above for larger ones.
+        folder: as `export_network`.
+
+    Returns:
+        The card of the model, as written, with `foreground_odds`, the product of all that it was multiplied by.
+
+    Raises:
+        InputError: BAD_MODEL for an ensemble, whose members have biases of their own.
+    """
+    member = Segmenter(model)
+    if "members" in member.info:
+        raise InputError(
+            "BAD_MODEL", f"Expected one network to change the odds of, received an ensemble in {model}; change its runs'."
+        )
+    biases = member.loaded.variables[-1]
+    biases.assign_add(math.log(odds) * np.array([0.0] + [1.0] * (len(member.info["labels"]) - 1)))
+
+    def network(stacks: tf.Tensor) -> tf.Tensor:
+        return member.infer(stacks=stacks)["probabilities"]
+
+    card = {key: value for key, value in member.info.items() if key != "version"}
+    card["foreground_odds"] = odds * card.get("foreground_odds", 1.0)
+    return export_network(network, [member.loaded], card, folder)
 
 
 def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -192,16 +222,28 @@ def next_version(out: Path) -> Path:
     return out / str(max(versions, default=0) + 1)
 
 
-def publish(models: Sequence[Path], out: Path, postprocessing: Sequence[str] | None = None) -> Path:
+def publish(
+    models: Sequence[Path],
+    out: Path,
+    postprocessing: Sequence[str] | None = None,
+    foreground_odds: float | None = None,
+) -> Path:
     """Writes a model, or the ensemble of several, to the next free version folder and returns it.
 
     Args:
         models: their folders, such as <run>/model; out: models/<task>, the version folder is made in it.
         postprocessing: of `postprocess.STEPS`, which whoever uses the model applies; None for what its card says.
+        foreground_odds: see `export_with_odds`; None to leave them.
 
     Raises:
-        InputError: NOT_FOUND if there is no model yet; see `export_ensemble`.
+        InputError: NOT_FOUND if there is no model yet; BAD_ARGUMENT for odds of 0 or less, or of several models; see
+            `export_ensemble`, `export_with_odds`.
     """
+    if foreground_odds is not None and not (0 < foreground_odds < math.inf and len(models) == 1):
+        raise InputError(
+            "BAD_ARGUMENT",
+            f"Expected --foreground-odds above 0 and one run, received {foreground_odds} and {len(models)}.",
+        )
     for model in models:
         if not (model / "model.json").is_file():
             raise InputError(
@@ -211,6 +253,8 @@ def publish(models: Sequence[Path], out: Path, postprocessing: Sequence[str] | N
     with command.atomic(folder) as temporary:
         if len(models) > 1:
             export_ensemble(models, temporary)
+        elif foreground_odds is not None:
+            export_with_odds(models[0], foreground_odds, temporary)
         else:
             shutil.copytree(models[0], temporary)
         if postprocessing is not None:
@@ -236,13 +280,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--postprocessing", choices=STEPS, nargs="*", help="what whoever uses the model does with its masks"
     )
+    parser.add_argument(
+        "--foreground-odds",
+        type=float,
+        help="what the odds of every class against the background are multiplied by, as chosen on validation patients:"
+        " above 1 where masks are too small, below where they are too large",
+    )
 
     def body(arguments: argparse.Namespace) -> None:
         if arguments.shipped is not None:
             models = [newest_version(shipped_model(arguments.shipped))]
         else:
             models = [run / "model" for run in arguments.run]
-        print(publish(models, arguments.out, arguments.postprocessing))
+        print(publish(models, arguments.out, arguments.postprocessing, arguments.foreground_odds))
 
     return command.run(parser, body, argv)
 

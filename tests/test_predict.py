@@ -385,6 +385,55 @@ def test_an_ensemble_of_models_that_see_scans_unlike_is_refused(exported, tmp_pa
     assert not list((tmp_path / "models").glob("*"))
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_odds_of_the_classes_are_multiplied_and_stay_so_in_later_versions(tmp_path, classes):
+    labels = ["background", "organ", "vessel"][:classes]
+    export_model(unet(32, 3, classes, 2, seed=2), card(labels=labels), tmp_path / "one/model")
+    done = command(tmp_path, "lvseg.export", "--run", "one", "--out", "models", "--foreground-odds", "4")
+    assert done.returncode == 0, done.stderr
+    publish([tmp_path / "models/1"], tmp_path / "models", foreground_odds=0.5)
+    stacks = tf.random.stateless_uniform([4, 32, 32, 3], [1, 2])
+    own, fourfold, twofold = (
+        Segmenter(tmp_path / name).infer(stacks=stacks)["probabilities"].numpy()
+        for name in ("one/model", "models/1", "models/2")
+    )
+    for changed, odds in ((fourfold, 4.0), (twofold, 2.0)):
+        expected = own * np.array([1.0, odds, odds])[:classes]
+        np.testing.assert_allclose(changed, expected / expected.sum(axis=-1, keepdims=True), rtol=1e-4, atol=1e-6)
+    cards = [Segmenter(tmp_path / name).info for name in ("one/model", "models/1", "models/2")]
+    assert [each.get("foreground_odds") for each in cards] == [None, 4.0, 2.0]
+    assert len({each["weights_sha256"] for each in cards}) == 3
+    assert cards[2]["weights_sha256"] == weights_sha256(tmp_path / "models/2")
+    # Smaller and larger masks, in one call of the whole scan as well.
+    image = scan("a", 1)[0]
+    voxels = {
+        name: tf.saved_model.load(str(tmp_path / name)).signatures["segment"](
+            voxels=tf.constant(image.canonical().voxels.astype(np.float32)), spacing_mm=tf.constant(image.spacing_mm)
+        )["labels"].numpy()
+        for name in ("one/model", "models/1")
+    }
+    assert np.count_nonzero(voxels["models/1"]) > np.count_nonzero(voxels["one/model"])
+
+
+@pytest.mark.parametrize("odds", ["0", "-1", "inf", "nan"])
+def test_odds_that_are_none_are_refused(exported, tmp_path, odds):
+    shutil.copytree(exported, tmp_path / "one/model")
+    with pytest.raises(InputError, match="Expected --foreground-odds above 0 and one run"):
+        publish([tmp_path / "one/model"], tmp_path / "models", foreground_odds=float(odds))
+    assert not (tmp_path / "models").exists()
+
+
+def test_odds_of_an_ensemble_are_refused(exported, tmp_path):
+    export_model(unet(32, 3, 2, 2, seed=2), card(), tmp_path / "other/model")
+    shutil.copytree(exported, tmp_path / "one/model")
+    models = [tmp_path / "one/model", tmp_path / "other/model"]
+    with pytest.raises(InputError, match="and one run, received 2.0 and 2"):
+        publish(models, tmp_path / "models", foreground_odds=2.0)
+    with pytest.raises(InputError, match="received an ensemble"):
+        publish([publish(models, tmp_path / "models")], tmp_path / "models", foreground_odds=2.0)
+    assert not (tmp_path / "models/2").exists()
+
+
 def test_postprocessing_is_what_the_card_or_the_caller_asks_for(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "run/model")
     segmenter = Segmenter(publish([tmp_path / "run/model"], tmp_path / "models", ["largest_component"]))
