@@ -96,7 +96,8 @@ def export_with_odds(model: Path, odds: float, folder: Path) -> dict[str, Any]:
     member = Segmenter(model)
     if "members" in member.info:
         raise InputError(
-            "BAD_MODEL", f"Expected one network to change the odds of, received an ensemble in {model}; change its runs'."
+            "BAD_MODEL",
+            f"Expected one network to change the odds of, received an ensemble in {model}; change its runs'.",
         )
     biases = member.loaded.variables[-1]
     biases.assign_add(math.log(odds) * np.array([0.0] + [1.0] * (len(member.info["labels"]) - 1)))

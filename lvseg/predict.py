@@ -226,7 +226,9 @@ class Segmenter:
         if has_air and not is_ct:
             measurements["flags"].append("voxels look like Hounsfield units; if it is a CT, say so (--modality ct)")
         if is_ct and not has_air:
-            measurements["flags"].append("no air, so these may not be Hounsfield units; of an MR, say so (--modality mr)")
+            measurements["flags"].append(
+                "no air, so these may not be Hounsfield units; of an MR, say so (--modality mr)"
+            )
         return Segmentation(mask, measurements, prepared.numpy() if keep else None, foreground, clock.seconds)
 
     def foreground(self, slices: Array) -> Array:

@@ -407,9 +407,11 @@ def test_odds_of_the_classes_are_multiplied_and_stay_so_in_later_versions(tmp_pa
     # Smaller and larger masks, in one call of the whole scan as well.
     image = scan("a", 1)[0]
     voxels = {
-        name: tf.saved_model.load(str(tmp_path / name)).signatures["segment"](
+        name: tf.saved_model.load(str(tmp_path / name))
+        .signatures["segment"](
             voxels=tf.constant(image.canonical().voxels.astype(np.float32)), spacing_mm=tf.constant(image.spacing_mm)
-        )["labels"].numpy()
+        )["labels"]
+        .numpy()
         for name in ("one/model", "models/1")
     }
     assert np.count_nonzero(voxels["models/1"]) > np.count_nonzero(voxels["one/model"])
@@ -427,7 +429,7 @@ def test_odds_of_an_ensemble_are_refused(exported, tmp_path):
     export_model(unet(32, 3, 2, 2, seed=2), card(), tmp_path / "other/model")
     shutil.copytree(exported, tmp_path / "one/model")
     models = [tmp_path / "one/model", tmp_path / "other/model"]
-    with pytest.raises(InputError, match="and one run, received 2.0 and 2"):
+    with pytest.raises(InputError, match="and one run, received"):
         publish(models, tmp_path / "models", foreground_odds=2.0)
     with pytest.raises(InputError, match="received an ensemble"):
         publish([publish(models, tmp_path / "models")], tmp_path / "models", foreground_odds=2.0)
