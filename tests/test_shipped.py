@@ -1,4 +1,4 @@
-"""The model that comes with lvseg: whole, small, told what it is, and right on scans that nothing was trained on."""
+"""The models that come with lvseg: whole, small, told what it is, and right on scans that nothing was trained on."""
 
 import json
 import re
@@ -85,7 +85,7 @@ def test_it_is_handed_to_the_server_as_it_is(tmp_path, capfd):
         assert path.is_dir() or (there / path.relative_to(own)).read_bytes() == path.read_bytes()
     assert export.main(["--shipped", "lung", "--out", str(tmp_path / "lung")]) == 2
     assert (
-        "comes with a model for (volume), received lung" in capfd.readouterr().err and not (tmp_path / "lung").exists()
+        "comes with a model for (fatfraction, volume), received lung" in capfd.readouterr().err and not (tmp_path / "lung").exists()
     )
 
 
@@ -109,9 +109,16 @@ def test_intensities_have_no_scale_and_no_curve(segmenter, patient, change):
     assert metrics.dice(answer.mask.voxels, patient.mask.voxels) > 0.9
 
 
-def test_a_task_without_a_model_is_said(tmp_path: Path, capfd):
+@pytest.mark.parametrize("scanner", ["siemens_fat", "philips_fat", "ge_fat"])
+def test_water_and_fat_need_no_model_either(tmp_path: Path, scanner, capfd):
+    made = SCANNERS[scanner].image(*UNSEEN)
     for name in ("water", "fat"):
-        (tmp_path / f"{name}.nii.gz").touch()
+        write_volume(made.images[name], tmp_path / f"{name}.nii.gz")
     pair = ["--water", str(tmp_path / "water.nii.gz"), "--fat", str(tmp_path / "fat.nii.gz")]
-    assert main([*pair, "-o", str(tmp_path / "liver.vtk")]) == 2
-    assert "comes with a model for (volume), received fatfraction" in capfd.readouterr().err
+    outputs = ["-o", str(tmp_path / "liver.nii.gz"), "--json", str(tmp_path / "liver.json")]
+    assert main([*pair, *outputs]) == 0, capfd.readouterr().err
+    assert metrics.dice(read_volume(tmp_path / "liver.nii.gz").voxels, made.mask.voxels) > 0.85
+    (measured,) = json.loads((tmp_path / "liver.json").read_text(encoding="utf-8"))
+    mean = measured["fat_fraction_percent"]["liver"]["mean"]
+    assert mean == pytest.approx(made.truth["mask_fat_percent_mean"], abs=0.5)
+    assert measured["model"]["task"] == "fatfraction"
