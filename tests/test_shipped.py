@@ -85,7 +85,8 @@ def test_it_is_handed_to_the_server_as_it_is(tmp_path, capfd):
         assert path.is_dir() or (there / path.relative_to(own)).read_bytes() == path.read_bytes()
     assert export.main(["--shipped", "lung", "--out", str(tmp_path / "lung")]) == 2
     assert (
-        "comes with a model for (fatfraction, volume), received lung" in capfd.readouterr().err and not (tmp_path / "lung").exists()
+        "comes with a model for (fatfraction, volume), received lung" in capfd.readouterr().err
+        and not (tmp_path / "lung").exists()
     )
 
 
