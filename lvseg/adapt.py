@@ -262,7 +262,9 @@ def _known(info: dict[str, Any], data: Data, plan: Plan) -> tuple[Volumes, Volum
             " others with --replay, or none to do without, which forgets.",
         )
     own = data.model_copy(update={"datasets": named, "shards": info["experiment"]["data"]["shards"]})
-    every = _volumes(prepare(own, simulated_at_most=math.ceil(2 * (REPLAYED + KNOWN_CHECKED) / len(named))))
+    simulated = sum(load_card(Path(path))[0].simulate is not None for path in named)
+    at_most = math.ceil(2 * (REPLAYED + KNOWN_CHECKED) / max(1, simulated))
+    every = _volumes(prepare(own, simulated_at_most=at_most))
     split = info["provenance"]["split"]
     parts = []
     for part, most in (("train", REPLAYED), ("validation", KNOWN_CHECKED)):
@@ -342,7 +344,7 @@ def _adapt(
     split = info["provenance"]["split"]
     data = info["experiment"]["data"]
     datasets = list(dict.fromkeys([*data["datasets"], *study["paths"]]))  # a later adaptation replays this one's, too
-    parent = {key: info[key] for key in ("name", "weights_sha256", "measured")} | {"version": info.get("version")}
+    parent = {key: info.get(key) for key in ("name", "version", "weights_sha256", "measured")}
     card = {
         **{key: value for key, value in info.items() if key not in ("weights_sha256", "version")},
         "measured": measured,

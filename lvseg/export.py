@@ -26,6 +26,7 @@ from lvseg.optimiser import tf_variable
 from lvseg.postprocess import STEPS
 from lvseg.predict import VERSION, Segmenter, newest_version, shipped_model
 
+ODDS = (0.001, 1000.0)  # that odds may be multiplied by
 # What the members of an ensemble must agree on.
 SHARED = (
     "task", "labels", "axis", "spacing_mm", "size", "neighbours", "normalisation", "clip_percentiles", "global_bounds",
@@ -84,29 +85,43 @@ def export_with_odds(model: Path, odds: float, folder: Path) -> dict[str, Any]:
     """Writes a model whose odds of every class against the background are multiplied, by its last layer's biases.
 
     Args:
-        model: folder of one network's; odds: above 0; below 1 for smaller masks, above for larger ones.
+        model: folder of one network's; odds: of ODDS; below 1 for smaller masks, above for larger ones.
         folder: as `export_network`.
 
     Returns:
-        The card of the model, as written, with `foreground_odds`, the product of all that it was multiplied by.
+        The card of the model, as written; `provenance.corrected` tells of what it was made, by what.
 
     Raises:
-        InputError: BAD_MODEL for an ensemble, whose members have biases of their own.
+        InputError: BAD_ARGUMENT; MODEL_UNAVAILABLE; BAD_MODEL for an ensemble, whose members have biases of their own,
+            and for a network that does not end in the biases of its classes.
     """
+    if not ODDS[0] <= odds <= ODDS[1]:
+        raise InputError(
+            "BAD_ARGUMENT", f"Expected --foreground-odds from {ODDS[0]:g} to {ODDS[1]:g}, received {odds:g}."
+        )
     member = Segmenter(model)
     if "members" in member.info:
         raise InputError(
             "BAD_MODEL",
-            f"Expected one network to change the odds of, received an ensemble in {model}; change its runs'.",
+            f"Expected one network to change the odds of, received an ensemble in {model}; correct its runs first.",
         )
-    biases = member.loaded.variables[-1]
-    biases.assign_add(math.log(odds) * np.array([0.0] + [1.0] * (len(member.info["labels"]) - 1)))
+    labels, biases = member.info["labels"], member.loaded.variables[-1]  # of unet's last layer, "logits"
+    if biases.shape != [len(labels)]:
+        raise InputError(
+            "BAD_MODEL",
+            f"Expected a network that ends in {len(labels)} biases, received {tuple(biases.shape)} in {model}.",
+        )
+    biases.assign_add(math.log(odds) * np.array([0.0] + [1.0] * (len(labels) - 1)))
 
     def network(stacks: tf.Tensor) -> tf.Tensor:
         return member.infer(stacks=stacks)["probabilities"]
 
-    card = {key: value for key, value in member.info.items() if key != "version"}
-    card["foreground_odds"] = odds * card.get("foreground_odds", 1.0)
+    # What was measured is of the model as it was.
+    parent = {key: member.info.get(key) for key in ("name", "version", "weights_sha256", "measured")}
+    card = {key: value for key, value in member.info.items() if key not in ("version", "measured")}
+    provenance = card.get("provenance", {})
+    corrected = [*provenance.get("corrected", []), {"foreground_odds": odds, "from": parent}]
+    card["provenance"] = {**provenance, "corrected": corrected}
     return export_network(network, [member.loaded], card, folder)
 
 
@@ -237,13 +252,12 @@ def publish(
         foreground_odds: see `export_with_odds`; None to leave them.
 
     Raises:
-        InputError: NOT_FOUND if there is no model yet; BAD_ARGUMENT for odds of 0 or less, or of several models; see
+        InputError: NOT_FOUND if there is no model yet; BAD_ARGUMENT for odds with several models; see
             `export_ensemble`, `export_with_odds`.
     """
-    if foreground_odds is not None and not (0 < foreground_odds < math.inf and len(models) == 1):
+    if foreground_odds is not None and len(models) > 1:
         raise InputError(
-            "BAD_ARGUMENT",
-            f"Expected --foreground-odds above 0 and one run, received {foreground_odds} and {len(models)}.",
+            "BAD_ARGUMENT", f"Expected --foreground-odds with one run, received {len(models)}; correct each first."
         )
     for model in models:
         if not (model / "model.json").is_file():
@@ -270,13 +284,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="lvseg.export",
         description="Writes a run's model to the next version folder, from which predict and the server load it; of"
-        " several runs, such as the folds of one, a model that answers with the mean of their probabilities; or the"
+        " several runs, such as the folds of one, a model that answers with the mean of their probabilities; or a"
         " model that comes with lvseg.",
         epilog="Example: python -m lvseg.export --run runs/volume/best-fold0 --out models/volume",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, nargs="+", action="extend", help="run folders")
-    source.add_argument("--shipped", metavar="TASK", help="the model that comes with lvseg, such as volume")
+    source.add_argument("--shipped", metavar="TASK", help="the model that comes with lvseg: volume or fatfraction")
     parser.add_argument("--out", type=Path, required=True, help="models/<task>; the version folder is made in it")
     parser.add_argument(
         "--postprocessing", choices=STEPS, nargs="*", help="what whoever uses the model does with its masks"

@@ -30,7 +30,7 @@ FAT_FRACTION_TASK = "fatfraction"  # a model of this task sees fat fractions in 
 # What of model.json is needed to use the model.
 CARD_KEYS = ("task", "labels", "axis", "spacing_mm", "size", "neighbours", "batch_size", "weights_sha256")
 SHIPPED = Path(__file__).parent / "shipped"
-LEAST_MR = -500.0  # no MR is as negative, and every CT of a body with air around or in it is
+LEAST_MR = -500.0  # no MR is as negative, and every CT in Hounsfield units with air around or in the body is
 # Voxels brighter than this share of the scan's range (minimum to 99th percentile) count as tissue when the crop cuts.
 TISSUE_SHARE = 0.15
 # Every slice becomes one of the network's size, however small it is: no scanner makes more, but a small file may.
@@ -71,7 +71,7 @@ class Stopwatch:
 
 
 def shipped_model(task: str) -> Path:
-    """The model that comes with lvseg, trained on simulated patients alone (its model.json says what it is worth).
+    """A task's model that comes with lvseg, trained on simulated patients alone (README.md beside it: its worth).
 
     Raises:
         InputError: MODEL_UNAVAILABLE for a task without one.
@@ -196,7 +196,7 @@ class Segmenter:
             raise InputError("DIMS_LIMIT", f"Expected at most {SLICES_MAX} slices, received {slices} in {name}.")
         modality = modality or scan.metadata.get("modality")
         voxels = np.ascontiguousarray(intensities(canonical).transpose(permutation))
-        has_air, is_ct = bool(voxels.min() < LEAST_MR), modality == "CT"
+        is_ct, hu_like = modality == "CT", bool(voxels.min() < LEAST_MR)
         voxels = windowed(voxels, modality, self.info.get("ct_window_hu"))
         if voxels.min() == voxels.max():
             name = scan.source or "the scan"
@@ -223,11 +223,12 @@ class Segmenter:
             labels = postprocess(labels, steps)
         mask = scan.from_canonical(labels.transpose(np.argsort(permutation)))
         measurements = self._measure(image, mask, cut_tissue(voxels, spacing_mm.numpy(), self.info))
-        if has_air and not is_ct:
+        if hu_like and not is_ct:
             measurements["flags"].append("voxels look like Hounsfield units; if it is a CT, say so (--modality ct)")
-        if is_ct and not has_air:
+        if is_ct and not hu_like:
             measurements["flags"].append(
-                "no air, so these may not be Hounsfield units; of an MR, say so (--modality mr)"
+                f"no voxel below {LEAST_MR:g}, so these may not be Hounsfield units: a CT may be stored with an offset;"
+                " if it is an MR, say so (--modality mr)"
             )
         return Segmentation(mask, measurements, prepared.numpy() if keep else None, foreground, clock.seconds)
 
@@ -356,7 +357,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model",
         type=Path,
-        help="models/<task>/<version>, or models/<task> for the newest (default: what comes with lvseg, if anything)",
+        help="models/<task>/<version>, or models/<task> for the newest (default: the one for --task that comes with"
+        " lvseg)",
+    )
+    parser.add_argument(
+        "--task",
+        choices=("volume", FAT_FRACTION_TASK),
+        help="of the model that comes with lvseg (default: fatfraction for a pair or with --scale, otherwise volume)",
     )
     parser.add_argument(
         "-o",
@@ -394,7 +401,9 @@ def _segment_scans(arguments: argparse.Namespace) -> int:
     outputs = output_paths(scans, arguments.out, arguments.format)
     check_outputs([*arguments.scans, *pair.values()], outputs, arguments.json)
     is_fat = bool(pair) or arguments.scale is not None
-    model = arguments.model or shipped_model(FAT_FRACTION_TASK if is_fat else "volume")
+    if arguments.task is not None and arguments.model is not None:
+        raise InputError("BAD_ARGUMENT", "Expected --task without --model, which has a task of its own.")
+    model = arguments.model or shipped_model(arguments.task or (FAT_FRACTION_TASK if is_fat else "volume"))
     newest_version(model)  # a wrong folder is told before TensorFlow's seconds
     segmenter = Segmenter(model)
     if is_fat and segmenter.info["task"] != FAT_FRACTION_TASK:

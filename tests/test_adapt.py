@@ -12,7 +12,7 @@ from lvseg.adapt import LEAST_TO_LEAVE_OUT, MOST_FORGOTTEN, Plan
 from lvseg.cards import find_scans, load_card, read_image, read_labels
 from lvseg.errors import InputError
 from lvseg.evaluate import evaluate_run
-from lvseg.export import weights
+from lvseg.export import publish, weights, weights_sha256
 from lvseg.formats import read_volume, write_volume
 from lvseg.predict import Segmenter
 from lvseg.suggest import Look, look, suggest, write_own_masks
@@ -159,6 +159,17 @@ def test_a_later_adaptation_takes_the_same_card_with_more_patients(adapted, new_
     assert second["experiment"]["data"]["datasets"] == ["cards/a.yaml", "cards/b.yaml", "cards/c.yaml"]
     replayed, known = adapt._known(second, adapt._experiment(second, [Path("cards/c.yaml")], Plan()).data, plan)
     assert set(replayed.patients) & set(one["patients"]) and set(one["left_out"]) <= set(known.patients)
+
+
+def test_a_model_whose_odds_were_corrected_is_adapted_and_says_so(trained, new_study, monkeypatch, tmp_path):
+    monkeypatch.chdir(new_study)
+    for name, value in {"CHECK_EVERY": 10, "ENOUGH": -1.0, "MOST_FORGOTTEN": 1.0}.items():
+        monkeypatch.setattr(adapt, name, value)  # ten steps are taken, whatever they are worth
+    corrected = publish([trained / "model"], tmp_path / "corrected", foreground_odds=2.0)
+    done = adapt.adapt(corrected, [Path("cards/c.yaml")], tmp_path / "models", None, Plan(steps=10, minutes=20))
+    info = json.loads((Path(done["version"]) / "model.json").read_text())["provenance"]
+    assert [step["foreground_odds"] for step in info["corrected"]] == [2.0]
+    assert info["adapted"][0]["from"]["weights_sha256"] == weights_sha256(corrected)
 
 
 def test_half_of_every_batch_is_replayed(trained, new_study, monkeypatch):

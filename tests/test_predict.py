@@ -279,7 +279,7 @@ def test_a_ct_is_seen_through_the_models_window_and_nothing_else_is(model, tmp_p
     plain, flags = seen(hu, None)
     assert not np.array_equal(plain, windowed) and any("Hounsfield" in flag for flag in flags)
     assert not any("Hounsfield" in flag for flag in seen(hu, "CT")[1] + seen(np.abs(hu), None)[1])
-    assert any("may not be Hounsfield" in flag for flag in seen(np.abs(hu), "CT")[1])  # an MR, said to be a CT
+    assert any("may not be Hounsfield" in flag for flag in seen(np.abs(hu), "CT")[1])  # an MR, or a CT with an offset
     with pytest.raises(InputError, match="CT window"):
         seen(np.where(hu > 0, -900.0, -1000.0).astype(np.float32), "CT")
     export_model(model, card(), tmp_path / "2")  # a model without a window sees all of a CT
@@ -388,7 +388,8 @@ def test_an_ensemble_of_models_that_see_scans_unlike_is_refused(exported, tmp_pa
 @pytest.mark.parametrize("classes", [2, 3])
 def test_odds_of_the_classes_are_multiplied_and_stay_so_in_later_versions(tmp_path, classes):
     labels = ["background", "organ", "vessel"][:classes]
-    export_model(unet(32, 3, classes, 2, seed=2), card(labels=labels), tmp_path / "one/model")
+    network = unet(32, 3, classes, 2, residual=True, norm="instance", seed=2)
+    export_model(network, card(labels=labels, measured={"validation_dice": 0.5}), tmp_path / "one/model")
     done = command(tmp_path, "lvseg.export", "--run", "one", "--out", "models", "--foreground-odds", "4")
     assert done.returncode == 0, done.stderr
     publish([tmp_path / "models/1"], tmp_path / "models", foreground_odds=0.5)
@@ -401,7 +402,10 @@ def test_odds_of_the_classes_are_multiplied_and_stay_so_in_later_versions(tmp_pa
         expected = own * np.array([1.0, odds, odds])[:classes]
         np.testing.assert_allclose(changed, expected / expected.sum(axis=-1, keepdims=True), rtol=1e-4, atol=1e-6)
     cards = [Segmenter(tmp_path / name).info for name in ("one/model", "models/1", "models/2")]
-    assert [each.get("foreground_odds") for each in cards] == [None, 4.0, 2.0]
+    corrected = [each.get("provenance", {}).get("corrected", []) for each in cards]
+    assert [[step["foreground_odds"] for step in steps] for steps in corrected] == [[], [4.0], [4.0, 0.5]]
+    assert [step["from"]["weights_sha256"] for step in corrected[2]] == [each["weights_sha256"] for each in cards[:2]]
+    assert corrected[1][0]["from"]["measured"] == {"validation_dice": 0.5} and "measured" not in cards[1]
     assert len({each["weights_sha256"] for each in cards}) == 3
     assert cards[2]["weights_sha256"] == weights_sha256(tmp_path / "models/2")
     # Smaller and larger masks, in one call of the whole scan as well.
@@ -417,19 +421,27 @@ def test_odds_of_the_classes_are_multiplied_and_stay_so_in_later_versions(tmp_pa
     assert np.count_nonzero(voxels["models/1"]) > np.count_nonzero(voxels["one/model"])
 
 
-@pytest.mark.parametrize("odds", ["0", "-1", "inf", "nan"])
-def test_odds_that_are_none_are_refused(exported, tmp_path, odds):
-    shutil.copytree(exported, tmp_path / "one/model")
-    with pytest.raises(InputError, match="Expected --foreground-odds above 0 and one run"):
-        publish([tmp_path / "one/model"], tmp_path / "models", foreground_odds=float(odds))
-    assert not (tmp_path / "models").exists()
+@pytest.mark.parametrize("odds", [0.0, -1.0, 1e4, float("inf"), float("nan")])
+def test_odds_out_of_range_are_refused(exported, tmp_path, odds):
+    with pytest.raises(InputError, match=r"Expected --foreground-odds from 0.001 to 1000, received"):
+        publish([exported], tmp_path / "models", foreground_odds=odds)
+    assert not list(tmp_path.glob("models/*"))
+
+
+def test_a_network_that_ends_in_something_else_is_refused_for_odds(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "one")
+    info = json.loads((tmp_path / "one/model.json").read_text()) | {"labels": ["background", "a", "b", "c"]}
+    (tmp_path / "one/model.json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match="Expected a network that ends in 4 biases, received"):
+        publish([tmp_path / "one"], tmp_path / "models", foreground_odds=2.0)
+    assert not list(tmp_path.glob("models/*"))
 
 
 def test_odds_of_an_ensemble_are_refused(exported, tmp_path):
     export_model(unet(32, 3, 2, 2, seed=2), card(), tmp_path / "other/model")
     shutil.copytree(exported, tmp_path / "one/model")
     models = [tmp_path / "one/model", tmp_path / "other/model"]
-    with pytest.raises(InputError, match="and one run, received"):
+    with pytest.raises(InputError, match="with one run, received 2"):
         publish(models, tmp_path / "models", foreground_odds=2.0)
     with pytest.raises(InputError, match="received an ensemble"):
         publish([publish(models, tmp_path / "models")], tmp_path / "models", foreground_odds=2.0)

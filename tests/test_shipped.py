@@ -40,6 +40,10 @@ def test_it_is_what_its_card_says_and_small_enough_for_the_repository():
         assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 8e6
         text = (task / "README.md").read_text(encoding="utf-8")
         assert info["weights_sha256"] in text and info["provenance"]["config_sha256"] in text
+        split = info["provenance"]["split"]
+        patients = [len(split[part]) for part in ("train", "validation", "test")]
+        assert f"On {patients[0]} of the {sum(patients)} " in text
+        assert "{} chose, {} were never looked at".format(*patients[1:]) in text
         assert not any("siemens" in row["name"] for row in info["provenance"]["datasets"])
         for heading in ("How it was made", "What it was measured on", "What it must not be used for"):
             assert f"## {heading}\n" in text
@@ -77,12 +81,16 @@ def test_the_command_needs_no_model_and_finds_the_liver_of_a_scanner_never_seen(
     np.testing.assert_allclose(mask.affine, patient.mask.affine, atol=1e-3)
 
 
-def test_it_is_handed_to_the_server_as_it_is(tmp_path, capfd):
-    assert export.main(["--shipped", "volume", "--out", str(tmp_path / "volume")]) == 0
-    own, there = newest_version(shipped_model("volume")), tmp_path / "volume/1"
+@pytest.mark.parametrize("task", ["volume", "fatfraction"])
+def test_they_are_handed_to_the_server_as_they_are(task, tmp_path, capfd):
+    assert export.main(["--shipped", task, "--out", str(tmp_path / task)]) == 0
+    own, there = newest_version(shipped_model(task)), tmp_path / task / "1"
     assert capfd.readouterr().out.strip() == str(there)
     for path in own.rglob("*"):
         assert path.is_dir() or (there / path.relative_to(own)).read_bytes() == path.read_bytes()
+
+
+def test_a_task_without_a_model_is_said(tmp_path, capfd):
     assert export.main(["--shipped", "lung", "--out", str(tmp_path / "lung")]) == 2
     assert (
         "comes with a model for (fatfraction, volume), received lung" in capfd.readouterr().err
@@ -118,8 +126,19 @@ def test_water_and_fat_need_no_model_either(tmp_path: Path, scanner, capfd):
     pair = ["--water", str(tmp_path / "water.nii.gz"), "--fat", str(tmp_path / "fat.nii.gz")]
     outputs = ["-o", str(tmp_path / "liver.nii.gz"), "--json", str(tmp_path / "liver.json")]
     assert main([*pair, *outputs]) == 0, capfd.readouterr().err
-    assert metrics.dice(read_volume(tmp_path / "liver.nii.gz").voxels, made.mask.voxels) > 0.85
+    assert metrics.dice(read_volume(tmp_path / "liver.nii.gz").voxels, made.mask.voxels) > 0.87
     (measured,) = json.loads((tmp_path / "liver.json").read_text(encoding="utf-8"))
     mean = measured["fat_fraction_percent"]["liver"]["mean"]
     assert mean == pytest.approx(made.truth["mask_fat_percent_mean"], abs=0.5)
     assert measured["model"]["task"] == "fatfraction"
+
+
+def test_a_fat_fraction_image_names_its_task(tmp_path, capfd):
+    made = SCANNERS["siemens_fat"].image(*UNSEEN)
+    write_volume(made.images["image"], tmp_path / "fraction.nii.gz")
+    own = [str(tmp_path / "fraction.nii.gz"), "-o", str(tmp_path / "liver.nii.gz"), "--task", "fatfraction"]
+    assert main([*own, "--scale", "1"]) == 0
+    assert metrics.dice(read_volume(tmp_path / "liver.nii.gz").voxels, made.mask.voxels) > 0.87
+    capfd.readouterr()
+    assert main([*own, "--model", str(shipped_model("volume"))]) == 2
+    assert "Expected --task without --model" in capfd.readouterr().err
