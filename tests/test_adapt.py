@@ -135,6 +135,27 @@ def test_it_goes_by_the_known_patients_too(trained, new_study, monkeypatch, tmp_
     assert measured["version"] is None
 
 
+def test_of_a_network_that_forgets_too_much_half_the_way_is_taken(trained, new_study, monkeypatch, tmp_path):
+    monkeypatch.chdir(new_study)
+    monkeypatch.setattr(adapt, "CHECK_EVERY", 10)
+    before, far, halfway = (
+        {"known": known, "adapted_on": new} for known, new in ((0.9, 0.5), (0.8, 0.9), (0.895, 0.8))
+    )
+    plan = Plan(steps=10, learning_rate=2e-3, minutes=20)
+    written = []
+    for place, answers in (("all", [before, {**far, "known": 0.9}]), ("half", [before, far, halfway])):
+        checks = iter(answers)
+        monkeypatch.setattr(adapt, "_check", lambda *_, checks=checks, **__: next(checks))
+        written.append(
+            adapt.adapt(trained / "model", [Path("cards/c.yaml")], tmp_path / place, ["c-020", "c-021"], plan)
+        )
+    start, end, half = (weights(folder) for folder in (trained / "model", tmp_path / "all/1", tmp_path / "half/1"))
+    assert not np.array_equal(start[0], end[0])
+    for old, new, mean in zip(start, end, half, strict=True):
+        np.testing.assert_allclose(mean, (old + new) / 2, rtol=1e-5, atol=1e-7)
+    assert written[1]["adapted_on"]["after"] == 0.8 and written[1]["known"]["after"] == 0.895
+
+
 def test_a_later_adaptation_takes_the_same_card_with_more_patients(adapted, new_study, monkeypatch, tmp_path):
     """Who was adapted to is adapted to again, who decided decides again, and the earlier study is replayed."""
     monkeypatch.chdir(new_study)
