@@ -321,7 +321,7 @@ def _adapt(
     checks = [check()]
     a_check_s = time.monotonic() - started
     first = kept = step.model.get_weights()
-    best = 0
+    best, interpolation = 0, 1.0
     batches = iter(_batches(experiment, new, replayed, reading))
     deciding = "left_out" if left_out.rows else "adapted_on"
     for number in command.progress(range(1, train.steps + 1), "adapting"):
@@ -343,6 +343,7 @@ def _adapt(
             step.model.set_weights(trained)
         if not has_forgotten() and checks[-1][deciding] > checks[best][deciding] + ENOUGH:
             best, kept = len(checks) - 1, candidate
+            interpolation = 1.0 if candidate is trained else 0.5
         if late or len(checks) - 1 - best >= PATIENCE:
             break
     minutes = (time.monotonic() - started) / 60
@@ -359,6 +360,7 @@ def _adapt(
     data = info["experiment"]["data"]
     datasets = list(dict.fromkeys([*data["datasets"], *study["paths"]]))  # a later adaptation replays this one's, too
     parent = {key: info.get(key) for key in ("name", "version", "weights_sha256", "measured")}
+    made_by = {"from": parent, "seed": plan.seed, "interpolation": interpolation}  # between old and trained weights
     card = {
         **{key: value for key, value in info.items() if key not in ("weights_sha256", "version")},
         "measured": measured,
@@ -370,7 +372,7 @@ def _adapt(
                 "train": sorted({*split["train"], *study["patients"]}),
                 "validation": sorted({*split["validation"], *study["left_out"]}),
             },
-            "adapted": [*info["provenance"].get("adapted", []), {**study, "from": parent, "seed": plan.seed}],
+            "adapted": [*info["provenance"].get("adapted", []), {**study, **made_by}],
         },
     }
     adapted = network(experiment, len(info["labels"]), step.offset, step.scale, "float32")

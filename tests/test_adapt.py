@@ -154,6 +154,9 @@ def test_of_a_network_that_forgets_too_much_half_the_way_is_taken(trained, new_s
     for old, new, mean in zip(start, end, half, strict=True):
         np.testing.assert_allclose(mean, (old + new) / 2, rtol=1e-5, atol=1e-7)
     assert written[1]["adapted_on"]["after"] == 0.8 and written[1]["known"]["after"] == 0.895
+    for place, share in (("all", 1.0), ("half", 0.5)):
+        info = json.loads((tmp_path / place / "1/model.json").read_text())
+        assert info["provenance"]["adapted"][0]["interpolation"] == share
 
 
 def test_a_later_adaptation_takes_the_same_card_with_more_patients(adapted, new_study, monkeypatch, tmp_path):
