@@ -100,7 +100,7 @@ def contrast(
     roughest = [tf.constant(ROUGHEST[name], tf.float64) for name in ("random", "physics")]
     roughness *= tf.where(is_random, *roughest)
     table = tf.concat([signal, roughness[..., tf.newaxis]], axis=-1)
-    # XLA would compute the table anew at every pixel that looks it up, which takes half as long again
+    # XLA would compute the table anew at every pixel that looks it up, which takes a third longer
     # (benchmarks/render.py); a product of matrices, here with 1, it computes once.
     table = tf.cast(tf.matmul(table, tf.eye(table.shape[-1], dtype=tf.float64)), tf.float32)
     # GPUs have gather kernels for int32 but none for the narrower integers.
