@@ -1,4 +1,4 @@
-"""The model that comes with lvseg on a scan of 55 x 256 x 256: the whole command, its start included.
+"""The volume model that comes with lvseg on a scan of 55 x 256 x 256: the whole command, its start included.
 
 python benchmarks/shipped.py
 """

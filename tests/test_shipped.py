@@ -1,4 +1,4 @@
-"""The models that come with lvseg: whole, small, told what it is, and right on scans that nothing was trained on."""
+"""The models that come with lvseg: whole, small, told what they are, and right on scans that nothing was trained on."""
 
 import json
 import re
