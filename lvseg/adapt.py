@@ -44,6 +44,7 @@ STEPS, CHECK_EVERY, PATIENCE = 150, 50, 2
 LEARNING_RATE = 3.0e-4
 MOST_MINUTES = 5.0
 REPLAYED, KNOWN_CHECKED = 24, 12  # patients of those that the model was trained on, and chosen by
+KNOWN_SLICES = 16  # at most, of each known patient, evenly spread: a check reads them before and after alike
 LEAST_TO_LEAVE_OUT, LEFT_OUT_SHARE = 4, 0.25
 ENOUGH, MOST_FORGOTTEN = 0.001, 0.01  # Dice that a check has to gain, and that known patients may lose
 LEAST_AGREEMENT = 0.9  # Dice of a scan's mask with that of its mirror image, for the mask to be learned from
@@ -415,18 +416,30 @@ def _batches(experiment: Experiment, new: Volumes, replayed: Volumes, reading: A
 def _check(step: Step, groups: dict[str, Volumes], reading: Any, own_masks: bool) -> dict[str, float]:
     """Mean Dice over the patients of each group; of scans with the model's own masks, that with their mirror images."""
     return {
-        name: _mean_dice(step, group, reading, agreement_with_itself if own_masks and name == "adapted_on" else None)
+        name: _mean_dice(
+            step,
+            group,
+            reading,
+            measure=agreement_with_itself if own_masks and name == "adapted_on" else None,
+            slices=KNOWN_SLICES if name == "known" else None,
+        )
         for name, group in groups.items()
         if group.rows
     }
 
 
-def _mean_dice(step: Step, volumes: Volumes, reading: Any, measure: Any = None) -> float:
+def _mean_dice(step: Step, volumes: Volumes, reading: Any, measure: Any = None, slices: int | None = None) -> float:
+    """Mean over patients of the Dice of all their slices together, or of so many of them, evenly spread."""
+    import tensorflow as tf
+
     from lvseg import metrics, pipeline
 
     found: dict[str, list[float]] = {}
     samples = pipeline.volume_samples([file for _, file, _ in volumes.rows], reading)
-    for (patient, *_), volume in zip(volumes.rows, samples, strict=True):
+    for (patient, _, count), volume in zip(volumes.rows, samples, strict=True):
+        if slices is not None and count > slices:
+            chosen = np.linspace(0, count - 1, slices).round().astype(np.int32)
+            volume = pipeline.Samples(*(tf.gather(values, chosen) for values in volume))
         if measure is not None:
             found.setdefault(patient, []).append(measure(step, volume))
             continue

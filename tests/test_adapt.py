@@ -14,7 +14,9 @@ from lvseg.errors import InputError
 from lvseg.evaluate import evaluate_run
 from lvseg.export import publish, weights, weights_sha256
 from lvseg.formats import read_volume, write_volume
+from lvseg.pipeline import volume_samples
 from lvseg.predict import Segmenter
+from lvseg.prepare import prepare
 from lvseg.suggest import Look, look, suggest, write_own_masks
 from lvseg.volume import Volume
 
@@ -135,6 +137,41 @@ def test_it_goes_by_the_known_patients_too(trained, new_study, monkeypatch, tmp_
     assert measured["version"] is None
 
 
+def test_a_check_reads_a_few_evenly_spread_slices_of_known_patients(trained, new_study, monkeypatch):
+    monkeypatch.chdir(new_study)
+    info = adapt._info(trained / "model")
+    experiment = adapt._experiment(info, [Path("cards/c.yaml")], QUICK)
+    every = adapt._volumes(prepare(experiment.data))
+    reading = adapt._reading(experiment, info, every.patients)
+    whole = next(iter(volume_samples([every.files[0]], reading)))
+    read, count = [], every.rows[0][2]
+
+    class OnlyTheFirstHalfRight:
+        class model:
+            output_shape = (None, None, None, 2)
+
+        def labels(self, volume):
+            read.append(volume.source[:, 1].numpy().tolist())
+            mask = volume.mask.numpy()[..., 0]
+            return np.where((volume.source[:, 1].numpy() < count / 2)[:, None, None], mask, 0)
+
+    def of_halves(slices):
+        """Half of the masks is found: 2 |first half| / (|first half| + |all|), by hand."""
+        sizes = whole.mask.numpy()[..., 0].sum(axis=(1, 2))[slices].astype(float)
+        first = sizes[np.asarray(slices) < count / 2].sum()
+        return 2 * first / (first + sizes.sum())
+
+    one = adapt.Volumes(every.rows[:1])
+    checked = adapt._check(OnlyTheFirstHalfRight(), {"adapted_on": one, "known": one}, reading, own_masks=False)
+    assert count <= adapt.KNOWN_SLICES and read == [list(range(count))] * 2  # no more slices than it may have
+    assert checked["known"] == checked["adapted_on"] == pytest.approx(of_halves(list(range(count))))
+    monkeypatch.setattr(adapt, "KNOWN_SLICES", 3)
+    spread = [0, round((count - 1) / 2), count - 1]
+    middle = adapt._check(OnlyTheFirstHalfRight(), {"adapted_on": one, "known": one}, reading, own_masks=False)
+    assert read[2:] == [list(range(count)), spread]
+    assert middle["adapted_on"] == checked["adapted_on"] and middle["known"] == pytest.approx(of_halves(spread))
+
+
 def test_of_a_network_that_forgets_too_much_half_the_way_is_taken(trained, new_study, monkeypatch, tmp_path):
     monkeypatch.chdir(new_study)
     monkeypatch.setattr(adapt, "CHECK_EVERY", 10)
@@ -200,8 +237,6 @@ def test_half_of_every_batch_is_replayed(trained, new_study, monkeypatch):
     monkeypatch.chdir(new_study)
     info = adapt._info(trained / "model")
     experiment = adapt._experiment(info, [Path("cards/c.yaml")], QUICK)
-    from lvseg.prepare import prepare
-
     new = adapt._volumes(prepare(experiment.data))
     replayed, known = adapt._known(info, experiment.data, QUICK)
     split = info["provenance"]["split"]

@@ -1,6 +1,7 @@
 """The scripts beside the experiments: the curve of segmented patients, robustness, and the picture of renderings."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -25,7 +26,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-curve, robustness = script("curve"), script("robustness")
+ablation, curve, robustness = script("ablation"), script("curve"), script("robustness")
 
 
 @pytest.fixture
@@ -195,6 +196,60 @@ def test_robustness_writes_a_row_a_scan_and_change_and_draws(trained, in_study, 
     assert len(rows) == 1 + 2 * sum(len(values) for _, values in robustness.CHANGES.values())
     assert (tmp_path / "robustness.png").stat().st_size > 10_000 and (tmp_path / "robustness.svg").is_file()
     assert "gamma" in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_ablation(trained, study, monkeypatch, tmp_path):
+    """The study's scanner a is known, b stands for the varied one, and its run's split says who is measured on."""
+    config = tmp_path / "config.yaml"
+    config.write_text((ROOT / ablation.CONFIG).read_text())
+    monkeypatch.chdir(study)
+    monkeypatch.setattr(ablation, "CONFIG", config)
+    monkeypatch.setattr(ablation, "KNOWN", ("cards/a.yaml",))
+    monkeypatch.setattr(ablation, "VARIED", Path("cards/b.yaml"))
+    monkeypatch.setattr(ablation, "OUT", tmp_path / "ablation.csv")
+    monkeypatch.setattr(ablation, "shipped_model", lambda task: trained / "model")
+
+
+def test_each_row_of_the_ablation_has_its_own_augmentations_as_in_the_config(small_ablation):
+    config = load_experiment(ablation.CONFIG)
+    for row, (names, _) in ablation.ROWS.items():
+        own = ablation.experiment_of(row, 20, 4)
+        assert {name for name, value in own.augment if value is not None} == set(names)
+        assert all(getattr(own.augment, name) == getattr(config.augment, name) for name in names)
+        assert (own.train.steps, own.model.width, own.data.test_fraction) == (20, 4, config.data.test_fraction)
+    assert set(ablation.EVERYTHING) == {name for name, value in config.augment if value is not None}
+    assert ablation.experiment_of("everything, no neighbours", 20, 4).data.neighbours == 0
+
+
+def test_the_ablation_learns_and_is_measured_on_validation_patients_alone(small_ablation, trained):
+    split = json.loads((trained / "model/model.json").read_text())["provenance"]["split"]
+    little, more = (ablation.dice_of("nothing", steps, 4) for steps in (10, 120))
+    assert set(little) == set(more) == {name for name in split["validation"] if name.startswith("b-")}
+    assert np.mean(list(more.values())) > 0.5 > np.mean(list(little.values()))
+
+
+def test_the_ablation_goes_on_and_gives_differences_to_nothing(small_ablation, monkeypatch, capsys):
+    dice = {"nothing": {"b-001": 0.4, "b-002": 0.6}, "blur": {"b-001": 0.5, "b-002": 0.6}}
+    made = []
+
+    def dice_of(row, steps, width):
+        made.append(row)
+        return dice[row]
+
+    monkeypatch.setattr(ablation, "dice_of", dice_of)
+
+    def ablate(*options: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["ablation", *options])
+        return ablation.main(), "".join(capsys.readouterr())
+
+    assert ablate("--only", "nothing")[0] == 0
+    code, printed = ablate("--only", "nothing", "blur")
+    assert code == 0 and made == ["nothing", "blur"]
+    assert "| nothing | 0.500 (" in printed and "| blur | 0.550 (" in printed and ") | +0.050 (" in printed
+    assert ablate("--table")[1] == printed and made == ["nothing", "blur"]
+    code, said = ablate("--only", "blur", "--steps", "7")
+    assert code == 2 and "7 steps of width 8, received rows of 300 steps" in said
 
 
 def test_forty_renderings_are_drawn_and_an_experiment_without_them_is_refused(tmp_path, study):
