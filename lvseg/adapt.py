@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 STEPS, CHECK_EVERY, PATIENCE = 150, 50, 2
 LEARNING_RATE = 3.0e-4
-MOST_MINUTES = 5.0
+MOST_MINUTES = 4.5  # with start and reading, five
 REPLAYED, KNOWN_CHECKED = 24, 12  # patients of those that the model was trained on, and chosen by
 KNOWN_SLICES = 16  # at most, of each known patient, evenly spread: a check reads them before and after alike
 LEAST_TO_LEAVE_OUT, LEFT_OUT_SHARE = 4, 0.25
