@@ -3,11 +3,12 @@
     python experiments/ablation.py
     python experiments/ablation.py --only nothing everything bias_field
 
-Every row is a short training of a narrow network at 4.5 mm on the two simulated scanners of the report, with the
-settings of experiments/anyscanner_volume_cpu.yaml of the augmentation it is named after and no others, measured on
-validation patients of phantom_varied_volume, each under a scanner of its own. Rows land in runs/ablation/volume.csv, a
-line a patient; what is there is not trained again, so a stopped run goes on. Differences are paired over patients; what
-another seed changes is seen in the rows of seed 1.
+Most rows are a short training of a narrow network at 4.5 mm on the two simulated scanners of the report, with the
+settings of experiments/anyscanner_volume_cpu.yaml of the augmentation they are named after and no others. Those in
+pixels (elastic, blur, resolution) are not scaled from its 3 mm. All are measured on those validation patients of the
+shipped model that phantom_varied_volume has, each under a scanner of its own. Rows land in runs/ablation/volume.csv, a
+line a patient; what is there is not trained again, so a stopped run goes on: move the file away when the config
+changes. Intervals are over patients alone; what another seed changes is seen in the rows of seed 1.
 """
 
 from __future__ import annotations

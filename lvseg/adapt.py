@@ -44,7 +44,7 @@ STEPS, CHECK_EVERY, PATIENCE = 150, 50, 2
 LEARNING_RATE = 3.0e-4
 MOST_MINUTES = 4.5  # with start and reading, five
 REPLAYED, KNOWN_CHECKED = 24, 12  # patients of those that the model was trained on, and chosen by
-KNOWN_SLICES = 16  # at most, of each known patient, evenly spread: a check reads them before and after alike
+KNOWN_SLICES = 16  # at most, of each scan of known patients, evenly spread: a check reads them before and after alike
 LEAST_TO_LEAVE_OUT, LEFT_OUT_SHARE = 4, 0.25
 ENOUGH, MOST_FORGOTTEN = 0.001, 0.01  # Dice that a check has to gain, and that known patients may lose
 LEAST_AGREEMENT = 0.9  # Dice of a scan's mask with that of its mirror image, for the mask to be learned from
@@ -429,7 +429,7 @@ def _check(step: Step, groups: dict[str, Volumes], reading: Any, own_masks: bool
 
 
 def _mean_dice(step: Step, volumes: Volumes, reading: Any, measure: Any = None, slices: int | None = None) -> float:
-    """Mean over patients of the Dice of all their slices together, or of so many of them, evenly spread."""
+    """Mean over patients of their scans' Dice, of all slices together or of so many of them, evenly spread."""
     import tensorflow as tf
 
     from lvseg import metrics, pipeline
