@@ -3,38 +3,40 @@
     python experiments/ablation.py
     python experiments/ablation.py --only nothing everything bias_field
 
-Most rows are a short training of a narrow network at 4.5 mm on the two simulated scanners of the report, with the
-settings of experiments/anyscanner_volume_cpu.yaml of the augmentation they are named after and no others. Those in
-pixels (elastic, blur, resolution) are not scaled from its 3 mm. All are measured on those validation patients of the
-shipped model that phantom_varied_volume has, each under a scanner of its own. Rows land in runs/ablation/volume.csv, a
-line a patient; what is there is not trained again, so a stopped run goes on: move the file away when the config
-changes. Intervals are over patients alone; what another seed changes is seen in the rows of seed 1.
+Most rows are short trainings, one a seed, of a narrow network at 4.5 mm on the two simulated scanners of the report,
+with the augmentation they are named after and no other, as strong in mm as in experiments/anyscanner_volume_cpu.yaml.
+All are measured on those validation patients of the shipped model that phantom_varied_volume has, each under a scanner
+of its own; "on_varied_scans" trains on that set's other patients and scanners. Rows land in runs/ablation/volume.csv, a
+line a patient; what is there is not trained again, so a stopped run goes on, and rows of other settings are refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from rows import add_rows, rows_of
+
 from lvseg import agreement, command, devices, metrics, pipeline
 from lvseg.config import Experiment
 from lvseg.errors import InputError
-from lvseg.keys import check_keys, read_yaml
+from lvseg.keys import check_keys, digest, read_yaml
 from lvseg.predict import newest_version, shipped_model
-from lvseg.prepare import prepare
+from lvseg.prepare import ShardSet, prepare
 from lvseg.step import Step
 
 CONFIG = Path("experiments/anyscanner_volume_cpu.yaml")
-KNOWN = ("data/phantom_philips_volume.yaml", "data/phantom_ge_volume.yaml")
+KNOWN = (Path("data/phantom_philips_volume.yaml"), Path("data/phantom_ge_volume.yaml"))
 VARIED = Path("data/phantom_varied_volume.yaml")
 OUT = Path("runs/ablation/volume.csv")
-COLUMNS = ("row", "made_of", "patient", "dice")
+COLUMNS, NUMBERS = ("row", "seed", "made_of", "patient", "dice"), ("seed", "dice")
+SPACING_MM, SIZE = 4.5, 96
+IN_PIXELS = {"elastic": "sigma_px", "blur": "max_sigma_px", "resolution": "max_factor"}  # of the config's grid
 NOTHING = "nothing"
 SPATIAL = ("elastic", "rotate", "scale")
 # What of the config's augmentation each row has, and which other keys.
@@ -53,13 +55,11 @@ ALONE: Mapping[str, Sequence[str]] = {
 }
 EVERYTHING = tuple(dict.fromkeys(name for names in ALONE.values() for name in names))
 OTHERS: Mapping[str, tuple[Sequence[str], dict[str, Any]]] = {
-    f"{NOTHING}, seed 1": ((), {"seed": 1}),
     "everything": (EVERYTHING, {}),
-    "everything, seed 1": (EVERYTHING, {"seed": 1}),
-    "everything but contrast": (tuple(name for name in EVERYTHING if name != "contrast"), {}),
-    "everything, no neighbours": (EVERYTHING, {"neighbours": 0}),
-    "everything, two neighbours a side": (EVERYTHING, {"neighbours": 2}),
-    "everything, on varied patients": (EVERYTHING, {"varied": True}),
+    "everything_but_contrast": (tuple(name for name in EVERYTHING if name != "contrast"), {}),
+    "everything_without_neighbours": (EVERYTHING, {"neighbours": 0}),
+    "everything_with_two_neighbours": (EVERYTHING, {"neighbours": 2}),
+    "everything_on_varied_scans": (EVERYTHING, {"varied": True}),
 }
 ROWS: Mapping[str, tuple[Sequence[str], dict[str, Any]]] = {
     NOTHING: ((), {}),
@@ -68,12 +68,14 @@ ROWS: Mapping[str, tuple[Sequence[str], dict[str, Any]]] = {
 }
 
 
-def experiment_of(row: str, steps: int, width: int) -> Experiment:
-    """A row's experiment: the config's settings of its augmentations, in a small network."""
+def experiment_of(row: str, seed: int, steps: int, width: int) -> Experiment:
+    """A row's experiment: the config's settings of its augmentations, as strong in mm, in a small network."""
     names, other = ROWS[row]
     values = read_yaml(CONFIG)
-    values["seed"] = other.get("seed", 0)
-    values["data"] |= {"datasets": [*map(str, KNOWN), str(VARIED)], "spacing_mm": [4.5, 4.5], "size": 96}
+    values["seed"] = seed
+    for name, key in IN_PIXELS.items():
+        values["augment"][name][key] *= values["data"]["spacing_mm"][0] / SPACING_MM
+    values["data"] |= {"datasets": [*map(str, KNOWN), str(VARIED)], "spacing_mm": [SPACING_MM] * 2, "size": SIZE}
     values["data"] |= {"neighbours": other.get("neighbours", 1)}
     values["model"] |= {"width": width}
     values["augment"] = {key: value if key in names else None for key, value in values["augment"].items()}
@@ -81,101 +83,133 @@ def experiment_of(row: str, steps: int, width: int) -> Experiment:
     return check_keys(Experiment, values, str(CONFIG))
 
 
-def dice_of(row: str, steps: int, width: int) -> dict[str, float]:
-    """Trains a row's network and returns its Dice on every patient measured on, by id, on the network's grid."""
-    experiment = experiment_of(row, steps, width)
-    data, train = experiment.data, experiment.train
-    cluster = devices.cluster(train.devices, train.batch_size)
-    *known, varied = prepare(data)
+def split_of_shipped() -> dict[str, list[str]]:
+    """Who trained the volume model that comes with lvseg, who chose it and who is kept from it."""
     card = json.loads((newest_version(shipped_model("volume")) / "model.json").read_text(encoding="utf-8"))
-    split = card["provenance"]["split"]  # nobody is measured on here who trained, or is kept from, the shipped model
+    return dict(card["provenance"]["split"])
+
+
+def made_of(row: str, steps: int, width: int) -> str:
+    """What a row's figures depend on besides the seed and the code, as 12 hexadecimal digits."""
+    settings = experiment_of(row, 0, steps, width).model_dump(mode="json")
+    cards = [read_yaml(path) for path in (*KNOWN, VARIED)]
+    return digest([settings, bool(ROWS[row][1].get("varied")), cards, split_of_shipped()])[:12]
+
+
+def dice_of(row: str, seed: int, steps: int, width: int, sets: Sequence[ShardSet]) -> dict[str, float]:
+    """Trains a row's network and returns its Dice on every patient measured on, by id, on the network's grid.
+
+    Args:
+        sets: of the known cards and the varied one.
+    """
+    experiment = experiment_of(row, seed, steps, width)
+    data, train, split = experiment.data, experiment.train, split_of_shipped()
+    *known, varied = sets
     measured = varied.of(split["validation"])
-    count = sum(len(shards.rows) for shards in known)
-    seen = [varied.of(split["train"][:count])] if ROWS[row][1].get("varied") else known
-    rows = [(shards.folder / line["file"], line["shape"][0]) for shards in seen for line in shards.rows]
-    ids = sorted({line["patient"] for shards in [*known, varied] for line in shards.rows})
-    reading = pipeline.Reading(data.size, data.neighbours, data.normalise, data.clip_percentiles, None, ids)
+    seen = [line for shards in known for line in _lines(shards)]
+    if ROWS[row][1].get("varied"):  # as many as of the known scanners
+        seen = _lines(varied.of(split["train"]))[: len(seen)]
+    reading = pipeline.Reading(
+        data.size, data.neighbours, data.normalise, data.clip_percentiles, None,
+        [patient for patient, _, _ in seen], experiment.augment.contrast is not None,
+    )  # fmt: skip
     batches = iter(pipeline.training_batches(
-        [file for file, _ in rows], sum(slices for _, slices in rows),
-        reading._replace(tissues=experiment.augment.contrast is not None),
+        [file for _, file, _ in seen], sum(slices for _, _, slices in seen), reading,
         experiment.seed, train.batch_size, data.shuffle_slices, 0,
     ))  # fmt: skip
+    cluster = devices.cluster(train.devices, train.batch_size)
     step = Step(experiment, cluster, 2, 0.0, 1.0)  # normalise: patient brings every scan to 0..1
-    for _ in command.progress(range(train.steps), f"training: {row}"):
+    for _ in command.progress(range(train.steps), f"training: {row}, seed {seed}"):
         step(next(batches))
     if step.bad_step.numpy():
         raise FloatingPointError(f"Expected finite numbers, received others at step {int(step.bad_step.numpy())}.")
-    volumes = pipeline.volume_samples(measured.files(ids), reading)
+    lines = _lines(measured)
+    reading = reading._replace(patients=[patient for patient, _, _ in lines], tissues=False)
+    volumes = pipeline.volume_samples([file for _, file, _ in lines], reading)
     return {
-        line["patient"]: metrics.dice(step.labels(volume), volume.mask.numpy()[..., 0])
-        for line, volume in zip(measured.rows, volumes, strict=True)
+        patient: metrics.dice(step.labels(volume), volume.mask.numpy()[..., 0])
+        for (patient, _, _), volume in zip(lines, volumes, strict=True)
     }
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """What was measured so far."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def add(path: Path, row: str, made_of: str, found: Mapping[str, float]) -> None:
-    """Adds a row's patients to the file, all or none."""
-    known = rows_of(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with command.atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(known)
-        writer.writerows(dict(zip(COLUMNS, (row, made_of, *each), strict=True)) for each in found.items())
+def _lines(shards: ShardSet) -> list[tuple[str, Path, int]]:
+    """Patient, file and slices of each volume."""
+    return [(line["patient"], shards.folder / line["file"], line["shape"][0]) for line in shards.rows]
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """Mean Dice of each row and its difference to nothing, with 95 % intervals over patients, in Markdown."""
-    found: dict[str, dict[str, float]] = {}
+    """Mean Dice of each row for each seed, and its mean difference to nothing of the same seeds, in Markdown."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
     for line in rows:
-        found.setdefault(line["row"], {})[line["patient"]] = float(line["dice"])
-    lines = ["| augmentation | mean Dice (95 % interval) | difference to nothing |", "|---|---|---|"]
+        found.setdefault(line["row"], {}).setdefault(int(line["seed"]), {})[line["patient"]] = float(line["dice"])
+    lines = [
+        "| augmentation | mean Dice, of each seed | difference to nothing (95 % interval over patients) |",
+        "|---|---|---|",
+    ]
+    base = found.get(NOTHING, {})
     for row in [name for name in ROWS if name in found]:
-        names = sorted(found[row])
-        own = [found[row][name] for name in names]
-        cells = [_mean(own, names, 0.0, "")]
-        if row != NOTHING and NOTHING in found:
-            gained = [found[row][name] - found[NOTHING][name] for name in names]
-            cells.append(_mean(gained, names, -1.0, "+"))
-        lines.append(f"| {row} | {cells[0]} | {cells[1] if len(cells) > 1 else '-'} |")
+        dice = ", ".join(f"{np.mean(list(found[row][seed].values())):.3f}" for seed in sorted(found[row]))
+        gained: dict[str, list[float]] = {}
+        for seed in sorted(set(found[row]) & set(base)) if row != NOTHING else []:
+            for patient, value in found[row][seed].items():
+                gained.setdefault(patient, []).append(value - base[seed][patient])
+        difference = "-"
+        if gained:
+            values = [float(np.mean(differences)) for differences in gained.values()]
+            mean = agreement.average(values, agreement.Bootstrap(list(gained)), -1.0, 1.0)
+            low, high = mean["intervals"]["mean"] or (np.nan, np.nan)
+            difference = f"{mean['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
+        lines.append(f"| {row} | {dice} | {difference} |")
     return "\n".join(lines)
 
 
-def _mean(values: Sequence[float], names: Sequence[str], low: float, sign: str) -> str:
-    mean = agreement.average(values, agreement.Bootstrap(names), low, 1.0)
-    first, last = mean["intervals"]["mean"] or (math.nan, math.nan)
-    return f"{mean['mean']:{sign}.3f} ({first:{sign}.3f} to {last:{sign}.3f})"
+def run(arguments: argparse.Namespace) -> None:
+    """Trains what is missing, every row with a seed before the next seed, and prints the table."""
+    for name, least in (("steps", 1), ("width", 1), ("seeds", 1)):
+        if getattr(arguments, name) < least:
+            value = getattr(arguments, name)
+            raise InputError("BAD_ARGUMENT", f"Expected --{name} of at least {least}, received {value}.")
+    done = rows_of(OUT, COLUMNS, NUMBERS)
+    for line in done:
+        if line["row"] not in ROWS or line["made_of"] != made_of(line["row"], arguments.steps, arguments.width):
+            raise InputError(
+                "BAD_ARGUMENT",
+                f"Expected {OUT} to be of these settings and patients, received a row {line['row']!r} of others; move"
+                " it away first.",
+            )
+    there = {(line["row"], int(line["seed"])) for line in done}
+    missing = [
+        (row, seed)
+        for seed in range(arguments.seeds)
+        for row in dict.fromkeys(arguments.only)
+        if (row, seed) not in there
+    ]
+    sets = prepare(experiment_of(NOTHING, 0, arguments.steps, arguments.width).data) if missing else []
+    for row, seed in missing:
+        key = {"row": row, "seed": seed, "made_of": made_of(row, arguments.steps, arguments.width)}
+        found = dice_of(row, seed, arguments.steps, arguments.width, sets)
+        new = [{**key, "patient": patient, "dice": dice} for patient, dice in found.items()]
+        add_rows(OUT, COLUMNS, rows_of(OUT, COLUMNS, NUMBERS), new)
 
 
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(
-        prog="ablation", description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="ablation",
+        description=__doc__.splitlines()[0],
+        epilog="Rows: " + "; ".join(ROWS),
     )
     parser.add_argument("--only", choices=list(ROWS), nargs="+", default=list(ROWS), metavar="ROW", help="of the table")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each row (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="of each training (default: %(default)s)")
     parser.add_argument("--width", type=int, default=8, help="of the network (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and do nothing else")
 
     def body(arguments: argparse.Namespace) -> None:
-        made_of = f"{arguments.steps} steps of width {arguments.width}"
-        done = rows_of(OUT)
-        if not arguments.table and any(line["made_of"] != made_of for line in done):
-            raise InputError(
-                "BAD_ARGUMENT",
-                f"Expected {OUT} to be of {made_of}, received rows of {done[0]['made_of']}; move it away first.",
-            )
-        there = {line["row"] for line in done}
-        for row in [name for name in arguments.only if name not in there and not arguments.table]:
-            add(OUT, row, made_of, dice_of(row, arguments.steps, arguments.width))
-        print(table(rows_of(OUT)))
+        if not arguments.table:
+            with command.alone(OUT.parent / ".lock", OUT.parent, waits=False):
+                run(arguments)
+        print(table(rows_of(OUT, COLUMNS, NUMBERS)))
 
     return command.run(parser, body, None)
 

@@ -13,7 +13,6 @@ The column made_of tells by how many steps, or from which model's weights; anoth
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import math
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from rows import add_rows, rows_of
 
 from lvseg import agreement, biomarkers, command, metrics, waterfat
 from lvseg.adapt import Plan, adapt, print_measured
@@ -49,6 +49,7 @@ COLUMNS = (
     "volume_error_percent",
     "fat_error_points",
 )
+NUMBERS = ("patients", "draw", "dice", "volume_error_percent")
 FOLDS = 5
 OUT = Path("runs/curve")
 
@@ -128,24 +129,6 @@ def measured(model: Path, scans: Sequence[Scan]) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """What was measured so far."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def add(path: Path, key: dict[str, Any], rows: Iterator[dict[str, Any]]) -> None:
-    """Adds the rows of one model, all or none."""
-    known = rows_of(path)
-    new = [{**key, **row} for row in rows]
-    with command.atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        table.writeheader()
-        table.writerows([*known, *new])
-
-
 def table(rows: Sequence[dict[str, str]]) -> str:
     """Means over patients and draws with 95 % intervals, in Markdown."""
     lines = [
@@ -178,7 +161,7 @@ def table(rows: Sequence[dict[str, str]]) -> str:
 def run(arguments: argparse.Namespace) -> None:
     """Measures what is missing and prints the table."""
     path = OUT / f"{arguments.task}.csv"
-    known = rows_of(path)
+    known = rows_of(path, COLUMNS, NUMBERS)
     made_of = {"report": f"{arguments.steps or 'all'} steps"}
     if arguments.model is not None:
         info = json.loads((newest_version(arguments.model) / "model.json").read_text(encoding="utf-8"))
@@ -216,8 +199,9 @@ def run(arguments: argparse.Namespace) -> None:
                             print_measured(adapted, own_masks=False)
                             model = Path(adapted["version"]) if adapted["version"] else model
                     key = {"scanner": scanner, "way": way, "made_of": made_of[way], "patients": count, "draw": draw}
-                    add(path, key, measured(model, own))
-    print(table(rows_of(path)))
+                    new = [key | row for row in measured(model, own)]
+                    add_rows(path, COLUMNS, rows_of(path, COLUMNS, NUMBERS), new)
+    print(table(rows_of(path, COLUMNS, NUMBERS)))
 
 
 def main() -> int:
@@ -239,7 +223,8 @@ def main() -> int:
     def body(arguments: argparse.Namespace) -> None:
         if "any" in arguments.ways and arguments.model is None and not arguments.table:
             raise InputError("BAD_ARGUMENT", "Expected --model with the way any, received none.")
-        run(arguments)
+        with command.alone(OUT / ".lock", OUT, waits=False):
+            run(arguments)
 
     return command.run(parser, body, None)
 

@@ -101,7 +101,8 @@ def adapt(
 
     Returns:
         What was measured: `left_out`, `adapted_on` and `known`, each with `patients` and their mean Dice `before` and
-        `after`; `steps`, `minutes`, and `version`, the folder that was written, or None.
+        `after`, `known` also the most `slices_a_scan` that were read; `steps`, `minutes`, and `version`, the folder
+        that was written, or None.
 
     Raises:
         InputError: BAD_MODEL for a model without its experiment or of several, and for cards of another task or other
@@ -353,6 +354,8 @@ def _adapt(
         for name, group in groups.items()
         if group.rows
     }
+    if known.rows:
+        measured["known"]["slices_a_scan"] = KNOWN_SLICES
     measured |= {"steps": best * CHECK_EVERY if best < len(checks) - 1 else done if best else 0, "minutes": minutes}
     if not best:
         return {**measured, "version": None}
@@ -454,7 +457,7 @@ def print_measured(measured: dict[str, Any], own_masks: bool) -> None:
     names = {
         "left_out": "left out of the new study",
         "adapted_on": "of the new study, mirrored" if own_masks else "adapted on",
-        "known": "known before, not trained on",
+        "known": f"known before, {KNOWN_SLICES} slices a scan",
     }
     print(f"{'mean Dice of patients':<30}{'patients':>9}{'before':>8}{'after':>8}")
     for name, text in names.items():

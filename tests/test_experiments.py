@@ -1,7 +1,8 @@
-"""The scripts beside the experiments: the curve of segmented patients, robustness, and the picture of renderings."""
+"""The scripts beside the experiments: the curve of segmented patients, ablation, robustness, and renderings."""
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,9 @@ from small_study import ROOT, scan
 from lvseg import metrics
 from lvseg.cards import find_scans, load_card
 from lvseg.config import load_experiment
+from lvseg.errors import InputError
 from lvseg.predict import Segmenter
+from lvseg.prepare import prepare
 from lvseg.volume import Volume
 
 
@@ -26,7 +29,8 @@ def script(name: str) -> ModuleType:
     return module
 
 
-ablation, curve, robustness = script("ablation"), script("curve"), script("robustness")
+sys.path.append(str(ROOT / "experiments"))  # where scripts find their neighbours
+ablation, curve, robustness, tables = (script(name) for name in ("ablation", "curve", "robustness", "rows"))
 
 
 @pytest.fixture
@@ -95,7 +99,7 @@ def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, m
     assert [way for way, _ in made] == ["report", "report", "any", "report", "any"]
     assert made[0] == ("report", ()) and set(made[1][1]) <= set(pool) and made[1][1] != made[3][1]
     assert set(made[2][1]) == set(made[1][1]) and set(made[4][1]) == set(made[3][1])
-    rows = curve.rows_of(known_and_new / "volume.csv")
+    rows = curve.rows_of(known_and_new / "volume.csv", curve.COLUMNS, curve.NUMBERS)
     assert len(rows) == 6 * len(held_out) and {row["patient"] for row in rows} == set(held_out)
     segmenter = Segmenter(trained / "model")
     for row in rows:
@@ -112,14 +116,39 @@ def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, m
     assert run("--task", "volume", "--only", "b") == 2 and "--model" in capsys.readouterr().err
 
 
-def test_what_was_begun_and_not_ended_is_not_written(known_and_new, trained):
+def test_what_was_begun_and_not_ended_is_not_written(tmp_path):
     def breaks():
-        yield {"patient": "b-001", "dice": 1.0, "volume_error_percent": 0.0, "fat_error_points": None}
+        yield {"name": "b", "dice": 1.0}
         raise RuntimeError
 
+    path, columns = tmp_path / "deeper/rows.csv", ("name", "dice")
+    tables.add_rows(path, columns, [], [{"name": "a", "dice": 0.5}])
+    before = tables.rows_of(path, columns, ["dice"])
     with pytest.raises(RuntimeError):
-        curve.add(known_and_new / "volume.csv", {"scanner": "b", "way": "any", "patients": 0, "draw": 0}, breaks())
-    assert curve.rows_of(known_and_new / "volume.csv") == []
+        tables.add_rows(path, columns, before, breaks())
+    assert tables.rows_of(path, columns, ["dice"]) == before == [{"name": "a", "dice": "0.5"}]
+    tables.add_rows(path, columns, before, [{"name": "b", "dice": 1.0}])
+    assert [row["name"] for row in tables.rows_of(path, columns, ["dice"])] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"name\na\n",
+        b"dice,name\n1,a\n",
+        b"name,dice\na\n",
+        b"name,dice\na,1,2\n",
+        b"name,dice\na,much\n",
+        b"name,\xff",
+    ],
+)
+def test_a_damaged_table_is_one_sentence_and_stays_as_it_is(tmp_path, content):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"Expected a table of name, dice in .*rows\.csv, received"):
+        tables.rows_of(path, ("name", "dice"), ["dice"])
+    assert path.read_bytes() == content
 
 
 IMAGE, TRUTH = scan("a", 3)
@@ -205,51 +234,87 @@ def small_ablation(trained, study, monkeypatch, tmp_path):
     config.write_text((ROOT / ablation.CONFIG).read_text())
     monkeypatch.chdir(study)
     monkeypatch.setattr(ablation, "CONFIG", config)
-    monkeypatch.setattr(ablation, "KNOWN", ("cards/a.yaml",))
+    monkeypatch.setattr(ablation, "KNOWN", (Path("cards/a.yaml"),))
     monkeypatch.setattr(ablation, "VARIED", Path("cards/b.yaml"))
     monkeypatch.setattr(ablation, "OUT", tmp_path / "ablation.csv")
     monkeypatch.setattr(ablation, "shipped_model", lambda task: trained / "model")
+    return json.loads((trained / "model/model.json").read_text())["provenance"]["split"]
 
 
-def test_each_row_of_the_ablation_has_its_own_augmentations_as_in_the_config(small_ablation):
+def test_each_row_of_the_ablation_has_its_own_augmentations_as_strong_as_in_the_config(small_ablation):
     config = load_experiment(ablation.CONFIG)
     for row, (names, _) in ablation.ROWS.items():
-        own = ablation.experiment_of(row, 20, 4)
+        own = ablation.experiment_of(row, 1, 20, 4)
         assert {name for name, value in own.augment if value is not None} == set(names)
-        assert all(getattr(own.augment, name) == getattr(config.augment, name) for name in names)
-        assert (own.train.steps, own.model.width, own.data.test_fraction) == (20, 4, config.data.test_fraction)
+        for name in set(names) - set(ablation.IN_PIXELS):
+            assert getattr(own.augment, name) == getattr(config.augment, name)
+        assert (own.seed, own.train.steps, own.model.width) == (1, 20, 4)
+    everything = ablation.experiment_of("everything", 0, 20, 4)
     assert set(ablation.EVERYTHING) == {name for name, value in config.augment if value is not None}
-    assert ablation.experiment_of("everything, no neighbours", 20, 4).data.neighbours == 0
+    for mine, theirs in (
+        (everything.augment.elastic.sigma_px, config.augment.elastic.sigma_px),
+        (everything.augment.blur.max_sigma_px, config.augment.blur.max_sigma_px),
+        (everything.augment.resolution.max_factor, config.augment.resolution.max_factor),
+    ):
+        assert mine * everything.data.spacing_mm[0] == pytest.approx(theirs * config.data.spacing_mm[0])  # in mm
+    neighbours = [ablation.experiment_of(f"everything{name}", 0, 20, 4).data.neighbours for name in
+                  ("_without_neighbours", "", "_with_two_neighbours")]  # fmt: skip
+    assert neighbours == [0, 1, 2]
 
 
-def test_the_ablation_learns_and_is_measured_on_validation_patients_alone(small_ablation, trained):
-    split = json.loads((trained / "model/model.json").read_text())["provenance"]["split"]
-    little, more = (ablation.dice_of("nothing", steps, 4) for steps in (10, 120))
-    assert set(little) == set(more) == {name for name in split["validation"] if name.startswith("b-")}
+def test_the_ablation_learns_and_is_measured_on_validation_patients_alone(small_ablation, monkeypatch):
+    split, trained_on = small_ablation, []
+    sets = prepare(ablation.experiment_of("nothing", 0, 10, 4).data)
+    batches = ablation.pipeline.training_batches
+
+    def watched(files, *others):
+        trained_on.append({row["patient"] for each in sets for row in each.rows if each.folder / row["file"] in files})
+        return batches(files, *others)
+
+    monkeypatch.setattr(ablation.pipeline, "training_batches", watched)
+    little, more = (ablation.dice_of("nothing", 0, steps, 4, sets) for steps in (10, 120))
+    varied = ablation.dice_of("everything_on_varied_scans", 1, 1, 4, sets)
+    assert set(little) == set(more) == set(varied) == {name for name in split["validation"] if name.startswith("b-")}
     assert np.mean(list(more.values())) > 0.5 > np.mean(list(little.values()))
+    known, of_b = {row["patient"] for row in sets[0].rows}, {n for n in split["train"] if n.startswith("b-")}
+    assert trained_on == [known, known, of_b] and all(name.startswith("a-") for name in known)
 
 
-def test_the_ablation_goes_on_and_gives_differences_to_nothing(small_ablation, monkeypatch, capsys):
-    dice = {"nothing": {"b-001": 0.4, "b-002": 0.6}, "blur": {"b-001": 0.5, "b-002": 0.6}}
+def test_the_ablation_goes_on_and_gives_differences_to_nothing_of_the_same_seed(small_ablation, monkeypatch, capsys):
+    """Another gain with each seed, the same for every patient: its mean, without any spread over patients."""
+    names = [f"b-{number:03d}" for number in range(6)]
     made = []
 
-    def dice_of(row, steps, width):
-        made.append(row)
-        return dice[row]
+    def dice_of(row, seed, steps, width, sets):
+        made.append((row, seed))
+        order = names if row == "nothing" else names[::-1]
+        gain = {"nothing": 0.0, "blur": (0.02, 0.08)[seed]}[row]
+        return {name: 0.2 + 0.1 * names.index(name) + 0.05 * seed + gain for name in order}
 
     monkeypatch.setattr(ablation, "dice_of", dice_of)
+    monkeypatch.setattr(ablation, "prepare", lambda data: [])
 
-    def ablate(*options: str) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["ablation", *options])
+    def ablate(*options: object) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["ablation", *map(str, options)])
         return ablation.main(), "".join(capsys.readouterr())
 
-    assert ablate("--only", "nothing")[0] == 0
-    code, printed = ablate("--only", "nothing", "blur")
-    assert code == 0 and made == ["nothing", "blur"]
-    assert "| nothing | 0.500 (" in printed and "| blur | 0.550 (" in printed and ") | +0.050 (" in printed
-    assert ablate("--table")[1] == printed and made == ["nothing", "blur"]
-    code, said = ablate("--only", "blur", "--steps", "7")
-    assert code == 2 and "7 steps of width 8, received rows of 300 steps" in said
+    assert ablate("--only", "nothing", "--seeds", 1)[0] == 0
+    code, printed = ablate("--only", "nothing", "blur", "blur", "--seeds", 2)
+    assert code == 0 and made == [("nothing", 0), ("blur", 0), ("nothing", 1), ("blur", 1)]
+    assert "| nothing | 0.450, 0.500 | - |" in printed
+    assert "| blur | 0.470, 0.580 | +0.050 (+0.050 to +0.050) |" in printed
+    assert ablate("--table") == (0, printed) and len(made) == 4
+    for option, value, said in (
+        ("--steps", 7, "received a row 'nothing' of others"),
+        ("--steps", 0, "--steps of at least 1"),
+        ("--width", 0, "--width of at least 1"),
+        ("--seeds", 0, "--seeds of at least 1"),
+    ):
+        code, printed = ablate("--only", "blur", option, value)
+        assert code == 2 and said in printed
+    small_ablation["validation"].clear()
+    monkeypatch.setattr(ablation, "split_of_shipped", lambda: small_ablation)  # other patients
+    assert ablate("--only", "blur")[0] == 2 and len(made) == 4
 
 
 def test_forty_renderings_are_drawn_and_an_experiment_without_them_is_refused(tmp_path, study):
