@@ -6,8 +6,9 @@
 Most rows are short trainings, one a seed, of a narrow network at 4.5 mm on the two simulated scanners of the report,
 with the augmentation they are named after and no other, as strong in mm as in experiments/anyscanner_volume_cpu.yaml.
 All are measured on those validation patients of the shipped model that phantom_varied_volume has, each under a scanner
-of its own; "on_varied_scans" trains on that set's other patients and scanners. Rows land in runs/ablation/volume.csv, a
-line a patient; what is there is not trained again, so a stopped run goes on, and rows of other settings are refused.
+of its own. "varied_anatomy" trains on as many patients with peculiarities under the same two scanners instead, and
+"on_varied_scans" on other patients and scanners of the set measured on. Rows land in runs/ablation/volume.csv, a line a
+patient; what is there is not trained again, so a stopped run goes on, and rows of other settings are refused.
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ from lvseg.prepare import ShardSet, prepare
 from lvseg.step import Step
 
 CONFIG = Path("experiments/anyscanner_volume_cpu.yaml")
-KNOWN = (Path("data/phantom_philips_volume.yaml"), Path("data/phantom_ge_volume.yaml"))
-VARIED = Path("data/phantom_varied_volume.yaml")
+KNOWN, PECULIAR, VARIED = "known", "peculiar", "varied"  # the same people never in two of them
+CARDS = {
+    KNOWN: ("data/phantom_philips_volume.yaml", "data/phantom_ge_volume.yaml"),
+    PECULIAR: ("data/phantom_varied_philips.yaml", "data/phantom_varied_ge.yaml"),
+    VARIED: ("data/phantom_varied_volume.yaml",),
+}
 OUT = Path("runs/ablation/volume.csv")
 COLUMNS, NUMBERS = ("row", "seed", "made_of", "patient", "dice"), ("seed", "dice")
 SPACING_MM, SIZE = 4.5, 96
@@ -55,11 +60,14 @@ ALONE: Mapping[str, Sequence[str]] = {
 }
 EVERYTHING = tuple(dict.fromkeys(name for names in ALONE.values() for name in names))
 OTHERS: Mapping[str, tuple[Sequence[str], dict[str, Any]]] = {
+    "varied_anatomy": ((), {"seen": PECULIAR}),
     "everything": (EVERYTHING, {}),
     "everything_but_contrast": (tuple(name for name in EVERYTHING if name != "contrast"), {}),
-    "everything_without_neighbours": (EVERYTHING, {"neighbours": 0}),
+    "everything_but_thickness": (tuple(name for name in EVERYTHING if name != "thickness"), {}),
+    "everything_without_neighbours": (EVERYTHING, {"neighbours": 0}),  # nor thickness, which needs them
     "everything_with_two_neighbours": (EVERYTHING, {"neighbours": 2}),
-    "everything_on_varied_scans": (EVERYTHING, {"varied": True}),
+    "everything_on_varied_anatomy": (EVERYTHING, {"seen": PECULIAR}),
+    "everything_on_varied_scans": (EVERYTHING, {"seen": VARIED}),
 }
 ROWS: Mapping[str, tuple[Sequence[str], dict[str, Any]]] = {
     NOTHING: ((), {}),
@@ -75,7 +83,11 @@ def experiment_of(row: str, seed: int, steps: int, width: int) -> Experiment:
     values["seed"] = seed
     for name, key in IN_PIXELS.items():
         values["augment"][name][key] *= values["data"]["spacing_mm"][0] / SPACING_MM
-    values["data"] |= {"datasets": [*map(str, KNOWN), str(VARIED)], "spacing_mm": [SPACING_MM] * 2, "size": SIZE}
+    values["data"] |= {
+        "datasets": [card for cards in CARDS.values() for card in cards],
+        "spacing_mm": [SPACING_MM] * 2,
+        "size": SIZE,
+    }
     values["data"] |= {"neighbours": other.get("neighbours", 1)}
     values["model"] |= {"width": width}
     values["augment"] = {key: value if key in names else None for key, value in values["augment"].items()}
@@ -92,23 +104,25 @@ def split_of_shipped() -> dict[str, list[str]]:
 def made_of(row: str, steps: int, width: int) -> str:
     """What a row's figures depend on besides the seed and the code, as 12 hexadecimal digits."""
     settings = experiment_of(row, 0, steps, width).model_dump(mode="json")
-    cards = [read_yaml(path) for path in (*KNOWN, VARIED)]
-    return digest([settings, bool(ROWS[row][1].get("varied")), cards, split_of_shipped()])[:12]
+    cards = [read_yaml(Path(card)) for cards in CARDS.values() for card in cards]
+    return digest([settings, ROWS[row][1].get("seen", KNOWN), cards, split_of_shipped()])[:12]
 
 
 def dice_of(row: str, seed: int, steps: int, width: int, sets: Sequence[ShardSet]) -> dict[str, float]:
     """Trains a row's network and returns its Dice on every patient measured on, by id, on the network's grid.
 
     Args:
-        sets: of the known cards and the varied one.
+        sets: of the cards, in their order.
     """
     experiment = experiment_of(row, seed, steps, width)
     data, train, split = experiment.data, experiment.train, split_of_shipped()
-    *known, varied = sets
+    in_order = iter(sets)
+    of_kind = {kind: [next(in_order) for _ in cards] for kind, cards in CARDS.items()}
+    (varied,) = of_kind[VARIED]
     measured = varied.of(split["validation"])
-    seen = [line for shards in known for line in _lines(shards)]
-    if ROWS[row][1].get("varied"):  # as many as of the known scanners
-        seen = _lines(varied.of(split["train"]))[: len(seen)]
+    of_kind[VARIED] = [varied.of(split["train"])]
+    seen = [line for shards in of_kind[ROWS[row][1].get("seen", KNOWN)] for line in _lines(shards)]
+    seen = seen[: sum(len(shards.rows) for shards in of_kind[KNOWN])]  # as many as of the known scanners
     reading = pipeline.Reading(
         data.size, data.neighbours, data.normalise, data.clip_percentiles, None,
         [patient for patient, _, _ in seen], experiment.augment.contrast is not None,

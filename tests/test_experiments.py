@@ -234,8 +234,7 @@ def small_ablation(trained, study, monkeypatch, tmp_path):
     config.write_text((ROOT / ablation.CONFIG).read_text())
     monkeypatch.chdir(study)
     monkeypatch.setattr(ablation, "CONFIG", config)
-    monkeypatch.setattr(ablation, "KNOWN", (Path("cards/a.yaml"),))
-    monkeypatch.setattr(ablation, "VARIED", Path("cards/b.yaml"))
+    monkeypatch.setattr(ablation, "CARDS", {"known": ("cards/a.yaml",), "peculiar": (), "varied": ("cards/b.yaml",)})
     monkeypatch.setattr(ablation, "OUT", tmp_path / "ablation.csv")
     monkeypatch.setattr(ablation, "shipped_model", lambda task: trained / "model")
     return json.loads((trained / "model/model.json").read_text())["provenance"]["split"]
@@ -276,8 +275,22 @@ def test_the_ablation_learns_and_is_measured_on_validation_patients_alone(small_
     varied = ablation.dice_of("everything_on_varied_scans", 1, 1, 4, sets)
     assert set(little) == set(more) == set(varied) == {name for name in split["validation"] if name.startswith("b-")}
     assert np.mean(list(more.values())) > 0.5 > np.mean(list(little.values()))
-    known, of_b = {row["patient"] for row in sets[0].rows}, {n for n in split["train"] if n.startswith("b-")}
-    assert trained_on == [known, known, of_b] and all(name.startswith("a-") for name in known)
+    of_a, of_b = {row["patient"] for row in sets[0].rows}, {n for n in split["train"] if n.startswith("b-")}
+    assert trained_on == [of_a, of_a, of_b] and all(name.startswith("a-") for name in of_a)
+
+
+def test_a_row_on_varied_anatomy_learns_from_as_many_patients_of_its_own(small_ablation, monkeypatch):
+    known, varied = prepare(ablation.experiment_of("nothing", 0, 1, 4).data)
+    peculiar = varied.of(small_ablation["train"])
+    few = known.of([row["patient"] for row in known.rows[:2]])
+    monkeypatch.setattr(ablation, "CARDS", {"known": ("a",), "peculiar": ("b",), "varied": ("b",)})
+    trained_on = []
+    monkeypatch.setattr(ablation.pipeline, "training_batches", lambda files, *_: trained_on.append(files) or 1 / 0)
+    for row in ("varied_anatomy", "everything_on_varied_anatomy", "nothing"):
+        with pytest.raises(ZeroDivisionError):
+            ablation.dice_of(row, 0, 1, 4, [few, peculiar, varied])
+    files = [[shards.folder / row["file"] for row in shards.rows[:2]] for shards in (peculiar, few)]
+    assert trained_on == [files[0], files[0], files[1]]
 
 
 def test_the_ablation_goes_on_and_gives_differences_to_nothing_of_the_same_seed(small_ablation, monkeypatch, capsys):

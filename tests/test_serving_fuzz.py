@@ -341,8 +341,11 @@ class TwoOwners(RuleBasedStateMachine):
         return protocol.job_key(self.owners[owner], self.scans[which].submit, self.model)
 
     def about(self, asker: int, message: Any, job: bytes) -> list[Any]:
-        """What the asker hears of a job up to the answer."""
-        return [one for one in ask(self.peers[asker], message) if getattr(one, "job", None) == job]
+        """What the asker hears of a job, without what its worker says around an answer that leaves the job running."""
+        heard = [one for one in ask(self.peers[asker], message) if getattr(one, "job", None) == job]
+        if isinstance(message, protocol.Chunk | protocol.Fetch) and job in self.order[asker]:
+            return [one for one in heard if not isinstance(one, protocol.Progress | protocol.Done)]
+        return heard
 
     def error(self, answers: list[Any], code: str) -> None:
         assert answers, f"expected {code}"

@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -129,6 +128,7 @@ class Scanner:
         contour_jitter: masks deviate as an operator's do.
         at: where in the liver's height the stack's middle lies, 0 for the tip and 1 for the dome; None for where it
             shows most of the liver.
+        varied: its patients have peculiarities (`lvseg.phantom.variety`).
     """
 
     name: str
@@ -148,11 +148,11 @@ class Scanner:
     breathes: bool = True
     contour_jitter: bool = False
     at: float | None = None
-    varied: ClassVar[bool] = False
+    varied: bool = False
 
     def image(self, seed: int, number: int) -> Scan:
         """Draws a patient and scans it."""
-        return image_patient(draw_anatomy(seed, number), self)
+        return image_patient(draw_anatomy(seed, number, self.varied), self)
 
 
 SCANNERS: Mapping[str, Scanner] = {

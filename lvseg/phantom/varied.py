@@ -1,8 +1,8 @@
-"""Patients with peculiarities, each under a scanner and a protocol of its own: what networks for any scanner learn.
+"""Patients with peculiarities, most under a scanner and a protocol of their own: what networks for any scanner learn.
 
 Field strength, sequence, resolution, slices and how much of the liver they show, noise, coils and how the scanner
 stores its axes are drawn for every patient, from ranges of abdominal gradient echoes in use; none of them is a protocol
-of `lvseg.phantom.scanners`.
+of `lvseg.phantom.scanners`. `varied_philips` and `varied_ge` are such patients under two of those.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from lvseg.phantom.patients import draw_anatomy, random_stream
 from lvseg.phantom.physics import opposed_phase_echo_s
 from lvseg.phantom.scan import Scan
-from lvseg.phantom.scanners import FAT_FRACTION, VOLUME, Scanner, Sequence, image_patient
+from lvseg.phantom.scanners import FAT_FRACTION, SCANNERS, VOLUME, Scanner, Sequence, image_patient
 
 SLICE_MM = {VOLUME: (3.0, 9.0), FAT_FRACTION: (4.0, 11.0)}
 COVERED_MM, SLAB_MM, SLAB_SHARE = (200.0, 260.0), (60.0, 120.0), 0.2
@@ -47,12 +47,14 @@ class VariedScanner:
         return image_patient(draw_anatomy(seed, number, varied=True), scanner)
 
 
-PROTOCOLS: Mapping[str, VariedScanner] = {
+PROTOCOLS: Mapping[str, VariedScanner | Scanner] = {
     protocol.name: protocol
     for protocol in (
         VariedScanner("varied_volume", VOLUME),
         VariedScanner("varied_opposed", VOLUME, opposed=True),
         VariedScanner("varied_fat", FAT_FRACTION),
+        replace(SCANNERS["philips_volume"], name="varied_philips", varied=True),
+        replace(SCANNERS["ge_volume"], name="varied_ge", varied=True),
     )
 }
 
