@@ -14,9 +14,8 @@ patients of the model's own training are never read.
 from __future__ import annotations
 
 import argparse
-import hashlib
+import functools
 import json
-import math
 import sys
 import tempfile
 import time
@@ -29,11 +28,13 @@ import numpy as np
 
 from lvseg import command
 from lvseg.cards import check_classes, load_card
-from lvseg.config import Data, Experiment
+from lvseg.config import Experiment
 from lvseg.errors import InputError
 from lvseg.keys import check_keys, digest
-from lvseg.predict import Segmenter, newest_version
-from lvseg.prepare import ShardSet, prepare
+from lvseg.predict import Segmenter, newest_version, version_of
+from lvseg.prepare import prepare
+from lvseg.replay import CHECKED, Volumes, check_not_known, known, left_out, spread
+from lvseg.quality import mirrors
 from lvseg.suggest import agreement_with_itself, look, suggest, write_own_masks
 
 if TYPE_CHECKING:
@@ -41,13 +42,13 @@ if TYPE_CHECKING:
     from lvseg.step import Step
 
 STEPS, CHECK_EVERY, PATIENCE = 150, 50, 2
+LEAST_STEPS = 25  # after which a version may be written, however little time there is
 LEARNING_RATE = 3.0e-4
 MOST_MINUTES = 4.5  # with start and reading, five
-REPLAYED, KNOWN_CHECKED = 24, 12  # patients of those that the model was trained on, and chosen by
-KNOWN_SLICES = 16  # at most, of each scan of known patients, evenly spread: a check reads them before and after alike
-LEAST_TO_LEAVE_OUT, LEFT_OUT_SHARE = 4, 0.25
+# Slices that a check reads of a group of patients, at most, evenly spread over each scan, and before and after alike.
+CHECKED_SLICES = {"left_out": 128, "adapted_on": 128, "known": 192}
 ENOUGH, MOST_FORGOTTEN = 0.001, 0.01  # Dice that a check has to gain, and that known patients may lose
-LEAST_AGREEMENT = 0.9  # Dice of a scan's mask with that of its mirror image, for the mask to be learned from
+LEAST_TRUST = 0.85  # of a mask by the model itself, to be learned from: 1 less `quality.doubt`
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Plan:
     Args:
         steps: at most; minutes: of training and checks, at most.
         learning_rate: where it begins; at the last of `steps` it is 0.
-        replay: cards instead of those that the model was trained on, or none of them; None for the model's own.
+        replay: cards instead of those that the model was trained on, of patients that it knows or not, or none of them;
+            None for the model's own.
         seed: of order, augmentation and dropout.
     """
 
@@ -66,28 +68,6 @@ class Plan:
     learning_rate: float = LEARNING_RATE
     replay: tuple[Path, ...] | None = None
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Volumes:
-    """Shards of chosen patients: (patient, file, slices) each, in the order of the manifests."""
-
-    rows: tuple[tuple[str, Path, int], ...]
-
-    @property
-    def patients(self) -> list[str]:
-        """Their ids, sorted."""
-        return sorted({patient for patient, _, _ in self.rows})
-
-    @property
-    def files(self) -> list[Path]:
-        """Their shards."""
-        return [file for _, file, _ in self.rows]
-
-    @property
-    def slices(self) -> int:
-        """How many slices they hold together."""
-        return sum(slices for _, _, slices in self.rows)
 
 
 def adapt(
@@ -100,21 +80,23 @@ def adapt(
         patients: ids of the cards' patients to use, None for all.
 
     Returns:
-        What was measured: `left_out`, `adapted_on` and `known`, each with `patients` and their mean Dice `before` and
-        `after`, `known` also the most `slices_a_scan` that were read; `steps`, `minutes`, and `version`, the folder
-        that was written, or None.
+        What was measured: `left_out`, `adapted_on` and `known`, each with `patients`, how many slices of each scan were
+        read at most (`slices_a_scan`), and their mean Dice `before` and `after`; `steps`, of those `steps_done`, what
+        it was `ended_by` ("steps", "minutes" or "no gain"), `minutes`, and `version`, the folder written, or None.
 
     Raises:
         InputError: BAD_MODEL for a model without its experiment or of several, and for cards of another task or other
-            classes; BAD_SPLIT for patients that the model knows, unless from an adaptation; NOT_FOUND for patients that
-            are not there; what preparation says.
+            classes; BAD_SPLIT for patients that the model knows, unless from an adaptation, and for nobody to learn
+            from; NOT_FOUND for patients that are not there; DUPLICATE_SCAN for scans that the model's datasets have;
+            BAD_OUTPUT for `out`; what preparation says.
     """
     plan = plan or Plan()
     info = _info(model)
+    _check_out(out)
     for path in cards:
         check_classes(path, info["task"], info["labels"])
     cluster, experiment = _cluster(info), _experiment(info, cards, plan)
-    every = _volumes(prepare(experiment.data))
+    every = Volumes.of_sets(prepare(experiment.data))
     chosen = every.patients if patients is None else list(dict.fromkeys(patients))
     if missing := sorted(set(chosen) - set(every.patients)):
         raise InputError(
@@ -126,21 +108,27 @@ def adapt(
     again = {name for study in earlier for name in study["patients"]}
     deciding = {name for study in earlier for name in study["left_out"]}
     fresh = set(chosen) - again - deciding
-    if known := sorted(fresh & {name for part in split.values() for name in part}):
+    if seen := sorted(fresh & {name for part in split.values() for name in part}):
         raise InputError(
-            "BAD_SPLIT", f"Expected patients that the model does not know, received {', '.join(known[:5])}."
+            "BAD_SPLIT", f"Expected patients that the model does not know, received {', '.join(seen[:5])}."
         )
     # Who decided about an earlier adaptation never trains a later one, and the other way round.
-    left_out = sorted(set(chosen) & deciding) or _left_out(sorted(fresh))
-    new = _of(every, set(chosen) - set(left_out))
+    spared = sorted(set(chosen) & deciding) or left_out(sorted(fresh))
+    new = every.of(set(chosen) - set(spared))
+    if not new.rows:
+        raise InputError(
+            "BAD_SPLIT",
+            f"Expected patients to learn from, received {', '.join(spared[:5]) or 'nobody'} alone, who decided about an"
+            " earlier adaptation and never train a later one.",
+        )
     study = {
         "cards": [load_card(path)[0].name for path in cards],
         "paths": [str(path) for path in cards],
         "cards_sha256": [digest(load_card(path)[0].model_dump(mode="json")) for path in cards],
         "patients": new.patients,
-        "left_out": left_out,
+        "left_out": spared,
     }
-    return _adapt(model, info, experiment, cluster, new, _of(every, set(left_out)), study, out, plan)
+    return _adapt(model, info, experiment, cluster, new, every.of(set(spared)), study, out, plan)
 
 
 def adapt_to_own_masks(
@@ -152,24 +140,31 @@ def adapt_to_own_masks(
         modality: "MR" or "CT", of all scans; None for what their files say, and for MR where they do not.
 
     Raises:
-        InputError: as `adapt`; NO_PATIENTS if the model agrees with itself on none of them.
+        InputError: as `adapt`; NO_PATIENTS if the model's mask of none of them can be trusted.
     """
     plan = plan or Plan()
     info = _info(model)
+    _check_out(out)
     cluster = _cluster(info)
     with tempfile.TemporaryDirectory() as folder:
-        cards, trusted = write_own_masks(Segmenter(model), scans, Path(folder), LEAST_AGREEMENT, modality)
+        cards, trusted = write_own_masks(Segmenter(model), scans, Path(folder), LEAST_TRUST, modality)
         if not trusted:
             raise InputError(
                 "NO_PATIENTS",
-                f"Expected scans on which the model agrees with itself, received {len(scans)} below a Dice of"
-                f" {LEAST_AGREEMENT} with their mirror images; segment the ones that --suggest names.",
+                f"Expected scans with a mask by the model that can be trusted to {LEAST_TRUST}, received {len(scans)}"
+                " without; segment the ones that --suggest names.",
             )
         experiment = _experiment(info, cards, plan, shards=Path(folder) / "shards")
-        new = _volumes(prepare(experiment.data))
+        new = Volumes.of_sets(prepare(experiment.data))
         study: dict[str, Any] = {"cards": [], "paths": [], "cards_sha256": [], "patients": [], "left_out": []}
         own_masks = {"own_masks": len(trusted)}
-        return _adapt(model, info, experiment, cluster, new, Volumes(()), study | own_masks, out, plan)
+        return _adapt(model, info, experiment, cluster, new, Volumes(), study | own_masks, out, plan)
+
+
+def _check_out(out: Path) -> None:
+    """What would be found out when all is done."""
+    if out.exists() and not out.is_dir():
+        raise InputError("BAD_OUTPUT", f"Expected --out to be a folder or nothing yet, received the file {out}.")
 
 
 def _info(model: Path) -> dict[str, Any]:
@@ -183,7 +178,7 @@ def _info(model: Path) -> dict[str, Any]:
         raise InputError(
             "BAD_MODEL", f"Expected a model of one network with its experiment, received {what} in {folder}."
         )
-    return info
+    return {"version": version_of(folder), **info}
 
 
 def _cluster(info: dict[str, Any]) -> Cluster:
@@ -231,57 +226,6 @@ def _experiment(info: dict[str, Any], cards: Sequence[Path], plan: Plan, shards:
     return check_keys(Experiment, values, "the model's experiment")
 
 
-def _volumes(sets: Sequence[ShardSet]) -> Volumes:
-    return Volumes(
-        tuple((row["patient"], shards.folder / row["file"], row["shape"][0]) for shards in sets for row in shards.rows)
-    )
-
-
-def _of(volumes: Volumes, patients: set[str]) -> Volumes:
-    return Volumes(tuple(row for row in volumes.rows if row[0] in patients))
-
-
-def _left_out(patients: Sequence[str]) -> list[str]:
-    """Those that decide, by a hash of their ids, where there are enough to spare some."""
-    if len(patients) < LEAST_TO_LEAVE_OUT:
-        return []
-    ordered = sorted(patients, key=lambda name: hashlib.sha256(f"left out {name}".encode()).hexdigest())
-    return sorted(ordered[: max(1, int(len(patients) * LEFT_OUT_SHARE))])
-
-
-def _known(info: dict[str, Any], data: Data, plan: Plan) -> tuple[Volumes, Volumes]:
-    """Patients that the model was trained on, to be replayed, and those that it was chosen by, to see what it forgets.
-
-    Simulated patients are made where they are missing, but no more than are needed.
-    """
-    named = info["experiment"]["data"]["datasets"] if plan.replay is None else [str(path) for path in plan.replay]
-    if not named:
-        return Volumes(()), Volumes(())
-    if missing := [path for path in named if not Path(path).is_file()]:
-        raise InputError(
-            "NOT_FOUND",
-            f"Expected the cards that the model was trained on, to replay them, received none at {missing[0]}; name"
-            " others with --replay, or none to do without, which forgets.",
-        )
-    own = data.model_copy(update={"datasets": named, "shards": info["experiment"]["data"]["shards"]})
-    simulated = sum(load_card(Path(path))[0].simulate is not None for path in named)
-    at_most = math.ceil(2 * (REPLAYED + KNOWN_CHECKED) / max(1, simulated))
-    every = _volumes(prepare(own, simulated_at_most=at_most))
-    split = info["provenance"]["split"]
-    parts = []
-    for part, most in (("train", REPLAYED), ("validation", KNOWN_CHECKED)):
-        there = [name for name in every.patients if name in set(split[part])]
-        spread = np.unique(np.linspace(0, len(there) - 1, min(most, len(there))).round().astype(int))
-        parts.append(_of(every, {there[index] for index in spread}))
-    if not parts[0].rows:
-        raise InputError(
-            "NOT_FOUND",
-            f"Expected patients that the model was trained on in {', '.join(named)}, received none of them; name other"
-            " cards with --replay, or none to do without, which forgets.",
-        )
-    return parts[0], parts[1]
-
-
 def _adapt(
     model: Path,
     info: dict[str, Any],
@@ -301,7 +245,10 @@ def _adapt(
 
     if experiment.train.deterministic:
         tf.config.experimental.enable_op_determinism()
-    replayed, known = _known(info, experiment.data, plan)
+    trained_on = check_keys(Experiment, info["experiment"], "the model's experiment").data
+    own = Volumes((*new.rows, *left_out.rows))
+    replayed, judging, every = known(info["provenance"], trained_on, experiment.data, plan.replay, set(own.patients))
+    check_not_known(own, every)
     train, scaling = experiment.train, info["input_scaling"]
     weights_of_encoder = info["provenance"].get("encoder_weights")
     step = Step(
@@ -309,15 +256,18 @@ def _adapt(
         weights_of_encoder and EncoderWeights(**weights_of_encoder),
     )  # fmt: skip
     step.model.set_weights(export.weights(newest_version(model)))
-    reading = _reading(experiment, info, (*new.patients, *left_out.patients, *replayed.patients, *known.patients))
+    reading = _reading(experiment, info, (*new.patients, *left_out.patients, *replayed.patients, *judging.patients))
 
-    groups = {"left_out": left_out, "adapted_on": new, "known": known}
+    groups = {"left_out": left_out, "adapted_on": new, "known": judging}
+    # Those of each group that a check reads.
+    read = {name: group.of(set(spread(group.patients, CHECKED))) for name, group in groups.items()}
+    measure = functools.partial(agreement_with_itself, mirrored=mirrors(info)) if "own_masks" in study else None
 
     def check() -> dict[str, float]:
-        return _check(step, groups, reading, own_masks="own_masks" in study)
+        return _check(step, read, reading, measure)
 
     def has_forgotten() -> bool:
-        return bool(known.rows) and checks[-1]["known"] < checks[0]["known"] - MOST_FORGOTTEN
+        return bool(judging.rows) and checks[-1]["known"] < checks[0]["known"] - MOST_FORGOTTEN
 
     started, done = time.monotonic(), 0
     checks = [check()]
@@ -325,7 +275,7 @@ def _adapt(
     first = kept = step.model.get_weights()
     best, interpolation = 0, 1.0
     batches = iter(_batches(experiment, new, replayed, reading))
-    deciding = "left_out" if left_out.rows else "adapted_on"
+    deciding, ended_by = "left_out" if left_out.rows else "adapted_on", "steps"
     for number in command.progress(range(1, train.steps + 1), "adapting"):
         step(next(batches))
         done, late = number, time.monotonic() - started + 2 * a_check_s > 60 * plan.minutes
@@ -343,20 +293,28 @@ def _adapt(
             step.model.set_weights(candidate)
             checks[-1] = check()
             step.model.set_weights(trained)
-        if not has_forgotten() and checks[-1][deciding] > checks[best][deciding] + ENOUGH:
+        is_better = checks[-1][deciding] > checks[best][deciding] + ENOUGH
+        if is_better and not has_forgotten() and number >= min(LEAST_STEPS, train.steps):
             best, kept = len(checks) - 1, candidate
             interpolation = 1.0 if candidate is trained else 0.5
+        if number == train.steps:
+            break
         if late or len(checks) - 1 - best >= PATIENCE:
+            ended_by = "minutes" if late else "no gain"
             break
     minutes = (time.monotonic() - started) / 60
     measured: dict[str, Any] = {
-        name: {"patients": len(group.patients), "before": checks[0][name], "after": checks[best][name]}
-        for name, group in groups.items()
+        name: {
+            "patients": len(group.patients),
+            "slices_a_scan": _slices_a_scan(name, group),
+            "before": checks[0][name],
+            "after": checks[best][name],
+        }
+        for name, group in read.items()
         if group.rows
     }
-    if known.rows:
-        measured["known"]["slices_a_scan"] = KNOWN_SLICES
-    measured |= {"steps": best * CHECK_EVERY if best < len(checks) - 1 else done if best else 0, "minutes": minutes}
+    taken = best * CHECK_EVERY if best < len(checks) - 1 else done if best else 0
+    measured |= {"steps": taken, "steps_done": done, "ended_by": ended_by, "minutes": minutes}
     if not best:
         return {**measured, "version": None}
     folder = export.next_version(out)
@@ -366,7 +324,7 @@ def _adapt(
     parent = {key: info.get(key) for key in ("name", "version", "weights_sha256", "measured")}
     made_by = {"from": parent, "seed": plan.seed, "interpolation": interpolation}  # between old and trained weights
     card = {
-        **{key: value for key, value in info.items() if key not in ("weights_sha256", "version")},
+        **{key: value for key, value in info.items() if key not in ("weights_sha256", "version", "quality")},
         "measured": measured,
         "experiment": {**info["experiment"], "data": {**data, "datasets": datasets}},
         "provenance": {
@@ -416,31 +374,30 @@ def _batches(experiment: Experiment, new: Volumes, replayed: Volumes, reading: A
     )
 
 
-def _check(step: Step, groups: dict[str, Volumes], reading: Any, own_masks: bool) -> dict[str, float]:
-    """Mean Dice over the patients of each group; of scans with the model's own masks, that with their mirror images."""
+def _slices_a_scan(name: str, group: Volumes) -> int:
+    """How many slices of each scan of a group a check reads, at most."""
+    return max(1, CHECKED_SLICES[name] // len(group.rows))
+
+
+def _check(step: Step, groups: dict[str, Volumes], reading: Any, measure: Any = None) -> dict[str, float]:
+    """Mean Dice over the patients of each group, or, of those adapted on, another measure."""
     return {
-        name: _mean_dice(
-            step,
-            group,
-            reading,
-            measure=agreement_with_itself if own_masks and name == "adapted_on" else None,
-            slices=KNOWN_SLICES if name == "known" else None,
-        )
+        name: _mean_dice(step, group, reading, measure if name == "adapted_on" else None, _slices_a_scan(name, group))
         for name, group in groups.items()
         if group.rows
     }
 
 
-def _mean_dice(step: Step, volumes: Volumes, reading: Any, measure: Any = None, slices: int | None = None) -> float:
-    """Mean over patients of their scans' Dice, of all slices together or of so many of them, evenly spread."""
+def _mean_dice(step: Step, volumes: Volumes, reading: Any, measure: Any, slices: int) -> float:
+    """Mean over patients of their scans' Dice, of at most so many slices of a scan, evenly spread, all together."""
     import tensorflow as tf
 
     from lvseg import metrics, pipeline
 
     found: dict[str, list[float]] = {}
-    samples = pipeline.volume_samples([file for _, file, _ in volumes.rows], reading)
-    for (patient, _, count), volume in zip(volumes.rows, samples, strict=True):
-        if slices is not None and count > slices:
+    samples = pipeline.volume_samples(volumes.files, reading)
+    for (patient, _, count, _), volume in zip(volumes.rows, samples, strict=True):
+        if count > slices:
             chosen = np.linspace(0, count - 1, slices).round().astype(np.int32)
             volume = pipeline.Samples(*(tf.gather(values, chosen) for values in volume))
         if measure is not None:
@@ -456,14 +413,17 @@ def print_measured(measured: dict[str, Any], own_masks: bool) -> None:
     """Prints what an adaptation changed, a line a group of patients."""
     names = {
         "left_out": "left out of the new study",
-        "adapted_on": "of the new study, mirrored" if own_masks else "adapted on",
-        "known": f"known before, {KNOWN_SLICES} slices a scan",
+        "adapted_on": "of the new study, changed" if own_masks else "adapted on",
+        "known": "known before",
     }
-    print(f"{'mean Dice of patients':<30}{'patients':>9}{'before':>8}{'after':>8}")
+    print(f"{'mean Dice of patients':<30}{'patients':>9}{'slices each':>13}{'before':>8}{'after':>8}")
     for name, text in names.items():
         if name in measured:
             row = measured[name]
-            print(f"{text:<30}{row['patients']:>9}{row['before']:>8.3f}{row['after']:>8.3f}")
+            slices = f"at most {row['slices_a_scan']}"
+            print(f"{text:<30}{row['patients']:>9}{slices:>13}{row['before']:>8.3f}{row['after']:>8.3f}")
+    if measured["ended_by"] == "minutes":
+        print(f"the time was up after {measured['steps_done']} steps; --minutes gives more")
     if measured["version"] is None:
         print("no better than before, so nothing is written; the model stays as it is")
     else:

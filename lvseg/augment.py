@@ -158,13 +158,13 @@ def elastic_field(displacement_px: tf.Tensor, size: int) -> tf.Tensor:
 def spline_surface(control: tf.Tensor, size: int) -> tf.Tensor:
     """Interpolates values at control points, float32 [B, D, G, G], to every pixel: float32 [B, size, size, D]."""
     # In float64, since GPUs may multiply float32 matrices as TF32, whose 10-bit mantissa moves pixels by hundredths.
-    spline = tf.constant(_spline_matrix(size, control.shape[-1]))
+    spline = tf.constant(spline_matrix(size, control.shape[-1]))
     surface = tf.einsum("rg,bdgh,ch->brcd", spline, tf.cast(control, tf.float64), spline)
     return tf.cast(surface, tf.float32)
 
 
 @functools.cache
-def _spline_matrix(size: int, grid: int) -> npt.NDArray[np.float64]:
+def spline_matrix(size: int, grid: int) -> npt.NDArray[np.float64]:
     """float64 [size, grid]: values at control points to values at pixels, prefilter and cubic B-spline in one."""
     position = np.linspace(0.0, grid - 1.0, size)
     basis = np.zeros((size, grid))

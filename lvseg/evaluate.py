@@ -35,7 +35,6 @@ from lvseg.volume import Array, Volume
 SPLITS = ("validation", "test")
 EXTERNAL = "external"  # scans of other datasets than the run's
 REPORT = "report"
-CALIBRATION = "quality.json"
 CALIBRATION_KINDS = 3
 CALIBRATION_SCANS = 20  # more take minutes and tell nothing new
 PROVENANCE = (
@@ -407,14 +406,14 @@ def _of_scans(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def calibrate(study: Study, options: Options) -> dict[str, Any] | None:
     """What features say of Dice, fitted once on the run's validation patients and kept beside its model."""
-    path = study.run / CALIBRATION
+    path = study.run / quality.FILE
     every = _scans(study.run, "validation", study.manifest)
     chosen = np.unique(np.linspace(0, len(every) - 1, min(len(every), CALIBRATION_SCANS)).round().astype(int))
     validation = [every[index] for index in chosen]
     made = {
         "weights_sha256": study.segmenter.info["weights_sha256"],
         "scans": [f"{scan.card.name} {scan.patient} {scan.study}" for scan in validation],
-        "postprocessing": None if options.postprocessing is None else list(options.postprocessing),
+        "postprocessing": list(quality.steps(options.postprocessing, study.segmenter.info)),
     }
     if path.is_file():
         kept = read_yaml(path)

@@ -20,7 +20,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from lvseg import command, preprocess
+from lvseg import command, preprocess, quality
 from lvseg.errors import InputError
 from lvseg.optimiser import tf_variable
 from lvseg.postprocess import STEPS
@@ -246,6 +246,8 @@ def publish(
 ) -> Path:
     """Writes a model, or the ensemble of several, to the next free version folder and returns it.
 
+    A run that was evaluated gives its calibration of the expected Dice along, as `quality` of the card.
+
     Args:
         models: their folders, such as <run>/model; out: models/<task>, the version folder is made in it.
         postprocessing: of `postprocess.STEPS`, which whoever uses the model applies; None for what its card says.
@@ -272,10 +274,13 @@ def publish(
             export_with_odds(models[0], foreground_odds, temporary)
         else:
             shutil.copytree(models[0], temporary)
+        path = temporary / "model.json"
+        card = json.loads(path.read_text(encoding="utf-8"))
         if postprocessing is not None:
-            path = temporary / "model.json"
-            card = json.loads(path.read_text(encoding="utf-8")) | {"postprocessing": list(postprocessing)}
-            path.write_text(json.dumps(card, indent=1), encoding="utf-8")
+            card["postprocessing"] = list(postprocessing)
+        if len(models) == 1 and (calibration := quality.of_run(models[0].parent, card)):
+            card["quality"] = calibration
+        path.write_text(json.dumps(card, indent=1), encoding="utf-8")
     return folder
 
 

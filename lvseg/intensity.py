@@ -127,13 +127,13 @@ def _ghosted(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: 
     size = stacks.shape[1]
     # int64, whose arithmetic stays on a GPU.
     by = tf.cast(tf.round((0.15 + 0.35 * drawn[:, 0]) * size), tf.int64)[:, tf.newaxis]
-    ghosts = tf.zeros_like(stacks)
+    along_rows, ghosts = (drawn[:, 1] < 0.5)[:, tf.newaxis], tf.zeros_like(stacks)
     for sign in (1, -1):
-        index = tf.math.floormod(np.arange(size) - sign * by, size)
-        rows = tf.gather(stacks, index, axis=1, batch_dims=1)
-        columns = tf.gather(stacks, index, axis=2, batch_dims=1)
-        along_rows = (drawn[:, 1] < 0.5)[:, tf.newaxis, tf.newaxis, tf.newaxis]
-        ghosts += 0.5 * (tf.where(along_rows, rows, columns) - low)
+        there = np.arange(size, dtype=np.int64)
+        index = tf.math.floormod(there - sign * by, size)
+        moved = tf.gather(stacks, tf.where(along_rows, index, there), axis=1, batch_dims=1)
+        moved = tf.gather(moved, tf.where(along_rows, there, index), axis=2, batch_dims=1)
+        ghosts += 0.5 * (moved - low)
     return _where(share, stacks + draws.of_sample(share) * (ghosts - (stacks - low)), stacks)
 
 

@@ -103,6 +103,11 @@ def newest_version(model: Path) -> Path:
     return max(versions, key=lambda path: int(path.name))
 
 
+def version_of(folder: Path) -> int | None:
+    """The version that a model's folder is named after, if it is."""
+    return int(folder.name) if VERSION.fullmatch(folder.name) else None
+
+
 def read_scan(path: Path, task: str, series: str | None = None) -> Volume:
     """Reads what a model of a task sees: for fat fractions also of a folder or zip with a water and a fat image.
 
@@ -154,7 +159,7 @@ class Segmenter:
                 f"Expected a model that lvseg.export wrote, received a damaged or foreign one in {folder}"
                 f" ({type(error).__name__}).",
             ) from error
-        self.info.setdefault("version", int(folder.name) if VERSION.fullmatch(folder.name) else None)
+        self.info.setdefault("version", version_of(folder))
 
     @property
     def algorithm(self) -> Algorithm:
@@ -185,7 +190,7 @@ class Segmenter:
         """
         import tensorflow as tf
 
-        from lvseg.preprocess import AXIS_PERMUTATIONS, windowed
+        from lvseg.preprocess import AXIS_PERMUTATIONS, windowed, without_padding
 
         image = waterfat.from_series(scan) if self.info["task"] == FAT_FRACTION_TASK else scan
         canonical = image.canonical()
@@ -196,6 +201,7 @@ class Segmenter:
             raise InputError("DIMS_LIMIT", f"Expected at most {SLICES_MAX} slices, received {slices} in {name}.")
         modality = modality or scan.metadata.get("modality")
         voxels = np.ascontiguousarray(intensities(canonical).transpose(permutation))
+        voxels, padding = without_padding(voxels)
         is_ct, hu_like = modality == "CT", bool(voxels.min() < LEAST_MR)
         voxels = windowed(voxels, modality, self.info.get("ct_window_hu"))
         if voxels.min() == voxels.max():
@@ -223,6 +229,10 @@ class Segmenter:
             labels = postprocess(labels, steps)
         mask = scan.from_canonical(labels.transpose(np.argsort(permutation)))
         measurements = self._measure(image, mask, cut_tissue(voxels, spacing_mm.numpy(), self.info))
+        if padding is not None:
+            measurements["flags"].append(
+                f"voxels of {padding:g}, far below all others, were taken for padding and not for tissue"
+            )
         if hu_like and not is_ct:
             measurements["flags"].append("voxels look like Hounsfield units; if it is a CT, say so (--modality ct)")
         if is_ct and not hu_like:

@@ -313,9 +313,8 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data, root: Path | 
     voxels = canonical.voxels.transpose(permutation)
     slice_mm, row_mm, column_mm = (canonical.spacing_mm[axis] for axis in permutation)
     spacing_mm = tf.constant([slice_mm, row_mm, column_mm], tf.float32)
-    intensities = tf.constant(
-        preprocess.windowed(as_float32(voxels, image.source), scan.card.modality, data.ct_window_hu)
-    )
+    own, _ = preprocess.without_padding(as_float32(voxels, image.source))
+    intensities = tf.constant(preprocess.windowed(own, scan.card.modality, data.ct_window_hu))
     statistics = preprocess.statistics(intensities)
     target = data.spacing_mm
 

@@ -24,6 +24,7 @@ Normalisation = Literal["none", "slice", "patient", "global"]
 AXIS_PERMUTATIONS = {"transversal": (0, 1, 2), "coronal": (1, 0, 2), "sagittal": (2, 0, 1)}
 # Percentiles kept of every scan, in percent: a table every clipping choice is read from without seeing the scan again.
 PERCENTILE_STEPS = 1000
+LEAST_PADDED = 0.01  # of all voxels, for a value far below 0 to be padding
 _BLOCK_SLICES = 4
 
 
@@ -37,6 +38,30 @@ def windowed(voxels: Array, modality: str | None, ct_window_hu: Sequence[float] 
         return voxels
     low, high = ct_window_hu
     return np.clip(voxels, low, high)
+
+
+def without_padding(voxels: Array) -> tuple[Array, float | None]:
+    """Voxels whose padding, which would be taken for the darkest tissue, has the lowest intensity of the rest.
+
+    Padding is one value below 0 that a hundredth of the voxels or more have, further below all others than those are
+    apart.
+
+    Args:
+        voxels: float32 of any shape.
+
+    Returns:
+        The voxels, and the value that was padding, or None.
+    """
+    lowest = float(voxels.min())
+    if lowest >= 0:
+        return voxels, None
+    inside = voxels > lowest
+    if inside.mean() > 1 - LEAST_PADDED or not inside.any():
+        return voxels, None
+    rest = voxels[inside]
+    if not 0 < rest.max() - rest.min() < rest.min() - lowest:
+        return voxels, None
+    return np.where(inside, voxels, rest.min()), lowest
 
 
 class Statistics(NamedTuple):

@@ -12,14 +12,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
+from lvseg.keys import read_yaml
 from lvseg.predict import Segmentation, Segmenter
 from lvseg.volume import Array
 
+FILE = "quality.json"  # of a run
 GAMMA = 1.3
 SHIFT_SHARE = 0.06  # of the picture's size; beyond the reach of a pooling's grid
 LEAST_SCANS = 8
@@ -63,14 +66,12 @@ def features(segmenter: Segmenter, answer: Segmentation) -> dict[str, float] | N
     if not mask.any():
         return None
     shift = max(1, round(SHIFT_SHARE * slices.shape[1]))
-    low, high = float(slices.min()), float(np.percentile(slices, 99.5))
-    scaled = np.clip((slices - low) / max(high - low, 1e-6), 0, None)
     changed = {
         "mirrored_dice": segmenter.foreground(slices[:, :, ::-1])[:, :, ::-1],
-        "contrast_dice": segmenter.foreground(low + (high - low) * scaled**GAMMA),
-        "shifted_dice": _shifted(segmenter.foreground(_shifted(slices, shift)), -shift),
+        "contrast_dice": segmenter.foreground(bent(slices)),
+        "shifted_dice": shifted(segmenter.foreground(shifted(slices, shift)), -shift),
     }
-    within = _shifted(_shifted(np.ones_like(mask), shift), -shift)
+    within = shifted(shifted(np.ones_like(mask), shift), -shift)
     sizes = np.bincount(ndimage.label(mask)[0].ravel())[1:]
     filled = sum(int(np.count_nonzero(ndimage.binary_fill_holes(plane))) for plane in mask)
     pairs = [_dice(one, other) for one, other in itertools.pairwise(mask) if (one | other).any()]
@@ -150,6 +151,47 @@ def expected(calibration: Mapping[str, Any], found: Mapping[str, float] | None) 
     return value, [REASONS[FEATURES[index]] for index in against if pulls[index] > 0.25]
 
 
+def steps(chosen: Sequence[str] | None, card: Mapping[str, Any]) -> Sequence[str]:
+    """The postprocessing that masks undergo: what was chosen, or else what the model's card says."""
+    return card.get("postprocessing", ()) if chosen is None else chosen
+
+
+def of_run(run: Path, card: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The calibration that an evaluation left in a run's folder, if it is of the model and postprocessing of a card."""
+    if not (run / FILE).is_file():
+        return None
+    kept = read_yaml(run / FILE)
+    made_for = (kept.get("weights_sha256"), kept.get("postprocessing"))
+    return kept.get("calibration") if made_for == (card["weights_sha256"], list(steps(None, card))) else None
+
+
+def doubt(found: Mapping[str, float] | None, calibration: Mapping[str, Any] | None, mirrored: bool) -> float:
+    """How little a mask is to be trusted, 0 to 1: what is missing to the expected Dice, or to agreement with itself.
+
+    Args:
+        found: of `features`.
+        calibration: of `fit`; None where there is none, for the mean of the agreeing features.
+        mirrored: whether the network has seen mirrored scans, and so has to agree with itself on them.
+    """
+    if found is None:
+        return 1.0
+    if calibration is not None:
+        return 1.0 - expected(calibration, found)[0]
+    return 1.0 - float(np.mean([found[name] for name in AGREEING if mirrored or name != "mirrored_dice"]))
+
+
+def mirrors(info: Mapping[str, Any]) -> bool:
+    """Whether a model, by its card, was trained on slices mirrored from left to right."""
+    flip = info.get("experiment", {}).get("augment", {}).get("flip")
+    return bool(flip and flip["columns"])
+
+
+def bent(slices: Array) -> Array:
+    """Slices at another contrast: bent between their lowest and nearly their highest intensity."""
+    low, high = float(slices.min()), float(np.percentile(slices, 99.5))
+    return low + (high - low) * np.clip((slices - low) / max(high - low, 1e-6), 0, None) ** GAMMA
+
+
 def _row(found: Mapping[str, float], usual: Mapping[str, Mapping[str, float]]) -> list[float]:
     """Features on scales where equal steps mean about equal factors of the Dice error."""
     volume = (math.log(found["volume_ml"]) if found["volume_ml"] > 0 else -10.0) - usual["volume"]["median"]
@@ -190,7 +232,7 @@ def _dice(one: Array, other: Array) -> float:
     return 2 * int((one & other).sum()) / total if total else 1.0
 
 
-def _shifted(slices: Array, by: int) -> Array:
+def shifted(slices: Array, by: int) -> Array:
     """Moved by as many pixels down and right; what comes in is the edge's."""
     size = slices.shape[1]
     index = np.clip(np.arange(size) - by, 0, size - 1)

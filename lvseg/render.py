@@ -103,13 +103,14 @@ def contrast(
     # XLA would compute the table anew at every pixel that looks it up, which takes a third longer
     # (benchmarks/render.py); a product of matrices, here with 1, it computes once.
     table = tf.cast(tf.matmul(table, tf.eye(table.shape[-1], dtype=tf.float64)), tf.float32)
-    # GPUs have gather kernels for int32 but none for the narrower integers.
-    tissues = tf.cast(tissues, tf.int32)
-    picked = tf.gather(table, tissues, batch_dims=1)
+    # Channels first, so that rows of pixels are worked on together. GPUs have gather kernels for int32 but none for the
+    # narrower integers. With a frame, pixels at the edge have neighbours like any other.
+    framed = tf.cast(_framed(tf.transpose(tissues, [0, 3, 1, 2])), tf.int32)
+    picked = tf.gather(table, framed, batch_dims=1)
     control = draws.normal_of_each(draws.of_stream(seeds, draws.TEXTURE_STREAM), channels * TEXTURE_GRID**2)
     control = tf.reshape(tf.cast(control, tf.float32), [-1, channels, TEXTURE_GRID, TEXTURE_GRID])
-    texture = augment.spline_surface(control, size)
-    rough = tf.maximum(1.0 + picked[..., 2] * texture, 0.0)
+    spline = tf.constant(np.pad(augment.spline_matrix(size, TEXTURE_GRID), ((1, 1), (0, 0)), "edge"), tf.float32)
+    rough = tf.maximum(1.0 + picked[..., 2] * tf.einsum("rg,bdgh,ch->bdrc", spline, control, spline), 0.0)
     share = draws.of_sample(partial_volume * chosen[:, 3])
     real, imaginary = (_shared(picked[..., part] * rough, share) for part in (0, 1))
     rendered = tf.sqrt(real * real + imaginary * imaginary)
@@ -117,6 +118,7 @@ def contrast(
         shown = 100.0 * tf.minimum(rendered, 1.0)
     else:
         shown = low + (high - low) * (rendered / _bright(rendered) * draws.of_sample(0.8 + 0.5 * chosen[:, 2]))
+    shown = tf.transpose(shown, [0, 2, 3, 1])
     has_map = tf.reduce_max(tf.cast(tissues, tf.float32), axis=[1, 2, 3]) > float(Tissue.AIR)
     is_rendered = has_map & (chosen[:, 0] < probability)
     return tf.where(is_rendered[:, tf.newaxis, tf.newaxis, tf.newaxis], shown, stacks)
@@ -218,13 +220,18 @@ def _in_phase(signal: tf.Tensor) -> tf.Tensor:
 
 
 def _shared(images: tf.Tensor, share: tf.Tensor) -> tf.Tensor:
-    """Images [B, size, size, C] whose pixels get a share, float32 [B, 1, 1, 1], from either neighbour, both ways."""
-    before = tf.concat([images[:, :1], images[:, :-1]], axis=1)
-    after = tf.concat([images[:, 1:], images[:, -1:]], axis=1)
-    images += share * (before + after - 2.0 * images)
-    before = tf.concat([images[:, :, :1], images[:, :, :-1]], axis=2)
-    after = tf.concat([images[:, :, 1:], images[:, :, -1:]], axis=2)
-    return images + share * (before + after - 2.0 * images)
+    """Images [B, C, size + 2, size + 2] without their frame: [B, C, size, size]; pixels get a share, float32
+    [B, 1, 1, 1], from either neighbour, both ways."""
+    own = images[:, :, 1:-1]
+    images = own + share * (images[:, :, :-2] + images[:, :, 2:] - 2.0 * own)
+    own = images[..., 1:-1]
+    return own + share * (images[..., :-2] + images[..., 2:] - 2.0 * own)
+
+
+def _framed(maps: tf.Tensor) -> tf.Tensor:
+    """Maps [B, C, H, W] with their outermost pixels once more on every side: [B, C, H + 2, W + 2]."""
+    maps = tf.concat([maps[:, :, :1], maps, maps[:, :, -1:]], axis=2)
+    return tf.concat([maps[..., :1], maps, maps[..., -1:]], axis=3)
 
 
 def _random(seeds: tf.Tensor) -> tf.Tensor:
@@ -244,13 +251,13 @@ def _random(seeds: tf.Tensor) -> tf.Tensor:
 
 
 def _bright(rendered: tf.Tensor) -> tf.Tensor:
-    """Of each sample the intensity that few pixels exceed: float32 [B, 1, 1, 1], above 0."""
-    some = rendered[:, ::STEP, ::STEP]
+    """Of each sample, [B, C, size, size], the intensity that few pixels exceed: float32 [B, 1, 1, 1], above 0."""
+    some = rendered[..., ::STEP, ::STEP]
     some = tf.reshape(some, [-1, math.prod(some.shape[1:])])
     values = tf.sort(some, axis=1)
     bright = values[:, round((1.0 - BRIGHT_SHARE) * (values.shape[1] - 1))]
     # A slice that shows next to nothing of the body, or of its fat alone, is not blown up to all of the range.
-    bright = tf.maximum(bright, 0.5 * tf.reduce_max(values, axis=1))
+    bright = tf.maximum(bright, 0.5 * tf.reduce_max(rendered, axis=[1, 2, 3]))
     return tf.maximum(bright, 1e-6)[:, tf.newaxis, tf.newaxis, tf.newaxis]
 
 

@@ -1,8 +1,9 @@
 """What can be told of scans that nobody segmented: how unsure a model is of them, and which are most worth segmenting.
 
-Doubt is what is missing to a Dice of 1 between a scan's mask and those of the scan mirrored, at another contrast and
-shifted, and between neighbouring slices (`lvseg.quality`). Those to segment are chosen one after another, each the one
-whose doubt times its distance from all chosen before is largest, so that no two of them are alike.
+Doubt is what is missing to the expected Dice (`lvseg.quality`) where the model's card has the calibration, or else to
+a Dice of 1 between a scan's mask and those of the scan at another contrast, shifted and, for a network that has seen
+such scans, mirrored, and between neighbouring slices. Those to segment are chosen one after another, each the one whose
+doubt times its distance from all chosen before is largest, so that no two of them are alike.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def look(segmenter: Segmenter, scans: Sequence[Path], modality: str | None = Non
     found = []
     for path, volume, answer in _segmented(segmenter, scans, modality, "looking"):
         own = quality.features(segmenter, answer)
-        doubt = 1.0 if own is None else 1.0 - float(np.mean([own[name] for name in quality.AGREEING]))
+        doubt = quality.doubt(own, segmenter.info.get("quality"), quality.mirrors(segmenter.info))
         found.append(Look(path, doubt, _features(answer.slices, _spacing_mm(segmenter, volume), own)))
     if not found:
         raise InputError("NO_PATIENTS", f"Expected a scan that can be read, received none of {len(scans)}.")
@@ -64,10 +65,18 @@ def look(segmenter: Segmenter, scans: Sequence[Path], modality: str | None = Non
 def _segmented(
     segmenter: Segmenter, scans: Sequence[Path], modality: str | None, doing: str
 ) -> Iterator[tuple[Path, Volume, Segmentation]]:
-    """Each scan that can be read, with its segmentation; the others are named on stderr."""
+    """Each scan that can be read, with its segmentation; the others, and copies, are named on stderr."""
+    from lvseg import records
+
+    seen: dict[str, Path] = {}
     for path in command.progress(scans, doing):
         try:
             volume = read_scan(path, segmenter.info["task"])
+            own = records.voxels_sha256(volume.canonical().voxels)
+            if own in seen:
+                print(f"left aside: {path} has the voxels of {seen[own]}", file=sys.stderr)
+                continue
+            seen[own] = path
             yield path, volume, segmenter.segment(volume, keep=True, modality=modality)
         except InputError as error:
             print(f"left aside: {error.sentence}", file=sys.stderr)
@@ -99,13 +108,13 @@ def suggest(looked: Sequence[Look], count: int) -> list[int]:
 
 
 def write_own_masks(
-    segmenter: Segmenter, scans: Sequence[Path], folder: Path, least_agreement: float, modality: str | None = None
+    segmenter: Segmenter, scans: Sequence[Path], folder: Path, least_trust: float, modality: str | None = None
 ) -> tuple[list[Path], list[Path]]:
-    """Writes a model's own masks, the largest part of each, of the scans on which it agrees with itself.
+    """Writes a model's own masks, the largest part of each, of the scans on which it can be trusted.
 
     Args:
         scans: as `predict.read_scan` takes; folder: where cards, scans and masks go.
-        least_agreement: Dice of a mask with the mirror image's.
+        least_trust: 1 less `quality.doubt`.
         modality: of all, as `Segmenter.segment`; MR where neither it nor the files say.
 
     Returns:
@@ -116,8 +125,9 @@ def write_own_masks(
     is_fat = info["task"] == FAT_FRACTION_TASK
     for path, volume, answer in _segmented(segmenter, scans, modality, "segmenting"):
         own = quality.features(segmenter, answer)
-        if own is None or own["mirrored_dice"] < least_agreement:
-            print(f"left aside, since the model does not agree with itself: {path}", file=sys.stderr)
+        trust = 1.0 - quality.doubt(own, segmenter.info.get("quality"), quality.mirrors(segmenter.info))
+        if trust < least_trust:
+            print(f"left aside, since the mask can be trusted to {trust:.2f} only: {path}", file=sys.stderr)
             continue
         seen_as = "CT" if (modality or volume.metadata.get("modality")) == "CT" else "MR"
         patient = folder / seen_as / f"own-{len(trusted):04d}"
@@ -147,14 +157,30 @@ def write_own_masks(
     return cards, trusted
 
 
-def agreement_with_itself(step: Step, volume: Samples) -> float:
-    """Dice of what a network in training makes of a volume and of its mirror image, all classes as one."""
-    import tensorflow as tf
+def agreement_with_itself(step: Step, volume: Samples, mirrored: bool) -> float:
+    """Mean Dice of what a network in training makes of a volume and of the same at another contrast, shifted and, if
+    it has seen such, mirrored; all classes as one, 0 where nothing is marked."""
+    from lvseg import metrics
 
-    own = step.labels(volume) > 0
-    mirrored = step.labels(volume._replace(stack=tf.reverse(volume.stack, [3])))[:, :, ::-1] > 0
-    total = int(own.sum()) + int(mirrored.sum())
-    return 2 * int((own & mirrored).sum()) / total if total else 0.0
+    slope, intercept = (volume.scale.numpy()[:, :, part, np.newaxis, np.newaxis] for part in (0, 1))
+    values = (volume.stack.numpy() * slope + intercept).astype(np.float32)
+    shift = max(1, round(quality.SHIFT_SHARE * values.shape[-1]))
+
+    def mask_of(changed: Array) -> Array:
+        stack = ((changed - intercept) / slope).astype(np.float32)
+        return np.asarray(step.labels(volume._replace(stack=stack)) > 0)
+
+    def moved(slices: Array, by: int) -> Array:
+        return quality.shifted(slices.reshape(-1, *slices.shape[-2:]), by).reshape(slices.shape)
+
+    own = mask_of(values)
+    within = moved(moved(np.ones_like(own), shift), -shift)
+    pairs = [
+        (own, mask_of(quality.bent(values))),
+        (own & within, moved(mask_of(moved(values, shift)), -shift) & within),
+        *([(own, mask_of(values[..., ::-1])[..., ::-1])] if mirrored else []),
+    ]
+    return float(np.mean([metrics.dice(one, other) if one.any() or other.any() else 0.0 for one, other in pairs]))
 
 
 def _features(slices: Array | None, spacing_mm: Sequence[float], own: dict[str, Any] | None) -> Array:

@@ -1,14 +1,16 @@
 """Adapting a model to a new study: what it learns, what it keeps, when it stops, and which scans it asks for."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from small_study import scan, write_card
 
-from lvseg import adapt, metrics
-from lvseg.adapt import LEAST_TO_LEAVE_OUT, MOST_FORGOTTEN, Plan
+from lvseg import adapt, metrics, replay
+from lvseg.adapt import MOST_FORGOTTEN, Plan
 from lvseg.cards import find_scans, load_card, read_image, read_labels
 from lvseg.errors import InputError
 from lvseg.evaluate import evaluate_run
@@ -17,6 +19,7 @@ from lvseg.formats import read_volume, write_volume
 from lvseg.pipeline import volume_samples
 from lvseg.predict import Segmenter
 from lvseg.prepare import prepare
+from lvseg.replay import LEAST_TO_LEAVE_OUT, Volumes, known, left_out
 from lvseg.suggest import Look, look, suggest, write_own_masks
 from lvseg.volume import Volume
 
@@ -63,6 +66,12 @@ def mean_dice(model: Path, numbers: range, make) -> float:
         image, mask = make(number)
         found.append(metrics.dice(segmenter.segment(image).mask.voxels > 0, mask.voxels > 0))
     return float(np.mean(found))
+
+
+def of_model(info: dict, cards: list[Path] | None = None, new: tuple[str, ...] = ()) -> tuple[Volumes, Volumes]:
+    """Who is replayed and who tells what is forgotten when a model of this card is adapted."""
+    own = adapt._experiment(info, info["experiment"]["data"]["datasets"], QUICK).data
+    return known(info["provenance"], own, own, cards, set(new))[:2]
 
 
 def test_it_learns_the_new_study_and_keeps_what_it_knew(trained, adapted):
@@ -137,11 +146,102 @@ def test_it_goes_by_the_known_patients_too(trained, new_study, monkeypatch, tmp_
     assert measured["version"] is None
 
 
-def test_a_check_reads_a_few_evenly_spread_slices_of_known_patients(trained, new_study, monkeypatch):
+def scripted(monkeypatch, values: list[float]) -> None:
+    """Checks that answer one value after another, for the new study and for known patients alike."""
+    answers = iter({"adapted_on": value, "known": 0.9} for value in values)
+    monkeypatch.setattr(adapt, "_check", lambda *_: next(answers))
+
+
+@pytest.mark.parametrize(
+    ("values", "done", "taken"),
+    [([0.5] * 3, 10, 0), ([0.5, 0.6, 0.6, 0.6], 15, 5), ([0.5, 0.6, 0.6, 0.7, 0.7], 20, 15)],
+)
+def test_it_ends_when_two_checks_bring_nothing_and_takes_the_best(
+    trained, new_study, monkeypatch, tmp_path, values, done, taken
+):
+    monkeypatch.chdir(new_study)
+    for name, value in {"CHECK_EVERY": 5, "LEAST_STEPS": 5}.items():
+        monkeypatch.setattr(adapt, name, value)
+    scripted(monkeypatch, values)
+    plan = Plan(steps=20, learning_rate=1e-4, minutes=20)
+    measured = adapt.adapt(trained / "model", [Path("cards/c.yaml")], tmp_path / "out", ["c-020"], plan)
+    assert (measured["steps_done"], measured["steps"]) == (done, taken)
+    assert measured["ended_by"] == ("steps" if done == plan.steps else "no gain")
+    assert measured["adapted_on"]["after"] == max(values) and bool(measured["version"]) == bool(taken)
+
+
+@pytest.mark.parametrize("least", [10, 25])
+def test_it_ends_in_time_and_writes_nothing_after_a_few_steps(trained, new_study, monkeypatch, tmp_path, capsys, least):
+    """A clock that goes on by 3 s whenever it is looked at: after the first check and before each step."""
+    monkeypatch.chdir(new_study)
+    monkeypatch.setattr(adapt, "LEAST_STEPS", least)
+    ticks = iter(range(0, 10_000, 3))
+    monkeypatch.setattr(adapt, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    scripted(monkeypatch, [0.5, 0.9])
+    plan = Plan(steps=40, learning_rate=1e-4, minutes=1)
+    measured = adapt.adapt(trained / "model", [Path("cards/c.yaml")], tmp_path / "out", ["c-020"], plan)
+    done = 18  # 3 s for the check and for each step, and 6 s kept for a last check and a second one: 63 s
+    assert (measured["steps_done"], measured["ended_by"]) == (done, "minutes")
+    assert bool(measured["version"]) == (done >= least)
+    adapt.print_measured(measured, own_masks=False)
+    assert f"the time was up after {done} steps; --minutes gives more" in capsys.readouterr().out
+
+
+def test_every_earlier_study_is_replayed_and_looked_at(trained, in_study, monkeypatch):
+    info = json.loads((trained / "model/model.json").read_text())
+    split, studies = info["provenance"]["split"], info["provenance"].setdefault("adapted", [])
+    ids = {part: sorted(split[part]) for part in ("train", "validation")}
+    assert min(map(len, ids.values())) >= 4
+    one, two = ids["train"][1:3], ids["train"][3:4]
+    studies.append({"patients": one, "left_out": []})
+    studies.append({"patients": two, "left_out": ids["validation"][:1]})
+    for most in (4, 6):
+        monkeypatch.setattr(replay, "REPLAYED", most)
+        monkeypatch.setattr(replay, "CHECKED", most)
+        replayed, judging = of_model(info)
+        assert set(replayed.patients) & set(one) and set(two) <= set(replayed.patients)
+        assert set(judging.patients) & set(one) and ids["validation"][0] in judging.patients
+        assert len(replayed.patients) <= most and len(judging.patients) <= most
+        assert set(replayed.patients) - {*one, *two} and set(judging.patients) - {*one, ids["validation"][0]}
+
+
+def test_other_cards_than_the_models_can_be_replayed(trained, new_study, monkeypatch):
+    monkeypatch.chdir(new_study)
+    info = json.loads((trained / "model/model.json").read_text())
+    ids = {f"c-{number:03d}" for number in range(20, 26)}
+    replayed, judging = of_model(info, [Path("cards/c.yaml")])
+    assert set(replayed.patients) | set(judging.patients) == ids and len(judging.patients) == 1
+    replayed, judging = of_model(info, [Path("cards/c.yaml")], new=("c-020", "c-021", "c-022"))
+    assert set(replayed.patients) | set(judging.patients) == {"c-023", "c-024", "c-025"}
+    replayed, judging = of_model(info, [Path("cards/a.yaml")])
+    assert not set(info["provenance"]["split"]["test"]) & {*replayed.patients, *judging.patients}
+    assert all(name.startswith("a-") for name in replayed.patients)
+
+
+def test_a_scan_of_the_models_datasets_is_refused_under_another_name(trained, new_study, monkeypatch, tmp_path):
+    monkeypatch.chdir(new_study)
+    known_as = new_study / "raw/c/c-099"
+    shutil.copytree(new_study / "raw/a/a-001", known_as)  # who tests the model
+    try:
+        with pytest.raises(InputError, match="those of their patient a-001 for c-099"):
+            adapt.adapt(trained / "model", [Path("cards/c.yaml")], tmp_path / "out", ["c-099", "c-020"], QUICK)
+    finally:
+        shutil.rmtree(known_as)
+
+
+def test_those_who_decided_do_not_train_alone(adapted, new_study, monkeypatch, tmp_path):
+    monkeypatch.chdir(new_study)
+    (study,) = json.loads((adapted[1] / "1/model.json").read_text())["provenance"]["adapted"]
+    assert study["from"]["version"] is None  # a run's model has none
+    with pytest.raises(InputError, match=r"Expected patients to learn from, received c-0\d\d alone"):
+        adapt.adapt(adapted[1] / "1", [Path("cards/c.yaml")], tmp_path / "out", study["left_out"], QUICK)
+
+
+def test_a_check_reads_a_few_evenly_spread_slices_of_each_scan(trained, new_study, monkeypatch):
     monkeypatch.chdir(new_study)
     info = adapt._info(trained / "model")
     experiment = adapt._experiment(info, [Path("cards/c.yaml")], QUICK)
-    every = adapt._volumes(prepare(experiment.data))
+    every = Volumes.of_sets(prepare(experiment.data))
     reading = adapt._reading(experiment, info, every.patients)
     whole = next(iter(volume_samples([every.files[0]], reading)))
     read, count = [], every.rows[0][2]
@@ -161,20 +261,25 @@ def test_a_check_reads_a_few_evenly_spread_slices_of_known_patients(trained, new
         first = sizes[np.asarray(slices) < count / 2].sum()
         return 2 * first / (first + sizes.sum())
 
-    one = adapt.Volumes(every.rows[:1])
-    checked = adapt._check(OnlyTheFirstHalfRight(), {"adapted_on": one, "known": one}, reading, own_masks=False)
-    assert count <= adapt.KNOWN_SLICES and read == [list(range(count))] * 2  # no more slices than it may have
+    one = Volumes(every.rows[:1])
+    groups = {"adapted_on": one, "known": one}
+    checked = adapt._check(OnlyTheFirstHalfRight(), groups, reading)
+    assert count <= adapt.CHECKED_SLICES["known"] and read == [list(range(count))] * 2  # no more than it may read
     assert checked["known"] == checked["adapted_on"] == pytest.approx(of_halves(list(range(count))))
-    monkeypatch.setattr(adapt, "KNOWN_SLICES", 3)
+    monkeypatch.setitem(adapt.CHECKED_SLICES, "known", 3)
     spread = [0, round((count - 1) / 2), count - 1]
-    middle = adapt._check(OnlyTheFirstHalfRight(), {"adapted_on": one, "known": one}, reading, own_masks=False)
+    middle = adapt._check(OnlyTheFirstHalfRight(), groups, reading)
     assert read[2:] == [list(range(count)), spread]
     assert middle["adapted_on"] == checked["adapted_on"] and middle["known"] == pytest.approx(of_halves(spread))
+    two = Volumes(every.rows[:2])
+    adapt._check(OnlyTheFirstHalfRight(), {"known": two}, reading)
+    assert [len(slices) for slices in read[4:]] == [1, 1]  # of a group, however many scans it has
 
 
 def test_of_a_network_that_forgets_too_much_half_the_way_is_taken(trained, new_study, monkeypatch, tmp_path):
     monkeypatch.chdir(new_study)
     monkeypatch.setattr(adapt, "CHECK_EVERY", 10)
+    monkeypatch.setattr(adapt, "LEAST_STEPS", 10)
     before, far, halfway = (
         {"known": known, "adapted_on": new} for known, new in ((0.9, 0.5), (0.8, 0.9), (0.895, 0.8))
     )
@@ -215,11 +320,12 @@ def test_a_later_adaptation_takes_the_same_card_with_more_patients(adapted, new_
         card.write_text(before)
     second = json.loads((tmp_path / "next/1/model.json").read_text())
     one, two = second["provenance"]["adapted"]
+    assert two["from"]["version"] == 1
     assert one == first["provenance"]["adapted"][0] and two["left_out"] == one["left_out"]
     assert set(two["patients"]) == {f"c-{number:03d}" for number in range(20, 32)} - set(one["left_out"])
     assert second["experiment"]["data"]["datasets"] == ["cards/a.yaml", "cards/b.yaml", "cards/c.yaml"]
-    replayed, known = adapt._known(second, adapt._experiment(second, [Path("cards/c.yaml")], Plan()).data, plan)
-    assert set(replayed.patients) & set(one["patients"]) and set(one["left_out"]) <= set(known.patients)
+    replayed, judging = of_model(second)
+    assert set(replayed.patients) & set(one["patients"]) and set(one["left_out"]) <= set(judging.patients)
 
 
 def test_a_model_whose_odds_were_corrected_is_adapted_and_says_so(trained, new_study, monkeypatch, tmp_path):
@@ -237,10 +343,10 @@ def test_half_of_every_batch_is_replayed(trained, new_study, monkeypatch):
     monkeypatch.chdir(new_study)
     info = adapt._info(trained / "model")
     experiment = adapt._experiment(info, [Path("cards/c.yaml")], QUICK)
-    new = adapt._volumes(prepare(experiment.data))
-    replayed, known = adapt._known(info, experiment.data, QUICK)
+    new = Volumes.of_sets(prepare(experiment.data))
+    replayed, judging = of_model(info)
     split = info["provenance"]["split"]
-    assert set(replayed.patients) <= set(split["train"]) and set(known.patients) <= set(split["validation"])
+    assert set(replayed.patients) <= set(split["train"]) and set(judging.patients) <= set(split["validation"])
     reading = adapt._reading(experiment, info, (*new.patients, *replayed.patients))
     for samples in adapt._batches(experiment, new, replayed, reading).take(5):
         brightest = samples.stack.numpy().max(axis=(1, 2, 3)) * samples.scale[:, 1, 0].numpy()
@@ -263,7 +369,7 @@ def test_own_masks_replace_segmented_patients(trained, study, monkeypatch, tmp_p
     assert "noise.nii.gz" in capsys.readouterr().err
     assert measured["adapted_on"]["patients"] <= len(scans)
     assert measured["adapted_on"]["after"] >= measured["adapted_on"]["before"] > 0.8
-    with pytest.raises(InputError, match="agrees with itself"):
+    with pytest.raises(InputError, match=r"can be trusted to 0\.85, received 1 without"):
         adapt.adapt_to_own_masks(trained / "model", [tmp_path / "noise.nii.gz"], tmp_path / "none", plan)
 
 
@@ -288,14 +394,19 @@ def test_own_masks_are_learned_from_as_the_model_will_see_the_scans(trained, in_
         assert read_labels(found, own).voxels.any()
 
 
-def test_a_scan_stored_along_another_axis_is_no_other_scan(trained, in_study, tmp_path):
+def test_a_scan_stored_along_another_axis_is_no_other_scan(trained, in_study, tmp_path, capsys):
     image, _ = scan("a", 70)
     turned = Volume(image.voxels.transpose(2, 0, 1).copy(), image.affine[:, [2, 0, 1, 3]])
     scans = [tmp_path / "one.nii.gz", tmp_path / "turned.nii.gz"]
     for volume, path in zip((image, turned), scans, strict=True):
         write_volume(volume, path)
-    one, other = look(Segmenter(trained / "model"), scans)
+    segmenter = Segmenter(trained / "model")
+    (one,), (other,) = (look(segmenter, [path]) for path in scans)
     np.testing.assert_allclose(one.features, other.features, atol=1e-6)
+    (both,) = look(segmenter, scans)
+    assert both.scan == scans[0] and f"{scans[1]} has the voxels of {scans[0]}" in capsys.readouterr().err
+    _, trusted = write_own_masks(segmenter, [*scans, scans[0]], tmp_path / "own", 0.0)
+    assert trusted == scans[:1]
 
 
 def test_unsure_and_unlike_scans_are_suggested_first(trained, in_study, tmp_path):
@@ -320,9 +431,9 @@ def test_two_of_a_kind_are_not_suggested_together():
 
 def test_patients_are_left_out_only_where_there_are_enough():
     names = [f"p{number}" for number in range(20)]
-    assert adapt._left_out(names[: LEAST_TO_LEAVE_OUT - 1]) == []
-    assert len(adapt._left_out(names[:LEAST_TO_LEAVE_OUT])) == 1 and len(adapt._left_out(names)) == 5
-    assert set(adapt._left_out(names[::-1])) == set(adapt._left_out(names))
+    assert left_out(names[: LEAST_TO_LEAVE_OUT - 1]) == []
+    assert len(left_out(names[:LEAST_TO_LEAVE_OUT])) == 1 and len(left_out(names)) == 5
+    assert set(left_out(names[::-1])) == set(left_out(names))
 
 
 @pytest.mark.parametrize(
@@ -334,6 +445,8 @@ def test_patients_are_left_out_only_where_there_are_enough():
         (["--card", "cards/a.yaml", "-o", "x"], ("does not know", "a-0")),
         (["--card", "cards/c.yaml", "-o", "x", "--replay", "cards/gone.yaml"], ("gone.yaml", "--replay")),
         (["--card", "cards/c.yaml", "-o", "x", "--replay", "cards/c.yaml"], ("trained on", "cards/c.yaml")),
+        (["--card", "cards/c.yaml", "-o", "cards/c.yaml"], ("--out to be a folder", "the file cards/c.yaml")),
+        (["--unlabelled", "raw/c/c-020/image.nii.gz", "-o", "cards/c.yaml"], ("--out to be a folder", "the file")),
         (["--card", "cards/c.yaml", "-o", "x", "--steps", "0"], ("--steps of at least 1", "received 0")),
         (["--card", "cards/c.yaml", "-o", "x", "--minutes", "0"], ("--minutes above 0", "received 0")),
         (["--card", "cards/other.yaml", "-o", "x"], ("background, spleen", "cards/other.yaml")),

@@ -151,6 +151,18 @@ def test_a_damaged_table_is_one_sentence_and_stays_as_it_is(tmp_path, content):
     assert path.read_bytes() == content
 
 
+def test_the_curves_table_says_how_far_draws_lie_apart():
+    rows = [
+        {"scanner": "b", "way": "any", "patients": count, "draw": draw, "patient": f"p{place}",
+         "dice": str(dice + 0.01 * place), "volume_error_percent": "1", "fat_error_points": ""}
+        for count, draw, dice in (("3", "0", 0.60), ("3", "1", 0.90), ("3", "2", 0.95), ("0", "0", 0.5))
+        for place in range(3)
+    ]  # fmt: skip
+    _, _, none, three = curve.table(rows).splitlines()
+    assert none.startswith("| b | any | 0 | 1 | - | 0.510 (")
+    assert three.startswith("| b | any | 3 | 3 | 0.610 to 0.960 | 0.827 (")
+
+
 IMAGE, TRUTH = scan("a", 3)
 
 

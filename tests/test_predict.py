@@ -287,6 +287,19 @@ def test_a_ct_is_seen_through_the_models_window_and_nothing_else_is(model, tmp_p
     assert np.array_equal(other.slices, plain)
 
 
+def test_padding_is_no_tissue_and_is_told(model, tmp_path):
+    export_model(model, card(normalisation="patient", clip_percentiles=[0.5, 99.5]), tmp_path / "1")
+    segmenter = Segmenter(tmp_path / "1")
+    voxels = np.random.default_rng(3).uniform(10, 900, (5, 32, 40)).astype(np.float32)
+    padded, plain = voxels.copy(), voxels.copy()
+    padded[:, :6], plain[:, :6] = -32768, voxels[:, 6:].min()
+    ours, theirs = (segmenter.segment(Volume(own, AFFINE), keep=True) for own in (padded, plain))
+    np.testing.assert_array_equal(ours.slices, theirs.slices)
+    assert [flag for flag in ours.measurements["flags"] if "-32768" in flag and "padding" in flag]
+    assert not any("padding" in flag or "Hounsfield" in flag for flag in theirs.measurements["flags"])
+    assert not any("Hounsfield" in flag for flag in ours.measurements["flags"])
+
+
 def test_unknown_normalisation_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="z_score"):
         export_model(model, card(normalisation="z_score"), tmp_path / "1")

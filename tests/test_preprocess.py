@@ -360,3 +360,19 @@ def test_channel_k_of_a_stack_is_slice_s_minus_n_plus_k_and_the_ends_repeat(neig
     for s in range(6):
         for k in range(2 * neighbours + 1):
             assert (stacks[s, ..., k] == min(max(s - neighbours + k, 0), 5)).all()
+
+
+def test_padding_lies_far_below_all_others_and_is_given_their_lowest():
+    tissue = np.random.default_rng(0).uniform(5, 800, 990).astype(np.float32)
+    for count, value, is_padding in (
+        (10, -2000.0, True), (9, -2000.0, False),  # a hundredth, and less
+        (10, -700.0, False),  # no further away than the others are apart
+        (10, 0.0, False), (400, -32768.0, True),
+    ):  # fmt: skip
+        voxels = np.concatenate([np.full(count, value, np.float32), tissue])
+        found, padding = preprocess.without_padding(voxels)
+        assert padding == (value if is_padding else None)
+        np.testing.assert_array_equal(found[count:], tissue)
+        assert set(found[:count]) == {tissue.min() if is_padding else value}
+    for flat in (np.full(8, -5.0, np.float32), np.array([-9.0, 1, 1, 1], np.float32)):
+        assert preprocess.without_padding(flat) == (pytest.approx(flat), None)

@@ -235,6 +235,12 @@ def test_low_and_high_are_the_ends_of_the_range():
     np.testing.assert_allclose(scaled, 100 + 800 * unit, rtol=1e-5)
 
 
+def test_a_body_smaller_than_the_pixels_looked_at_is_not_blown_up():
+    maps = np.zeros((40, SIZE, SIZE, 3), np.uint8)
+    maps[:, 3:6, 3:7] = Tissue.MUSCLE
+    assert rendered(40, "physics", maps=maps).max() < 3
+
+
 def test_a_sample_is_rendered_the_same_whatever_the_batch_and_the_compiler():
     maps, seeds = tf.constant(np.repeat(body(), 4, axis=0)), seeds_of(4)
     stacks = tf.zeros(maps.shape, tf.float32)

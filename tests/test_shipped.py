@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 from small_study import ROOT
 
 from lvseg import export, metrics
+from lvseg.config import Experiment, load_experiment
 from lvseg.export import weights_sha256
 from lvseg.formats import read_volume, write_volume
+from lvseg.keys import check_keys
 from lvseg.phantom.scanners import SCANNERS
 from lvseg.predict import SHIPPED, Segmenter, main, newest_version, shipped_model
 
@@ -47,6 +50,19 @@ def test_it_is_what_its_card_says_and_small_enough_for_the_repository():
         assert not any("siemens" in row["name"] for row in info["provenance"]["datasets"])
         for heading in ("How it was made", "What it was measured on", "What it must not be used for"):
             assert f"## {heading}\n" in text
+
+
+def test_the_last_command_of_its_card_is_the_training_that_made_it(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for task in SHIPPED.iterdir():
+        info = json.loads((newest_version(task) / "model.json").read_text(encoding="utf-8"))
+        text = (task / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+        words = shlex.split(re.findall(r"python -m lvseg\.train (.*)", text)[-1])
+        config = Path(words[words.index("--cfg") + 1])
+        overrides = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
+        assert len(words) == 2 + 2 * len(overrides)
+        made_by = check_keys(Experiment, info["experiment"], "model.json")
+        assert load_experiment(config, overrides) == made_by, task
 
 
 def test_its_files_name_no_folder_of_the_machine_that_trained_it():

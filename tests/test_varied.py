@@ -129,6 +129,59 @@ def test_a_left_lobe_can_hang_apart_and_go_round_the_spleen(map_of):
     assert touches(map_of(wraps=True, halo=0.0), Tissue.SPLEEN) > touches(map_of(halo=0.0), Tissue.SPLEEN)
 
 
+def test_a_long_left_lobe_reaches_far_to_the_left_and_stays_of_one_piece(map_of):
+    def reach_mm(**peculiar: object) -> float:
+        tissues = map_of(**peculiar)
+        sizes = np.bincount(ndimage.label(liver(tissues), np.ones((3, 3, 3)))[0].ravel())[1:]
+        assert sizes.max() > 0.99 * sizes.sum()
+        return float(np.broadcast_to(X, tissues.shape)[liver(tissues)].max())
+
+    short, normal, longer, longest = (reach_mm(left_length=length) for length in (0.6, 1.0, 1.3, 1.7))
+    assert short < normal - 5 and longer > normal + 8 and longest > normal + 25
+    assert reach_mm(left_length=1.7, left_thickness=0.55) > normal + 20
+
+
+def test_a_low_heart_lies_against_the_liver_and_shares_slices_with_it(map_of):
+    def gap_mm_and_slices(**peculiar: object) -> tuple[float, int]:
+        tissues = map_of(**peculiar)
+        heart = np.isin(tissues, (Tissue.HEART, Tissue.BLOOD, Tissue.VENOUS_BLOOD)) & (np.abs(X - 24) < 60)
+        heart &= ndimage.binary_dilation(tissues == Tissue.HEART, iterations=3)
+        apart = ndimage.distance_transform_edt(~liver(tissues), sampling=STEP_MM)[tissues == Tissue.HEART].min()
+        together = (liver(tissues).sum(axis=(1, 2)) > 25) & (heart.sum(axis=(1, 2)) > 25)
+        return float(apart), int(together.sum())
+
+    usual_gap, usual_slices = gap_mm_and_slices()
+    gap, slices = gap_mm_and_slices(heart_mm=30.0, halo=0.0)
+    assert gap <= 1.5 * STEP_MM < usual_gap and slices >= usual_slices + 4
+
+
+SIZES = {
+    "left_thickness": (0.55, 1.3, lambda map_: (liver(map_) & (X > 30)).sum()),
+    "right": (0.85, 1.1, lambda map_: (liver(map_) & (X < -70)).sum()),
+    "caudate": (0.8, 1.7, lambda map_: (liver(map_) & (np.abs(X) < 24) & (Y[:, None] > 12)).sum()),
+    "wall": (0.5, 1.4, lambda map_: (map_ == Tissue.MUSCLE).sum()),
+    "gas": (0.0, 0.5, lambda map_: (map_ == Tissue.GAS).sum()),
+    "fluid": (0.0, 0.5, lambda map_: ((map_ == Tissue.STOMACH_CONTENT) & (Z[:, None, None] < -60)).sum()),
+    "stomach": (0.55, 1.4, lambda map_: np.isin(map_, (Tissue.STOMACH, Tissue.STOMACH_CONTENT)).sum()),
+    "spleen": (0.65, 1.5, lambda map_: (map_ == Tissue.SPLEEN).sum()),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_what_is_larger_takes_more_room(map_of, name):
+    low, high, size = SIZES[name]
+    assert size(map_of(**{name: high})) > 1.1 * size(map_of(**{name: low})) >= 0
+
+
+def test_kidneys_lie_as_high_as_asked_and_the_colon_turns_below_the_liver(map_of):
+    def middle_mm(tissues: Map) -> float:
+        z = np.broadcast_to(Z[:, None, None], tissues.shape)
+        return float(z[np.isin(tissues, (Tissue.KIDNEY, Tissue.KIDNEY_MEDULLA))].mean())
+
+    assert middle_mm(map_of(kidneys_mm=20.0)) == pytest.approx(middle_mm(usual()) + 20, abs=8)
+    assert touches(map_of(flexure_mm=50.0, halo=0.0), Tissue.BOWEL) > 1.2 * touches(map_of(halo=0.0), Tissue.BOWEL)
+
+
 def test_a_riedel_lobe_reaches_further_down(map_of):
     lowest = [Z[liver(map_).any(axis=(1, 2))][0] for map_ in (usual(), map_of(riedel=True))]
     assert lowest[1] < lowest[0] - 10

@@ -366,18 +366,24 @@ def _draw_liver(space: LiverSpace) -> list[Organ]:
 
 
 def _draw_more_lobes(space: LiverSpace) -> list[Organ]:
-    """A left lobe whose lower end stands apart from the rest in the slices that show it, one that reaches to the spleen
-    and round it, and a right lobe that reaches far down."""
+    """A left lobe that reaches far to the left under the wall of the chest, one whose lower end stands apart from the
+    rest in the slices that show it, one that goes to the spleen and round it, and a right lobe that reaches far down.
+    """
     variety, within = space.hand.variety, space.within
     lobes: list[tuple[Shape, ...]] = []
+    radius = 20 * variety.left_thickness
+    if variety.left_length > 1.0:  # an ellipsoid alone would end at the diaphragm, which falls to the side
+        far = (variety.left_length - 1.0) / 0.7
+        middle = within(56 + 30 * far, -52 + 8 * far, 22 - 8 * far, 4.0)
+        tip = within(56 + 58 * far, -52 + 34 * far, 22 - 20 * far, 4.0)
+        lobes.append(space.hand.tube((within(44, -50, 22, 4.0), radius), (middle, 0.9 * radius), (tip, 0.55 * radius)))
     if variety.hangs:
-        radius = 20 * variety.left_thickness
         lobes.append(space.hand.tube((within(30, -54, 22, 4.0), radius), (within(36, -62, -42, 8.0), 0.6 * radius)))
     if variety.riedel:
         lobes.append((space.lobe(within(-84, 0, -48, 5.0), (26, 42, 60)),))
     if variety.wraps:
-        before = space.lobe(within(62, -50, 34, 4.0), (32, 22, 20))
-        lobes.append((before, space.lobe(within(90, -18, 32, 4.0), (20, 42, 22), (0.0, 0.0, -18.0))))
+        before = space.lobe(within(66, -46, 20, 4.0), (36, 22, 20))
+        lobes.append((before, space.lobe(within(106, -8, 8, 4.0), (18, 46, 24), (0.0, 0.0, -18.0))))
     # Without fat around them, which would divide them from the rest.
     return [Organ(lobe, ((0.0, Tissue.LIVER),), blend_mm=8.0) for lobe in lobes]
 
@@ -504,11 +510,13 @@ def _draw_chest(hand: Hand) -> list[Organ]:
     tilt_deg = (0.0, 12.0, 25.0)
     left = (heart[0] + 24 * frame, heart[1] + 6 * frame, heart[2])
     right = (heart[0] - 20 * frame, heart[1] - 4 * frame, heart[2])
+    # The lower it lies, the flatter on the diaphragm, and the less fat is between.
+    margin_mm = 4.0 - 3.0 * min(1.0, hand.variety.heart_mm / 20.0)
     fat = (hand.ellipsoid(at(2, -22, 150), (42, 66, 120)), hand.ellipsoid(heart, (66, 52, 48), tilt_deg))
     oesophagus = hand.tube(((16.0, aorta_y - 18, 40.0), 6), ((6.0, aorta_y - 10, FAR_MM), 7))
     return [
         Organ(fat, ((0.0, FAT),), Region.THORAX, blend_mm=10.0),
-        Organ((hand.ellipsoid(heart, (58, 44, 44), tilt_deg),), ((0.0, Tissue.HEART),), Region.THORAX, 4.0),
+        Organ((hand.ellipsoid(heart, (58, 44, 44), tilt_deg),), ((0.0, Tissue.HEART),), Region.THORAX, margin_mm),
         Organ((hand.ellipsoid(left, (24, 22, 28)),), ((0.0, BLOOD),), Region.THORAX, 9.0),
         Organ((hand.ellipsoid(right, (30, 26, 34)),), ((0.0, VENOUS),), Region.THORAX, 6.0),
         Organ(oesophagus, ((0.0, MUSCLE),), Region.THORAX),

@@ -108,7 +108,7 @@ def draw_variety(draw: np.random.Generator) -> Variety:
         spleen=between(0.65, 1.5),
         kidneys_mm=between(-15.0, 30.0),
         kidney_cysts=int(with_chance(0.3, 1.0, 4.0, 0.0)),
-        heart_mm=between(0.0, 14.0),
+        heart_mm=between(0.0, 40.0),
         ascites_mm=with_chance(0.15, 4.0, 30.0, 0.0),
         effusion=with_chance(0.12, 0.4, 1.3, 0.0),
         arms=has(0.3),

@@ -1,0 +1,151 @@
+"""Whose scans an adaptation reads: of the new study, of those replayed so that nothing is forgotten, and for checks."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lvseg.cards import load_card
+from lvseg.config import Data
+from lvseg.errors import InputError
+from lvseg.prepare import ShardSet, prepare
+
+REPLAYED, CHECKED = 24, 12  # patients of those that the model was trained on, and of those that a check reads
+LEAST_TO_LEAVE_OUT, LEFT_OUT_SHARE = 4, 0.25
+
+
+class Shard(NamedTuple):
+    """A prepared scan."""
+
+    patient: str
+    file: Path
+    slices: int
+    voxels_sha256: str
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """Shards of chosen patients, in the order of the manifests."""
+
+    rows: tuple[Shard, ...] = ()
+
+    @classmethod
+    def of_sets(cls, sets: Sequence[ShardSet]) -> Volumes:
+        """Everybody of prepared datasets."""
+        return cls(
+            tuple(
+                Shard(row["patient"], shards.folder / row["file"], row["shape"][0], row["voxels_sha256"])
+                for shards in sets
+                for row in shards.rows
+            )
+        )
+
+    def of(self, patients: set[str]) -> Volumes:
+        """Those of some patients."""
+        return Volumes(tuple(row for row in self.rows if row.patient in patients))
+
+    @property
+    def patients(self) -> list[str]:
+        """Their ids, sorted."""
+        return sorted({row.patient for row in self.rows})
+
+    @property
+    def files(self) -> list[Path]:
+        """Their shards."""
+        return [row.file for row in self.rows]
+
+    @property
+    def slices(self) -> int:
+        """How many slices they hold together."""
+        return sum(row.slices for row in self.rows)
+
+
+def left_out(patients: Sequence[str]) -> list[str]:
+    """Those that decide, by a hash of their ids, where there are enough to spare some."""
+    if len(patients) < LEAST_TO_LEAVE_OUT:
+        return []
+    ordered = sorted(patients, key=lambda name: hashlib.sha256(f"left out {name}".encode()).hexdigest())
+    return sorted(ordered[: max(1, int(len(patients) * LEFT_OUT_SHARE))])
+
+
+def spread(names: Sequence[str], most: int) -> list[str]:
+    """At most so many of them, evenly spread."""
+    places = np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int))
+    return [names[place] for place in places]
+
+
+def known(
+    provenance: Mapping[str, Any], trained_on: Data, data: Data, cards: Sequence[Path] | None, new: set[str]
+) -> tuple[Volumes, Volumes, Volumes]:
+    """Patients to be replayed, those that tell what is forgotten, and everybody that was prepared for it.
+
+    Half of either are of earlier adaptations, if there were some, the same number of each. Simulated patients are made
+    where they are missing, but no more than are needed.
+
+    Args:
+        provenance: of the model's card; trained_on: its experiment's `data`; data: the adaptation's.
+        cards: instead of the model's own, also of patients that it has not seen, a quarter of whom are for the check;
+            none of them for no replay; None for the model's own.
+        new: patients of the new study, who are no strangers to be replayed.
+
+    Raises:
+        InputError: NOT_FOUND for cards or patients that are not there; what preparation says.
+    """
+    named = trained_on.datasets if cards is None else [str(path) for path in cards]
+    if not named:
+        return Volumes(), Volumes(), Volumes()
+    if missing := [path for path in named if not Path(path).is_file()]:
+        raise InputError(
+            "NOT_FOUND",
+            f"Expected the cards that the model was trained on, to replay them, received none at {missing[0]}; name"
+            " others with --replay, or none to do without, which forgets.",
+        )
+    own = data.model_copy(update={"datasets": list(named), "shards": trained_on.shards})
+    simulated = sum(load_card(Path(path))[0].simulate is not None for path in named)
+    at_most = math.ceil(2 * (REPLAYED + CHECKED) / max(1, simulated))
+    every = Volumes.of_sets(prepare(own, simulated_at_most=at_most))
+    split, studies = provenance["split"], provenance.get("adapted", [])
+    replayed, checked = set(split["train"]), set(split["validation"])
+    if cards is not None:
+        strangers = sorted(set(every.patients) - replayed - checked - set(split["test"]) - new)
+        checked |= set(left_out(strangers))
+        replayed |= set(strangers) - checked
+    parts = []
+    for part, most, of_study in ((replayed, REPLAYED, "patients"), (checked, CHECKED, "left_out")):
+        # Where a study left nobody out, its patients tell what is forgotten of it.
+        earlier = [sorted(set(study[of_study] or study["patients"]) & set(every.patients)) for study in studies]
+        earlier = [names for names in earlier if names]
+        a_study = max(1, most // 2 // len(earlier)) if earlier else 0
+        chosen = {name for names in earlier for name in spread(names, a_study)}
+        rest = [name for name in every.patients if name in part and not any(name in names for names in earlier)]
+        parts.append(every.of(chosen | set(spread(rest, most - len(chosen)))))
+    if not parts[0].rows:
+        raise InputError(
+            "NOT_FOUND",
+            f"Expected patients to replay in {', '.join(named)}, received none that the model was trained on; name"
+            " other cards with --replay, or none to do without, which forgets.",
+        )
+    return parts[0], parts[1], every
+
+
+def check_not_known(new: Volumes, every: Volumes) -> None:
+    """Refuses scans that other patients of the model's datasets have, who may be those it is tested on.
+
+    Raises:
+        InputError: DUPLICATE_SCAN.
+    """
+    owner = {row.voxels_sha256: row.patient for row in every.rows}
+    for row in new.rows:
+        other = owner.get(row.voxels_sha256, row.patient)
+        if other != row.patient:
+            raise InputError(
+                "DUPLICATE_SCAN",
+                f"Expected scans that the model's datasets do not have, received those of their patient {other} for"
+                f" {row.patient}.",
+            )
