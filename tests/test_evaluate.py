@@ -9,6 +9,7 @@ import pytest
 
 from lvseg import evaluate
 from lvseg.errors import InputError
+from lvseg.export import publish
 from lvseg.predict import Segmentation
 from lvseg.volume import Volume
 
@@ -213,6 +214,24 @@ def test_the_calibration_is_fitted_once_for_its_weights_scans_and_postprocessing
     own.segmenter.info["weights_sha256"] = "cd" * 32
     evaluate.calibrate(own, evaluate.Options())
     assert len(fitted) == 4
+
+
+def test_an_export_takes_along_the_calibration_of_its_weights_and_postprocessing(study, tmp_path):
+    own, _, _ = study
+    weights, model = own.segmenter.info["weights_sha256"], own.run / "model"
+    model.mkdir()
+    (model / "model.json").write_text(json.dumps({"weights_sha256": weights, "postprocessing": ["fill_holes"]}))
+
+    def exported(steps: list[str] | None = None) -> object:
+        folder = publish([model], tmp_path / "models", steps)
+        return json.loads((folder / "model.json").read_text()).get("quality")
+
+    assert exported() is None  # nothing was evaluated yet
+    evaluate.calibrate(own, evaluate.Options(postprocessing=["fill_holes"]))
+    assert exported() == {"fit": 1} == exported(["fill_holes"])
+    assert exported(["largest_component"]) is None
+    (model / "model.json").write_text(json.dumps({"weights_sha256": "cd" * 32, "postprocessing": ["fill_holes"]}))
+    assert exported() is None
 
 
 @pytest.mark.parametrize("content", ["{}", "{", "[1]"])
