@@ -33,8 +33,8 @@ from lvseg.errors import InputError
 from lvseg.keys import check_keys, digest
 from lvseg.predict import Segmenter, newest_version, version_of
 from lvseg.prepare import prepare
-from lvseg.replay import CHECKED, Volumes, check_not_known, known, left_out, spread
 from lvseg.quality import mirrors
+from lvseg.replay import CHECKED, Volumes, check_not_known, known, left_out, spread
 from lvseg.suggest import agreement_with_itself, look, suggest, write_own_masks
 
 if TYPE_CHECKING:
