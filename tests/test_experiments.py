@@ -108,7 +108,7 @@ def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, m
         assert float(row["dice"]) == pytest.approx(expected) and row["fat_error_points"] == ""
     printed = capsys.readouterr().out
     mean = np.mean([float(row["dice"]) for row in rows if (row["way"], row["patients"]) == ("any", "0")])
-    assert f"| b | any | 0 | 1 | {mean:.3f} (" in printed and "| b | report | 2 | 2 |" in printed
+    assert f"| b | any | 0 | 1 | - | {mean:.3f} (" in printed and "| b | report | 2 | 2 |" in printed
     made.clear()
     assert run(*options, "--patients", 0, 2) == 0 and not made  # all of it is there
     assert run(*options, "--patients", 99) == 2
