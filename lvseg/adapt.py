@@ -46,7 +46,8 @@ LEAST_STEPS = 25  # after which a version may be written, however little time th
 LEARNING_RATE = 3.0e-4
 MOST_MINUTES = 4.5  # with start and reading, five
 # Slices that a check reads of a group of patients, at most, evenly spread over each scan, and before and after alike.
-CHECKED_SLICES = {"left_out": 128, "adapted_on": 128, "known": 192}
+# Of scans with own masks, each slice is looked at three times or four.
+CHECKED_SLICES = {"left_out": 128, "adapted_on": 128, "own_masks": 48, "known": 192}
 ENOUGH, MOST_FORGOTTEN = 0.001, 0.01  # Dice that a check has to gain, and that known patients may lose
 LEAST_TRUST = 0.85  # of a mask by the model itself, to be learned from: 1 less `quality.doubt`
 
@@ -261,7 +262,8 @@ def _adapt(
     groups = {"left_out": left_out, "adapted_on": new, "known": judging}
     # Those of each group that a check reads.
     read = {name: group.of(set(spread(group.patients, CHECKED))) for name, group in groups.items()}
-    measure = functools.partial(agreement_with_itself, mirrored=mirrors(info)) if "own_masks" in study else None
+    own_masks = "own_masks" in study
+    measure = functools.partial(agreement_with_itself, mirrored=mirrors(info)) if own_masks else None
 
     def check() -> dict[str, float]:
         return _check(step, read, reading, measure)
@@ -306,7 +308,7 @@ def _adapt(
     measured: dict[str, Any] = {
         name: {
             "patients": len(group.patients),
-            "slices_a_scan": _slices_a_scan(name, group),
+            "slices_a_scan": _slices_a_scan(name, group, own_masks),
             "before": checks[0][name],
             "after": checks[best][name],
         }
@@ -374,15 +376,22 @@ def _batches(experiment: Experiment, new: Volumes, replayed: Volumes, reading: A
     )
 
 
-def _slices_a_scan(name: str, group: Volumes) -> int:
+def _slices_a_scan(name: str, group: Volumes, own_masks: bool) -> int:
     """How many slices of each scan of a group a check reads, at most."""
-    return max(1, CHECKED_SLICES[name] // len(group.rows))
+    every = CHECKED_SLICES["own_masks" if own_masks and name == "adapted_on" else name]
+    return max(1, every // len(group.rows))
 
 
 def _check(step: Step, groups: dict[str, Volumes], reading: Any, measure: Any = None) -> dict[str, float]:
     """Mean Dice over the patients of each group, or, of those adapted on, another measure."""
     return {
-        name: _mean_dice(step, group, reading, measure if name == "adapted_on" else None, _slices_a_scan(name, group))
+        name: _mean_dice(
+            step,
+            group,
+            reading,
+            measure if name == "adapted_on" else None,
+            _slices_a_scan(name, group, own_masks=measure is not None),
+        )
         for name, group in groups.items()
         if group.rows
     }
