@@ -46,7 +46,7 @@ def test_it_is_what_its_card_says_and_small_enough_for_the_repository():
         split = info["provenance"]["split"]
         patients = [len(split[part]) for part in ("train", "validation", "test")]
         assert f"On {patients[0]} of the {sum(patients)} " in text
-        assert "{} chose, {} were never looked at".format(*patients[1:]) in text
+        assert "{} chose, {} were kept for the test".format(*patients[1:]) in text
         assert not any("siemens" in row["name"] for row in info["provenance"]["datasets"])
         for heading in ("How it was made", "What it was measured on", "What it must not be used for"):
             assert f"## {heading}\n" in text
