@@ -33,8 +33,8 @@ from lvseg.errors import InputError
 from lvseg.keys import check_keys, digest
 from lvseg.predict import Segmenter, newest_version, version_of
 from lvseg.prepare import prepare
-from lvseg.quality import mirrors
-from lvseg.replay import CHECKED, Volumes, check_not_known, known, left_out, spread
+from lvseg.quality import least_trust, mirrors
+from lvseg.replay import CHECKED, Volumes, check_not_known, known, left_out, owners, spread
 from lvseg.suggest import agreement_with_itself, look, suggest, write_own_masks
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ MOST_MINUTES = 4.5  # with start and reading, five
 # Of scans with own masks, each slice is looked at three times or four.
 CHECKED_SLICES = {"left_out": 128, "adapted_on": 128, "own_masks": 48, "known": 192}
 ENOUGH, MOST_FORGOTTEN = 0.001, 0.01  # Dice that a check has to gain, and that known patients may lose
-LEAST_TRUST = 0.85  # of a mask by the model itself, to be learned from: 1 less `quality.doubt`
 
 
 @dataclass(frozen=True)
@@ -146,20 +145,21 @@ def adapt_to_own_masks(
     plan = plan or Plan()
     info = _info(model)
     _check_out(out)
-    cluster = _cluster(info)
+    cluster, least = _cluster(info), least_trust(info)
     with tempfile.TemporaryDirectory() as folder:
-        cards, trusted = write_own_masks(Segmenter(model), scans, Path(folder), LEAST_TRUST, modality)
+        cards, trusted = write_own_masks(Segmenter(model), scans, Path(folder), least, modality)
         if not trusted:
             raise InputError(
                 "NO_PATIENTS",
-                f"Expected scans with a mask by the model that can be trusted to {LEAST_TRUST}, received {len(scans)}"
+                f"Expected scans with a mask by the model that can be trusted to {least:.2f}, received {len(scans)}"
                 " without; segment the ones that --suggest names.",
             )
         experiment = _experiment(info, cards, plan, shards=Path(folder) / "shards")
         new = Volumes.of_sets(prepare(experiment.data))
         study: dict[str, Any] = {"cards": [], "paths": [], "cards_sha256": [], "patients": [], "left_out": []}
         own_masks = {"own_masks": len(trusted)}
-        return _adapt(model, info, experiment, cluster, new, Volumes(), study | own_masks, out, plan)
+        sources = {f"own-{number:04d}": path for number, path in enumerate(trusted)}
+        return _adapt(model, info, experiment, cluster, new, Volumes(), study | own_masks, out, plan, sources)
 
 
 def _check_out(out: Path) -> None:
@@ -237,7 +237,9 @@ def _adapt(
     study: dict[str, Any],
     out: Path,
     plan: Plan,
+    sources: dict[str, Path] | None = None,
 ) -> dict[str, Any]:
+    """`sources`: where the scans with the model's own masks come from, by their ids."""
     import tensorflow as tf
 
     from lvseg import export
@@ -249,7 +251,10 @@ def _adapt(
     trained_on = check_keys(Experiment, info["experiment"], "the model's experiment").data
     own = Volumes((*new.rows, *left_out.rows))
     replayed, judging, every = known(info["provenance"], trained_on, experiment.data, plan.replay, set(own.patients))
-    check_not_known(own, every)
+    if sources is not None:
+        new = _without_known(new, every, sources)
+        study = {**study, "own_masks": len(new.rows)}
+    check_not_known(Volumes((*new.rows, *left_out.rows)), every)
     train, scaling = experiment.train, info["input_scaling"]
     weights_of_encoder = info["provenance"].get("encoder_weights")
     step = Step(
@@ -345,6 +350,17 @@ def _adapt(
     return {**measured, "version": str(folder)}
 
 
+def _without_known(new: Volumes, every: Volumes, sources: dict[str, Path]) -> Volumes:
+    """Scans with the model's own masks, but for those of its datasets, which are named on stderr."""
+    known_ones = {row.patient: owner for row, owner in owners(new, every)}
+    for name, owner in known_ones.items():
+        print(f"left aside: {sources[name]} has the voxels of the model's patient {owner}", file=sys.stderr)
+    rest = new.of(set(new.patients) - set(known_ones))
+    if not rest.rows:
+        raise InputError("NO_PATIENTS", f"Expected scans that are new to the model, received {len(new.rows)} it knows.")
+    return rest
+
+
 def _reading(experiment: Experiment, info: dict[str, Any], patients: Sequence[str]) -> Any:
     from lvseg import pipeline
 
@@ -433,7 +449,9 @@ def print_measured(measured: dict[str, Any], own_masks: bool) -> None:
             print(f"{text:<30}{row['patients']:>9}{slices:>13}{row['before']:>8.3f}{row['after']:>8.3f}")
     if measured["ended_by"] == "minutes":
         print(f"the time was up after {measured['steps_done']} steps; --minutes gives more")
-    if measured["version"] is None:
+    if measured["version"] is None and measured["ended_by"] == "minutes" and measured["steps_done"] < LEAST_STEPS:
+        print(f"nothing is written after fewer than {LEAST_STEPS} steps; the model stays as it is")
+    elif measured["version"] is None:
         print("no better than before, so nothing is written; the model stays as it is")
     else:
         print(f"written: {measured['version']} ({measured['steps']} steps, {measured['minutes']:.1f} min of training)")

@@ -276,10 +276,13 @@ def publish(
             shutil.copytree(models[0], temporary)
         path = temporary / "model.json"
         card = json.loads(path.read_text(encoding="utf-8"))
+        calibration, steps = card.pop("quality", None), list(quality.steps(None, card))
         if postprocessing is not None:
             card["postprocessing"] = list(postprocessing)
-        if len(models) == 1 and (calibration := quality.of_run(models[0].parent, card)):
-            card["quality"] = calibration
+        if len(models) == 1 and foreground_odds is None:  # of these weights, and of these masks
+            calibration = calibration if steps == list(quality.steps(None, card)) else None
+            if calibration := quality.of_run(models[0].parent, card) or calibration:
+                card["quality"] = calibration
         path.write_text(json.dumps(card, indent=1), encoding="utf-8")
     return folder
 

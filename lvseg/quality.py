@@ -27,6 +27,7 @@ GAMMA = 1.3
 SHIFT_SHARE = 0.06  # of the picture's size; beyond the reach of a pooling's grid
 LEAST_SCANS = 8
 RIDGES = (0.1, 1.0, 10.0, 100.0)
+LEAST_AGREEMENT = 0.85  # of a mask to be learned from, without a calibration
 FLOOR = 0.01  # of the Dice error whose logarithm is fitted
 # What is regressed on; in the units of `features`.
 FEATURES = (
@@ -178,6 +179,15 @@ def doubt(found: Mapping[str, float] | None, calibration: Mapping[str, Any] | No
     if calibration is not None:
         return 1.0 - expected(calibration, found)[0]
     return 1.0 - float(np.mean([found[name] for name in AGREEING if mirrored or name != "mirrored_dice"]))
+
+
+def least_trust(info: Mapping[str, Any]) -> float:
+    """What 1 less `doubt` has to be for a mask to be learned from: with a calibration, the Dice that the model of this
+    card had on its validation patients, less the error of what is expected."""
+    calibration = info.get("quality")
+    if calibration is None:
+        return LEAST_AGREEMENT
+    return float(info["measured"]["validation_dice"]) - float(calibration["left_out_mean_absolute_error"])
 
 
 def mirrors(info: Mapping[str, Any]) -> bool:

@@ -76,6 +76,8 @@ def left_out(patients: Sequence[str]) -> list[str]:
 
 def spread(names: Sequence[str], most: int) -> list[str]:
     """At most so many of them, evenly spread."""
+    if most <= 0 or not names:
+        return []
     places = np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int))
     return [names[place] for place in places]
 
@@ -92,7 +94,7 @@ def known(
         provenance: of the model's card; trained_on: its experiment's `data`; data: the adaptation's.
         cards: instead of the model's own, also of patients that it has not seen, a quarter of whom are for the check;
             none of them for no replay; None for the model's own.
-        new: patients of the new study, who are no strangers to be replayed.
+        new: patients of the new study, who are among neither.
 
     Raises:
         InputError: NOT_FOUND for cards or patients that are not there; what preparation says.
@@ -114,17 +116,19 @@ def known(
     replayed, checked = set(split["train"]), set(split["validation"])
     if cards is not None:
         strangers = sorted(set(every.patients) - replayed - checked - set(split["test"]) - new)
-        checked |= set(left_out(strangers))
+        checked |= set(left_out(strangers) or strangers[1:2])
         replayed |= set(strangers) - checked
-    parts = []
+    parts, there = [], set(every.patients) - new
     for part, most, of_study in ((replayed, REPLAYED, "patients"), (checked, CHECKED, "left_out")):
         # Where a study left nobody out, its patients tell what is forgotten of it.
-        earlier = [sorted(set(study[of_study] or study["patients"]) & set(every.patients)) for study in studies]
-        earlier = [names for names in earlier if names]
+        earlier: list[list[str]] = []
+        for study in reversed(studies):  # one that grew is the same study, once
+            names = (set(study[of_study] or study["patients"]) & there).difference(*earlier)
+            earlier += [sorted(names)] if names else []
         a_study = max(1, most // 2 // len(earlier)) if earlier else 0
-        chosen = {name for names in earlier for name in spread(names, a_study)}
-        rest = [name for name in every.patients if name in part and not any(name in names for names in earlier)]
-        parts.append(every.of(chosen | set(spread(rest, most - len(chosen)))))
+        chosen = spread([name for names in earlier for name in spread(names, a_study)], most)
+        rest = sorted((there & part).difference(*earlier))
+        parts.append(every.of({*chosen, *spread(rest, most - len(chosen))}))
     if not parts[0].rows:
         raise InputError(
             "NOT_FOUND",
@@ -134,15 +138,19 @@ def known(
     return parts[0], parts[1], every
 
 
+def owners(new: Volumes, every: Volumes) -> list[tuple[Shard, str]]:
+    """Scans that somebody has already, and who."""
+    owner = {row.voxels_sha256: row.patient for row in every.rows}
+    return [(row, owner[row.voxels_sha256]) for row in new.rows if row.voxels_sha256 in owner]
+
+
 def check_not_known(new: Volumes, every: Volumes) -> None:
-    """Refuses scans that other patients of the model's datasets have, who may be those it is tested on.
+    """Refuses scans that other patients of the datasets replayed have, who may be those the model is tested on.
 
     Raises:
         InputError: DUPLICATE_SCAN.
     """
-    owner = {row.voxels_sha256: row.patient for row in every.rows}
-    for row in new.rows:
-        other = owner.get(row.voxels_sha256, row.patient)
+    for row, other in owners(new, every):
         if other != row.patient:
             raise InputError(
                 "DUPLICATE_SCAN",

@@ -184,7 +184,9 @@ def test_it_ends_in_time_and_writes_nothing_after_a_few_steps(trained, new_study
     assert (measured["steps_done"], measured["ended_by"]) == (done, "minutes")
     assert bool(measured["version"]) == (done >= least)
     adapt.print_measured(measured, own_masks=False)
-    assert f"the time was up after {done} steps; --minutes gives more" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"the time was up after {done} steps; --minutes gives more" in printed
+    assert ("nothing is written after fewer than 25 steps" in printed) == (done < least)
 
 
 def test_every_earlier_study_is_replayed_and_looked_at(trained, in_study, monkeypatch):
@@ -326,6 +328,9 @@ def test_a_later_adaptation_takes_the_same_card_with_more_patients(adapted, new_
     assert second["experiment"]["data"]["datasets"] == ["cards/a.yaml", "cards/b.yaml", "cards/c.yaml"]
     replayed, judging = of_model(second)
     assert set(replayed.patients) & set(one["patients"]) and set(one["left_out"]) <= set(judging.patients)
+    ours = {*one["patients"], *one["left_out"], *two["patients"]}
+    apart = of_model(second, new=tuple(ours))  # once the study goes on, its own patients are not what was known
+    assert all(part.patients and not set(part.patients) & ours for part in apart)
 
 
 def test_a_model_whose_odds_were_corrected_is_adapted_and_says_so(trained, new_study, monkeypatch, tmp_path):
@@ -369,6 +374,9 @@ def test_own_masks_replace_segmented_patients(trained, study, monkeypatch, tmp_p
     assert "noise.nii.gz" in capsys.readouterr().err
     assert measured["adapted_on"]["patients"] <= len(scans)
     assert measured["adapted_on"]["after"] >= measured["adapted_on"]["before"] > 0.8
+    known_one = study / "raw/b/b-001/image.nii.gz"
+    again = adapt.adapt_to_own_masks(trained / "model", [scans[0], known_one], tmp_path / "two", plan)
+    assert again["adapted_on"]["patients"] == 1 and f"{known_one} has the voxels of" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"can be trusted to 0\.85, received 1 without"):
         adapt.adapt_to_own_masks(trained / "model", [tmp_path / "noise.nii.gz"], tmp_path / "none", plan)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -230,6 +231,11 @@ def test_an_export_takes_along_the_calibration_of_its_weights_and_postprocessing
     evaluate.calibrate(own, evaluate.Options(postprocessing=["fill_holes"]))
     assert exported() == {"fit": 1} == exported(["fill_holes"])
     assert exported(["largest_component"]) is None
+    one = tmp_path / "models/2"  # has it; from elsewhere, without the run
+    shutil.copytree(one, tmp_path / "shipped/1")
+    for steps, expected in ((None, {"fit": 1}), (["fill_holes"], {"fit": 1}), ([], None)):
+        folder = publish([tmp_path / "shipped/1"], tmp_path / "again", steps)
+        assert json.loads((folder / "model.json").read_text()).get("quality") == expected
     (model / "model.json").write_text(json.dumps({"weights_sha256": "cd" * 32, "postprocessing": ["fill_holes"]}))
     assert exported() is None
 

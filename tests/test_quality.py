@@ -56,6 +56,9 @@ def test_doubt_is_of_what_the_network_has_seen_or_of_the_calibration():
     for flip, expected in ((None, False), ({"rows": 0.5, "columns": 0.0}, False), ({"columns": 0.5}, True)):
         assert quality.mirrors({"experiment": {"augment": {"flip": flip}}}) == expected
     assert not quality.mirrors({"members": []})
+    card = {"measured": {"validation_dice": 0.9}}
+    assert quality.least_trust(card) == 0.85
+    assert quality.least_trust(card | {"quality": {"left_out_mean_absolute_error": 0.06}}) == pytest.approx(0.84)
 
 
 @pytest.mark.parametrize(
