@@ -6,8 +6,8 @@
 
 A short training on the new study's segmented patients, half of every batch replayed from patients that the model was
 trained on, so that it keeps what it knew. With four patients or more some are left out and decide when it ends;
-otherwise the patients themselves do. Without segmented patients the model's own masks of unlabelled scans, where it
-agrees with itself, take their place. All patients of the new study's cards are used, unless --patients names some; test
+otherwise the patients themselves do. Without segmented patients the model's own masks of unlabelled scans, where they
+can be trusted, take their place. All patients of the new study's cards are used, unless --patients names some; test
 patients of the model's own training are never read.
 """
 
@@ -134,7 +134,7 @@ def adapt(
 def adapt_to_own_masks(
     model: Path, scans: Sequence[Path], out: Path, plan: Plan | None = None, modality: str | None = None
 ) -> dict[str, Any]:
-    """Adapts a model to scans that nobody segmented, by its own masks where it agrees with itself; as `adapt`.
+    """Adapts a model to scans that nobody segmented, by its own masks where they can be trusted; as `adapt`.
 
     Args:
         modality: "MR" or "CT", of all scans; None for what their files say, and for MR where they do not.
@@ -249,8 +249,8 @@ def _adapt(
     if experiment.train.deterministic:
         tf.config.experimental.enable_op_determinism()
     trained_on = check_keys(Experiment, info["experiment"], "the model's experiment").data
-    own = Volumes((*new.rows, *left_out.rows))
-    replayed, judging, every = known(info["provenance"], trained_on, experiment.data, plan.replay, set(own.patients))
+    own = {*new.patients, *left_out.patients}
+    replayed, judging, every = known(info["provenance"], trained_on, experiment.data, plan.replay, own)
     if sources is not None:
         new = _without_known(new, every, sources)
         study = {**study, "own_masks": len(new.rows)}

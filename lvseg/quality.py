@@ -72,15 +72,11 @@ def features(segmenter: Segmenter, answer: Segmentation) -> dict[str, float] | N
         "contrast_dice": segmenter.foreground(bent(slices)),
         "shifted_dice": shifted(segmenter.foreground(shifted(slices, shift)), -shift),
     }
-    within = shifted(shifted(np.ones_like(mask), shift), -shift)
     sizes = np.bincount(ndimage.label(mask)[0].ravel())[1:]
     filled = sum(int(np.count_nonzero(ndimage.binary_fill_holes(plane))) for plane in mask)
     pairs = [_dice(one, other) for one, other in itertools.pairwise(mask) if (one | other).any()]
     return {
-        **{
-            name: _dice(mask & within, (other > 0.5) & within) if name == "shifted_dice" else _dice(mask, other > 0.5)
-            for name, other in changed.items()
-        },
+        **{name: _dice(mask, other > 0.5) for name, other in changed.items()},
         "neighbour_dice": float(np.mean(pairs)) if pairs else 1.0,
         "doubt": float((foreground * (1 - foreground)).sum() / foreground.sum()),
         "largest_part": float(sizes.max() / sizes.sum()),
@@ -166,19 +162,20 @@ def of_run(run: Path, card: Mapping[str, Any]) -> dict[str, Any] | None:
     return kept.get("calibration") if made_for == (card["weights_sha256"], list(steps(None, card))) else None
 
 
-def doubt(found: Mapping[str, float] | None, calibration: Mapping[str, Any] | None, mirrored: bool) -> float:
+def doubt(found: Mapping[str, float] | None, card: Mapping[str, Any]) -> float:
     """How little a mask is to be trusted, 0 to 1: what is missing to the expected Dice, or to agreement with itself.
 
     Args:
         found: of `features`.
-        calibration: of `fit`; None where there is none, for the mean of the agreeing features.
-        mirrored: whether the network has seen mirrored scans, and so has to agree with itself on them.
+        card: of the model; without the calibration, the agreeing features count alike, that of the mirrored scan only
+            where the network has seen such.
     """
     if found is None:
         return 1.0
-    if calibration is not None:
+    if (calibration := card.get("quality")) is not None:
         return 1.0 - expected(calibration, found)[0]
-    return 1.0 - float(np.mean([found[name] for name in AGREEING if mirrored or name != "mirrored_dice"]))
+    names = [name for name in AGREEING if name != "mirrored_dice" or mirrors(card)]
+    return 1.0 - float(np.mean([found[name] for name in names]))
 
 
 def least_trust(info: Mapping[str, Any]) -> float:

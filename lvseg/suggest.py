@@ -55,7 +55,7 @@ def look(segmenter: Segmenter, scans: Sequence[Path], modality: str | None = Non
     found = []
     for path, volume, answer in _segmented(segmenter, scans, modality, "looking"):
         own = quality.features(segmenter, answer)
-        doubt = quality.doubt(own, segmenter.info.get("quality"), quality.mirrors(segmenter.info))
+        doubt = quality.doubt(own, segmenter.info)
         found.append(Look(path, doubt, _features(answer.slices, _spacing_mm(segmenter, volume), own)))
     if not found:
         raise InputError("NO_PATIENTS", f"Expected a scan that can be read, received none of {len(scans)}.")
@@ -125,7 +125,7 @@ def write_own_masks(
     is_fat = info["task"] == FAT_FRACTION_TASK
     for path, volume, answer in _segmented(segmenter, scans, modality, "segmenting"):
         own = quality.features(segmenter, answer)
-        trust = 1.0 - quality.doubt(own, segmenter.info.get("quality"), quality.mirrors(segmenter.info))
+        trust = 1.0 - quality.doubt(own, segmenter.info)
         if trust < least_trust:
             print(f"left aside, since the mask can be trusted to {trust:.2f} only: {path}", file=sys.stderr)
             continue
@@ -174,10 +174,9 @@ def agreement_with_itself(step: Step, volume: Samples, mirrored: bool) -> float:
         return quality.shifted(slices.reshape(-1, *slices.shape[-2:]), by).reshape(slices.shape)
 
     own = mask_of(values)
-    within = moved(moved(np.ones_like(own), shift), -shift)
     pairs = [
         (own, mask_of(quality.bent(values))),
-        (own & within, moved(mask_of(moved(values, shift)), -shift) & within),
+        (own, moved(mask_of(moved(values, shift)), -shift)),
         *([(own, mask_of(values[..., ::-1])[..., ::-1])] if mirrored else []),
     ]
     return float(np.mean([metrics.dice(one, other) if one.any() or other.any() else 0.0 for one, other in pairs]))

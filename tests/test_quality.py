@@ -46,13 +46,14 @@ def test_a_network_that_answers_alike_is_trusted_in_three_more_passes():
 
 def test_doubt_is_of_what_the_network_has_seen_or_of_the_calibration():
     found = dict.fromkeys(quality.AGREEING, 0.9) | {"mirrored_dice": 0.1}
-    assert quality.doubt(found, None, mirrored=False) == pytest.approx(0.1)
-    assert quality.doubt(found, None, mirrored=True) == pytest.approx(1 - (4 * 0.9 + 0.1) / 5)
-    assert quality.doubt(None, None, mirrored=True) == 1
+    mirrored = {"experiment": {"augment": {"flip": {"columns": 0.5}}}}
+    assert quality.doubt(found, {}) == pytest.approx(0.1)
+    assert quality.doubt(found, mirrored) == pytest.approx(1 - (4 * 0.9 + 0.1) / 5)
+    assert quality.doubt(None, mirrored) == 1
     every = found | {"doubt": 0.1, "holes": 0.0, "volume_ml": 1500.0, "brightness": 0.5}
     flat = {"usual": {key: {"median": 0.0, "spread": 1.0} for key in ("volume", "brightness")},
             "centre": [0.0] * 9, "scale": [1.0] * 9, "weights": [0.0] * 9, "intercept": np.log(0.26)}  # fmt: skip
-    assert quality.doubt(every, flat, mirrored=False) == pytest.approx(0.25)
+    assert quality.doubt(every, mirrored | {"quality": flat}) == pytest.approx(0.25)
     for flip, expected in ((None, False), ({"rows": 0.5, "columns": 0.0}, False), ({"columns": 0.5}, True)):
         assert quality.mirrors({"experiment": {"augment": {"flip": flip}}}) == expected
     assert not quality.mirrors({"members": []})
