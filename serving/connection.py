@@ -591,12 +591,25 @@ class Client:
             frames = protocol.encode(message)
         except protocol.BadFrame as error:
             raise ClientError(error.code, error.text, EXIT_BAD_INPUT) from error
-        if not self._ready(zmq.POLLOUT, min(limit, time.monotonic() + SILENCE_S)):
-            raise Unreachable(self.server)
-        try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again as error:
-            raise Unreachable(self.server) from error
+        limit = min(limit, time.monotonic() + SILENCE_S)
+        while self._ready(zmq.POLLOUT, limit):
+            if self._send(frames):
+                return
+        raise Unreachable(self.server)
+
+    def _send(self, frames: Sequence[bytes]) -> bool:
+        """Whether a message was begun: its connection may have ended since the socket was looked at.
+
+        One that ends between two frames takes the message along, as it does all that is under way; ZeroMQ then drops
+        what it is given until the message ends, so the rest must follow (libzmq, lb.cpp).
+        """
+        for number, frame in enumerate(frames, 1):
+            try:
+                self._socket.send(frame, zmq.NOBLOCK | (zmq.SNDMORE if number < len(frames) else 0))
+            except zmq.Again:
+                if number == 1:
+                    return False
+        return True
 
     def _take(self, limit: float) -> Any:
         """The next message, or None at the limit."""

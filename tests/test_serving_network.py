@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +88,7 @@ class Proxy:
         self._told, self._tell = socket.socketpair()
         self._links: list[Link] = []
         self.befell: list[Fault] = []
+        self.lets_in, self.sent_away = True, 0
         self._thread = threading.Thread(target=self._run, name="proxy")
         self._thread.start()
 
@@ -100,6 +102,13 @@ class Proxy:
             link.close()
         self._told.close()
         self._listener.close()
+
+    def cut(self) -> None:
+        """Ends all connections, and new ones as they begin until `lets_in` is set again."""
+        self.lets_in = False
+        for link in list(self._links):
+            with contextlib.suppress(OSError):  # ended already
+                link.ends["up"][0].shutdown(socket.SHUT_RDWR)
 
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -116,6 +125,10 @@ class Proxy:
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         client, _ = self._listener.accept()
+        if not self.lets_in:
+            client.close()
+            self.sent_away += 1
+            return
         fault = self._faults[0] if self._faults else None
         if self._faults and not (self._for_good and len(self._faults) == 1):
             self._faults.popleft()
@@ -126,9 +139,9 @@ class Proxy:
 
     def _pass(self, selector: selectors.BaseSelector, link: Link, way: str) -> None:
         source, target = link.ends[way]
+        due = False
         try:
             content = source.recv(64 * 1024)
-            due = False
             if link.fault is not None and link.fault.way == way and content:
                 link.seen += content
                 place = link.seen.find(link.fault.after)
@@ -252,6 +265,60 @@ def test_an_announcement_or_its_answer_that_is_cut_is_made_again(
     }
     with ThreadPoolExecutor(len(faults)) as pool:
         for done in [pool.submit(through, server, tmp_path, seed, some) for seed, some in faults.items()]:
+            done.result(3 * LIMIT_S)
+
+
+def cut_before(client: Client, proxy: Proxy, frame: int) -> list[int]:
+    """Ends the connection before the client's next frame but `frame`; goes on once its socket has none, or, where a
+    message was begun and the socket would not tell, once it makes another.
+
+    Returns:
+        The flags of all frames that were sent by now.
+    """
+    flags: list[int] = []
+    socket_, send = client._socket, client._socket.send
+
+    def cutting(content: bytes, flag: int, **how: Any) -> Any:
+        if len(flags) == frame:
+            proxy.cut()
+            if flags and flags[-1] & zmq.SNDMORE:
+                until(lambda: proxy.sent_away, "the client tries to connect again")
+                socket_.get(zmq.EVENTS)  # has the socket heed what its connection told it
+            else:
+                until(lambda: not socket_.poll(0, zmq.POLLOUT), "the client has no connection")
+            proxy.lets_in = True
+        flags.append(flag)
+        return send(content, flag, **how)
+
+    socket_.send = cutting  # type: ignore[method-assign]
+    return flags
+
+
+def test_a_message_whose_connection_ends_as_it_is_to_be_sent_goes_over_the_next(server: Server) -> None:
+    with Proxy(server.endpoint, []) as proxy, Client(proxy.address, insecure=True) as client:
+        flags = cut_before(client, proxy, 0)
+        client.jobs(LIMIT_S)
+        assert len(flags) == 1 + len(protocol.encode(protocol.List()))
+
+
+def test_a_scan_is_segmented_wherever_between_frames_its_connection_ends(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "ASK_S", 0.2)
+    monkeypatch.setattr(connection, "ANNOUNCE_S", 0.2)
+    scans = [scan_file(tmp_path, 700 + frame, name=f"frame{frame}.nii.gz") for frame in range(44)]
+
+    def one(frame: int) -> None:
+        scan, out = scans[frame], tmp_path / f"frame{frame}.vtk"
+        with Proxy(server.endpoint, []) as proxy, Client(proxy.address, insecure=True) as client:
+            sent = cut_before(client, proxy, frame)
+            client.segment(scan, "bright", out, 3 * LIMIT_S)
+            assert len(sent) > frame
+        expect_right_mask(scan, out)
+        assert len(server.runs(scan.name)) == 1
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(one, frame) for frame in range(len(scans))]:
             done.result(3 * LIMIT_S)
 
 
