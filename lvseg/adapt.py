@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -29,9 +30,9 @@ import numpy as np
 from lvseg import command
 from lvseg.cards import check_classes, load_card
 from lvseg.config import Experiment
-from lvseg.errors import InputError
+from lvseg.errors import InputError, RunError
 from lvseg.keys import check_keys, digest
-from lvseg.predict import Segmenter, newest_version, version_of
+from lvseg.predict import CARD_KEYS, Segmenter, newest_version, version_of
 from lvseg.prepare import prepare
 from lvseg.quality import least_trust, mirrors
 from lvseg.replay import CHECKED, Volumes, check_not_known, known, left_out, owners, spread
@@ -89,6 +90,7 @@ def adapt(
             classes; BAD_SPLIT for patients that the model knows, unless from an adaptation, and for nobody to learn
             from; NOT_FOUND for patients that are not there; DUPLICATE_SCAN for scans that the model's datasets have;
             BAD_OUTPUT for `out`; what preparation says.
+        RunError: SIGTERM or Ctrl-C came while it trained; nothing is written.
     """
     plan = plan or Plan()
     info = _info(model)
@@ -96,6 +98,7 @@ def adapt(
     for path in cards:
         check_classes(path, info["task"], info["labels"])
     cluster, experiment = _cluster(info), _experiment(info, cards, plan)
+    weights = _weights(model)
     every = Volumes.of_sets(prepare(experiment.data))
     chosen = every.patients if patients is None else list(dict.fromkeys(patients))
     if missing := sorted(set(chosen) - set(every.patients)):
@@ -113,7 +116,8 @@ def adapt(
             "BAD_SPLIT", f"Expected patients that the model does not know, received {', '.join(seen[:5])}."
         )
     # Who decided about an earlier adaptation never trains a later one, and the other way round.
-    spared = sorted(set(chosen) & deciding) or left_out(sorted(fresh))
+    decided = set(chosen) & deciding
+    spared = sorted({*decided, *left_out(sorted(fresh), len(chosen) - len(fresh), len(decided))})
     new = every.of(set(chosen) - set(spared))
     if not new.rows:
         raise InputError(
@@ -128,7 +132,7 @@ def adapt(
         "patients": new.patients,
         "left_out": spared,
     }
-    return _adapt(model, info, experiment, cluster, new, every.of(set(spared)), study, out, plan)
+    return _adapt(weights, info, experiment, cluster, new, every.of(set(spared)), study, out, plan)
 
 
 def adapt_to_own_masks(
@@ -146,6 +150,7 @@ def adapt_to_own_masks(
     info = _info(model)
     _check_out(out)
     cluster, least = _cluster(info), least_trust(info)
+    weights = _weights(model)
     with tempfile.TemporaryDirectory() as folder:
         cards, trusted = write_own_masks(Segmenter(model), scans, Path(folder), least, modality)
         if not trusted:
@@ -159,13 +164,16 @@ def adapt_to_own_masks(
         study: dict[str, Any] = {"cards": [], "paths": [], "cards_sha256": [], "patients": [], "left_out": []}
         own_masks = {"own_masks": len(trusted)}
         sources = {f"own-{number:04d}": path for number, path in enumerate(trusted)}
-        return _adapt(model, info, experiment, cluster, new, Volumes(), study | own_masks, out, plan, sources)
+        return _adapt(weights, info, experiment, cluster, new, Volumes(), study | own_masks, out, plan, sources)
 
 
 def _check_out(out: Path) -> None:
     """What would be found out when all is done."""
-    if out.exists() and not out.is_dir():
-        raise InputError("BAD_OUTPUT", f"Expected --out to be a folder or nothing yet, received the file {out}.")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError("BAD_OUTPUT", f"Expected --out to be a folder or nothing yet, received the file {there}.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError("BAD_OUTPUT", f"Expected --out to be a folder to write to, received {out}, where none can be.")
 
 
 def _info(model: Path) -> dict[str, Any]:
@@ -174,12 +182,24 @@ def _info(model: Path) -> dict[str, Any]:
         info = dict(json.loads((folder / "model.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise InputError("MODEL_UNAVAILABLE", f"Expected model.json in {folder}, received none to read.") from error
+    if missing := [key for key in CARD_KEYS if key not in info]:
+        raise InputError(
+            "MODEL_UNAVAILABLE",
+            f"Expected a model that lvseg.export wrote, received one without {missing[0]} in {folder}.",
+        )
     if "members" in info or "experiment" not in info:
         what = "an ensemble" if "members" in info else "one that an earlier version trained"
         raise InputError(
             "BAD_MODEL", f"Expected a model of one network with its experiment, received {what} in {folder}."
         )
     return {"version": version_of(folder), **info}
+
+
+def _weights(model: Path) -> list[np.ndarray[Any, Any]]:
+    """Read before anything else takes time, but after the device was chosen."""
+    from lvseg import export
+
+    return export.weights(newest_version(model))
 
 
 def _cluster(info: dict[str, Any]) -> Cluster:
@@ -228,7 +248,7 @@ def _experiment(info: dict[str, Any], cards: Sequence[Path], plan: Plan, shards:
 
 
 def _adapt(
-    model: Path,
+    weights: Sequence[np.ndarray[Any, Any]],
     info: dict[str, Any],
     experiment: Experiment,
     cluster: Cluster,
@@ -261,7 +281,7 @@ def _adapt(
         experiment, cluster, len(info["labels"]), scaling["dark"], scaling["bright"],
         weights_of_encoder and EncoderWeights(**weights_of_encoder),
     )  # fmt: skip
-    step.model.set_weights(export.weights(newest_version(model)))
+    step.model.set_weights(weights)
     reading = _reading(experiment, info, (*new.patients, *left_out.patients, *replayed.patients, *judging.patients))
 
     groups = {"left_out": left_out, "adapted_on": new, "known": judging}
@@ -283,32 +303,35 @@ def _adapt(
     best, interpolation = 0, 1.0
     batches = iter(_batches(experiment, new, replayed, reading))
     deciding, ended_by = "left_out" if left_out.rows else "adapted_on", "steps"
-    for number in command.progress(range(1, train.steps + 1), "adapting"):
-        step(next(batches))
-        done, late = number, time.monotonic() - started + 2 * a_check_s > 60 * plan.minutes
-        if number % CHECK_EVERY and number != train.steps and not late:
-            continue
-        if int(step.bad_step.numpy()):
-            raise FloatingPointError(
-                f"Expected finite numbers, received others at step {int(step.bad_step.numpy())}; lower --learning-rate."
-            )
-        checks.append(check())
-        trained = candidate = step.model.get_weights()
-        if has_forgotten():
-            # Halfway between what it was and what it became, a network has most of either (Wortsman et al., CVPR 2022).
-            candidate = [(before + after) / 2 for before, after in zip(first, trained, strict=True)]
-            step.model.set_weights(candidate)
-            checks[-1] = check()
-            step.model.set_weights(trained)
-        is_better = checks[-1][deciding] > checks[best][deciding] + ENOUGH
-        if is_better and not has_forgotten() and number >= min(LEAST_STEPS, train.steps):
-            best, kept = len(checks) - 1, candidate
-            interpolation = 1.0 if candidate is trained else 0.5
-        if number == train.steps:
-            break
-        if late or len(checks) - 1 - best >= PATIENCE:
-            ended_by = "minutes" if late else "no gain"
-            break
+    with command.stop_requests() as is_to_stop:
+        for number in command.progress(range(1, train.steps + 1), "adapting"):
+            if is_to_stop():
+                raise RunError("interrupted; nothing is written and the model stays as it is")
+            step(next(batches))
+            done, late = number, time.monotonic() - started + 2 * a_check_s > 60 * plan.minutes
+            if number % CHECK_EVERY and number != train.steps and not late:
+                continue
+            if bad_step := int(step.bad_step.numpy()):
+                raise FloatingPointError(
+                    f"Expected finite numbers, received others at step {bad_step}; lower --learning-rate."
+                )
+            checks.append(check())
+            trained = candidate = step.model.get_weights()
+            if has_forgotten():
+                # Halfway between what it was and what it became it has most of either (Wortsman et al., CVPR 2022).
+                candidate = [(before + after) / 2 for before, after in zip(first, trained, strict=True)]
+                step.model.set_weights(candidate)
+                checks[-1] = check()
+                step.model.set_weights(trained)
+            is_better = checks[-1][deciding] > checks[best][deciding] + ENOUGH
+            if is_better and not has_forgotten() and number >= min(LEAST_STEPS, train.steps):
+                best, kept = len(checks) - 1, candidate
+                interpolation = 1.0 if candidate is trained else 0.5
+            if number == train.steps:
+                break
+            if late or len(checks) - 1 - best >= PATIENCE:
+                ended_by = "minutes" if late else "no gain"
+                break
     minutes = (time.monotonic() - started) / 60
     measured: dict[str, Any] = {
         name: {
@@ -324,7 +347,6 @@ def _adapt(
     measured |= {"steps": taken, "steps_done": done, "ended_by": ended_by, "minutes": minutes}
     if not best:
         return {**measured, "version": None}
-    folder = export.next_version(out)
     split = info["provenance"]["split"]
     data = info["experiment"]["data"]
     datasets = list(dict.fromkeys([*data["datasets"], *study["paths"]]))  # a later adaptation replays this one's, too
@@ -346,7 +368,7 @@ def _adapt(
     }
     adapted = network(experiment, len(info["labels"]), step.offset, step.scale, "float32")
     adapted.set_weights(kept)
-    export.export_model(adapted, card, folder)
+    folder = export.write_version(out, functools.partial(export.export_model, adapted, card))
     return {**measured, "version": str(folder)}
 
 
@@ -495,6 +517,8 @@ def _body(arguments: argparse.Namespace) -> None:
                 f"Expected --suggest of 1 to as many as --unlabelled, {len(arguments.unlabelled)}, received"
                 f" {arguments.suggest}.",
             )
+        if arguments.out is not None:
+            raise InputError("BAD_ARGUMENT", "Expected --suggest or --out, received both: nothing is adapted to yet.")
         looked = look(Segmenter(arguments.model), arguments.unlabelled, modality)
         for place in suggest(looked, min(arguments.suggest, len(looked))):
             print(f"{looked[place].scan}  (doubt {looked[place].doubt:.3f})")

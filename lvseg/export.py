@@ -6,12 +6,14 @@ python -m lvseg.export --run runs/volume/best-fold0 --out models/volume
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import hashlib
 import json
 import math
 import shutil
 import sys
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,14 +230,43 @@ def weights_sha256(folder: Path) -> str:
 
 
 def weights(folder: Path) -> list[np.ndarray[Any, Any]]:
-    """The weights of the one network in a SavedModel that `export_model` wrote, in the order of the network's own."""
-    return [variable.numpy() for variable in tf.saved_model.load(str(folder)).variables]
+    """The weights of the one network in a SavedModel that `export_model` wrote, in the order of the network's own.
+
+    Raises:
+        InputError: MODEL_UNAVAILABLE for one that is incomplete or damaged.
+    """
+    try:
+        return [variable.numpy() for variable in tf.saved_model.load(str(folder)).variables]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, tf.errors.OpError) as error:
+        raise InputError(
+            "MODEL_UNAVAILABLE",
+            f"Expected a model that lvseg.export wrote, received a damaged or foreign one in {folder}"
+            f" ({type(error).__name__}).",
+        ) from error
 
 
-def next_version(out: Path) -> Path:
-    """The version folder after those that a folder of versions has; it is not made."""
-    versions = [int(path.name) for path in out.iterdir() if VERSION.fullmatch(path.name)] if out.is_dir() else []
-    return out / str(max(versions, default=0) + 1)
+def write_version(out: Path, write: Callable[[Path], object]) -> Path:
+    """Makes the version folder after those that a folder of versions has, whole or not at all, and returns it.
+
+    Whoever else writes one meanwhile, in another process too, has another number.
+
+    Args:
+        out: made if missing; write: makes the folder that it is given, which is renamed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f".partial-{uuid.uuid4().hex[:8]}"
+    try:
+        write(temporary)
+        while True:
+            versions = [int(path.name) for path in out.iterdir() if VERSION.fullmatch(path.name)]
+            folder = out / str(max(versions, default=0) + 1)
+            try:
+                return temporary.rename(folder)
+            except OSError as error:  # a folder that holds something is never renamed over
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def publish(
@@ -266,8 +297,8 @@ def publish(
             raise InputError(
                 "NOT_FOUND", f"Expected a trained model in {model}, received none; train the run to its end first."
             )
-    folder = next_version(out)
-    with command.atomic(folder) as temporary:
+
+    def write(temporary: Path) -> None:
         if len(models) > 1:
             export_ensemble(models, temporary)
         elif foreground_odds is not None:
@@ -284,7 +315,8 @@ def publish(
             if calibration := quality.of_run(models[0].parent, card) or calibration:
                 card["quality"] = calibration
         path.write_text(json.dumps(card, indent=1), encoding="utf-8")
-    return folder
+
+    return write_version(out, write)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,6 +31,11 @@ FAT_FRACTION_TASK = "fatfraction"  # a model of this task sees fat fractions in 
 CARD_KEYS = ("task", "labels", "axis", "spacing_mm", "size", "neighbours", "batch_size", "weights_sha256")
 SHIPPED = Path(__file__).parent / "shipped"
 LEAST_MR = -500.0  # no MR is as negative, and every CT in Hounsfield units with air around or in the body is
+LIKE_CT = "voxels look like Hounsfield units; if it is a CT, say so (--modality ct)"
+UNLIKE_CT = (
+    f"no voxel below {LEAST_MR:g}, so these may not be Hounsfield units: a CT may be stored with an offset; if it is an"
+    " MR, say so (--modality mr)"
+)
 # Voxels brighter than this share of the scan's range (minimum to 99th percentile) count as tissue when the crop cuts.
 TISSUE_SHARE = 0.15
 # Every slice becomes one of the network's size, however small it is: no scanner makes more, but a small file may.
@@ -234,12 +239,9 @@ class Segmenter:
                 f"voxels of {padding:g}, far below all others, were taken for padding and not for tissue"
             )
         if hu_like and not is_ct:
-            measurements["flags"].append("voxels look like Hounsfield units; if it is a CT, say so (--modality ct)")
+            measurements["flags"].append(LIKE_CT)
         if is_ct and not hu_like:
-            measurements["flags"].append(
-                f"no voxel below {LEAST_MR:g}, so these may not be Hounsfield units: a CT may be stored with an offset;"
-                " if it is an MR, say so (--modality mr)"
-            )
+            measurements["flags"].append(UNLIKE_CT)
         return Segmentation(mask, measurements, prepared.numpy() if keep else None, foreground, clock.seconds)
 
     def foreground(self, slices: Array) -> Array:

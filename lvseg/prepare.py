@@ -16,7 +16,7 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +70,7 @@ class Task:
 
 
 def prepare(
-    data: Data, jobs: int = -1, engine: Engine | None = None, simulated_at_most: int | None = None
+    data: Data, jobs: int = -1, engine: Engine | None = None, simulated: Collection[str] | None = None
 ) -> list[ShardSet]:
     """Makes the shards of an experiment that are missing, simulating patients first where a card says so.
 
@@ -78,7 +78,7 @@ def prepare(
         data: the experiment's `data` keys.
         jobs: processes, -1 for one a core.
         engine: where the work is done instead of in `jobs` processes of this machine.
-        simulated_at_most: how many patients of a card are simulated where they are missing; None for all it says.
+        simulated: ids of the patients that are simulated where they are missing; None for all that the cards say.
 
     Returns:
         One set a card, in the order of `data.datasets`.
@@ -89,7 +89,7 @@ def prepare(
     engine = engine or Engine(jobs=jobs)
     loaded = _load_cards(data)
     for card, root in loaded:
-        simulate_missing(card, root, engine.jobs, simulated_at_most)
+        simulate_missing(card, root, engine.jobs, simulated)
     sets = [_prepare_card(card, root, data, engine) for card, root in loaded]
     _check_classes(sets)
     _check_duplicates(sets, [root for _, root in loaded])
@@ -182,13 +182,23 @@ def card_scans(path: Path) -> list[Scan]:
     return find_scans(card, root)
 
 
-def simulate_missing(card: Card, root: Path, jobs: int = -1, at_most: int | None = None) -> None:
-    """Makes the patients, or the first `at_most`, of a card that says how to simulate them, where they are missing."""
+def simulate_missing(card: Card, root: Path, jobs: int = -1, only: Collection[str] | None = None) -> None:
+    """Makes the patients, or those of these ids, of a card that says how to simulate them, where they are missing."""
     if card.simulate is not None:
         from lvseg.phantom.simulate import simulate
 
-        patients = card.simulate.patients if at_most is None else min(at_most, card.simulate.patients)
-        simulate(card.simulate.scanner, patients, card.simulate.seed, root, jobs)
+        simulate(card.simulate.scanner, card.simulate.patients, card.simulate.seed, root, jobs, only=only)
+
+
+def simulated_patients(card: Card) -> list[str]:
+    """Ids of the patients that a card says how to simulate, in the order of their numbers; none for other cards."""
+    if card.simulate is None:
+        return []
+    from lvseg.phantom.patients import patient_id
+    from lvseg.phantom.simulate import PROTOCOLS
+
+    seed, varied = card.simulate.seed, PROTOCOLS[card.simulate.scanner].varied
+    return [patient_id(seed, number, varied) for number in range(1, card.simulate.patients + 1)]
 
 
 def _prepare_card(card: Card, root: Path, data: Data, engine: Engine) -> ShardSet:

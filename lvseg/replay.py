@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from lvseg.cards import load_card
 from lvseg.config import Data
 from lvseg.errors import InputError
-from lvseg.prepare import ShardSet, prepare
+from lvseg.prepare import ShardSet, prepare, simulated_patients
 
 REPLAYED, CHECKED = 24, 12  # patients of those that the model was trained on, and of those that a check reads
 LEAST_TO_LEAVE_OUT, LEFT_OUT_SHARE = 4, 0.25
@@ -66,12 +65,16 @@ class Volumes:
         return sum(row.slices for row in self.rows)
 
 
-def left_out(patients: Sequence[str]) -> list[str]:
-    """Those that decide, by a hash of their ids, where there are enough to spare some."""
-    if len(patients) < LEAST_TO_LEAVE_OUT:
-        return []
+def left_out(patients: Sequence[str], others: int = 0, deciding: int = 0) -> list[str]:
+    """Those that decide, by a hash of their ids: a quarter where there are enough, but never all.
+
+    Args:
+        patients: to choose among; others: how many more there are, and of those how many decide already (`deciding`).
+    """
+    every = len(patients) + others
+    count = max(1, int(every * LEFT_OUT_SHARE)) - deciding if every >= LEAST_TO_LEAVE_OUT else 0
     ordered = sorted(patients, key=lambda name: hashlib.sha256(f"left out {name}".encode()).hexdigest())
-    return sorted(ordered[: max(1, int(len(patients) * LEFT_OUT_SHARE))])
+    return sorted(ordered[: max(0, min(count, len(patients) - 1))])
 
 
 def spread(names: Sequence[str], most: int) -> list[str]:
@@ -109,11 +112,14 @@ def known(
             " others with --replay, or none to do without, which forgets.",
         )
     own = data.model_copy(update={"datasets": list(named), "shards": trained_on.shards})
-    simulated = sum(load_card(Path(path))[0].simulate is not None for path in named)
-    at_most = math.ceil(2 * (REPLAYED + CHECKED) / max(1, simulated))
-    every = Volumes.of_sets(prepare(own, simulated_at_most=at_most))
     split, studies = provenance["split"], provenance.get("adapted", [])
     replayed, checked = set(split["train"]), set(split["validation"])
+    can_be_made = {name for path in named for name in simulated_patients(load_card(Path(path))[0])} - new
+    parts_made = [(replayed, REPLAYED), (checked, CHECKED)]
+    if cards is not None:
+        parts_made.append((can_be_made - replayed - checked - set(split["test"]), REPLAYED + CHECKED))
+    made = {name for part, most in parts_made for name in spread(sorted(can_be_made & part), most)}
+    every = Volumes.of_sets(prepare(own, simulated=made))
     if cards is not None:
         strangers = sorted(set(every.patients) - replayed - checked - set(split["test"]) - new)
         checked |= set(left_out(strangers) or strangers[1:2])

@@ -22,7 +22,7 @@ from lvseg import command, quality, waterfat
 from lvseg.errors import InputError
 from lvseg.formats import write_volume
 from lvseg.postprocess import postprocess
-from lvseg.predict import FAT_FRACTION_TASK, Segmentation, Segmenter, read_scan
+from lvseg.predict import FAT_FRACTION_TASK, LIKE_CT, UNLIKE_CT, Segmentation, Segmenter, read_scan
 from lvseg.volume import Array, Volume
 
 if TYPE_CHECKING:
@@ -77,7 +77,10 @@ def _segmented(
                 print(f"left aside: {path} has the voxels of {seen[own]}", file=sys.stderr)
                 continue
             seen[own] = path
-            yield path, volume, segmenter.segment(volume, keep=True, modality=modality)
+            answer = segmenter.segment(volume, keep=True, modality=modality)
+            for flag in {LIKE_CT, UNLIKE_CT}.intersection(answer.measurements["flags"]):
+                print(f"{path}: {flag}", file=sys.stderr)
+            yield path, volume, answer
         except InputError as error:
             print(f"left aside: {error.sentence}", file=sys.stderr)
 
@@ -115,7 +118,8 @@ def write_own_masks(
     Args:
         scans: as `predict.read_scan` takes; folder: where cards, scans and masks go.
         least_trust: 1 less `quality.doubt`.
-        modality: of all, as `Segmenter.segment`; MR where neither it nor the files say.
+        modality: of all, as `Segmenter.segment`; MR where neither it nor the files say, but scans that look otherwise
+            than they are said to be are left aside then.
 
     Returns:
         The cards of those scans, one a modality, and which they are; the others are named on stderr.
@@ -124,6 +128,9 @@ def write_own_masks(
     info, modalities = segmenter.info, set()
     is_fat = info["task"] == FAT_FRACTION_TASK
     for path, volume, answer in _segmented(segmenter, scans, modality, "segmenting"):
+        if modality is None and {LIKE_CT, UNLIKE_CT}.intersection(answer.measurements["flags"]):
+            print(f"left aside until --modality says whether it is a CT: {path}", file=sys.stderr)
+            continue
         own = quality.features(segmenter, answer)
         trust = 1.0 - quality.doubt(own, segmenter.info)
         if trust < least_trust:

@@ -1,7 +1,9 @@
 """Adapting a model to a new study: what it learns, what it keeps, when it stops, and which scans it asks for."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -323,12 +325,13 @@ def test_a_later_adaptation_takes_the_same_card_with_more_patients(adapted, new_
     second = json.loads((tmp_path / "next/1/model.json").read_text())
     one, two = second["provenance"]["adapted"]
     assert two["from"]["version"] == 1
-    assert one == first["provenance"]["adapted"][0] and two["left_out"] == one["left_out"]
-    assert set(two["patients"]) == {f"c-{number:03d}" for number in range(20, 32)} - set(one["left_out"])
+    assert one == first["provenance"]["adapted"][0] and set(two["left_out"]) > set(one["left_out"])
+    assert len(two["left_out"]) == 3 and not set(two["left_out"]) & set(one["patients"])
+    assert set(two["patients"]) == {f"c-{number:03d}" for number in range(20, 32)} - set(two["left_out"])
     assert second["experiment"]["data"]["datasets"] == ["cards/a.yaml", "cards/b.yaml", "cards/c.yaml"]
     replayed, judging = of_model(second)
     assert set(replayed.patients) & set(one["patients"]) and set(one["left_out"]) <= set(judging.patients)
-    ours = {*one["patients"], *one["left_out"], *two["patients"]}
+    ours = {*one["patients"], *two["left_out"], *two["patients"]}
     apart = of_model(second, new=tuple(ours))  # once the study goes on, its own patients are not what was known
     assert all(part.patients and not set(part.patients) & ours for part in apart)
 
@@ -402,6 +405,55 @@ def test_own_masks_are_learned_from_as_the_model_will_see_the_scans(trained, in_
         assert read_labels(found, own).voxels.any()
 
 
+def test_what_looks_like_a_ct_is_not_learned_from_until_it_is_said_to_be_one(trained, in_study, tmp_path, capsys):
+    image, _ = scan("b", 30)
+    like_ct = tmp_path / "like_ct.nii.gz"
+    write_volume(image.with_voxels((image.voxels - 1000).astype(np.int16)), like_ct)
+    segmenter = Segmenter(trained / "model")
+    look(segmenter, [like_ct])
+    assert f"{like_ct}: voxels look like Hounsfield units" in capsys.readouterr().err
+    for modality, trusted in ((None, []), ("MR", [like_ct]), ("CT", [like_ct])):
+        assert write_own_masks(segmenter, [like_ct], tmp_path / str(modality), 0.0, modality)[1] == trusted
+    assert f"left aside until --modality says whether it is a CT: {like_ct}" in capsys.readouterr().err
+
+
+def test_a_signal_ends_it_without_a_version(trained, new_study, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(new_study)
+
+    def shown(items, label, total=None):
+        for item in items:
+            if label == "adapting" and item == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield item
+
+    monkeypatch.setattr(adapt.command, "progress", shown)
+    arguments = [
+        "--model",
+        str(trained / "model"),
+        "--card",
+        "cards/c.yaml",
+        "-o",
+        str(tmp_path / "out"),
+        "--steps",
+        "9",
+    ]
+    assert adapt.main(arguments) == 1
+    assert "interrupted; nothing is written and the model stays as it is" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_half_copied_model_is_refused_before_anything_is_prepared(trained, new_study, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(new_study)
+    monkeypatch.setattr(adapt, "prepare", None)
+    shutil.copytree(trained / "model", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half/variables")
+    for spoil in (lambda: None, lambda: (tmp_path / "half/model.json").write_text("{}")):
+        spoil()
+        assert adapt.main(["--model", str(tmp_path / "half"), "--card", "cards/c.yaml", "-o", "x"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "Expected a model that lvseg.export wrote, received" in line and str(tmp_path / "half") in line
+
+
 def test_a_scan_stored_along_another_axis_is_no_other_scan(trained, in_study, tmp_path, capsys):
     image, _ = scan("a", 70)
     turned = Volume(image.voxels.transpose(2, 0, 1).copy(), image.affine[:, [2, 0, 1, 3]])
@@ -444,6 +496,33 @@ def test_patients_are_left_out_only_where_there_are_enough():
     assert set(left_out(names[::-1])) == set(left_out(names))
 
 
+@pytest.mark.parametrize(("fresh", "others", "deciding", "more"), [
+    (3, 3, 0, 1),  # a study that grows by a few at a time
+    (3, 1, 0, 1), (2, 3, 0, 1), (12, 12, 1, 5), (4, 12, 4, 0),
+    (1, 9, 0, 0), (0, 8, 1, 0),  # somebody new has to be learned from
+])  # fmt: skip
+def test_a_quarter_of_a_study_that_grows_decides(fresh, others, deciding, more):
+    names = [f"p{number}" for number in range(fresh)]
+    assert len(left_out(names, others, deciding)) == more
+
+
+def test_patients_that_can_be_simulated_are_so_only_to_be_replayed(trained, in_study, monkeypatch):
+    made_by = {"scanner": "philips_volume", "patients": 40, "seed": 7}
+    card = write_card(in_study, "made", simulate=made_by, labels={"organ": [1]}, mask="{patient}/mask.nii.gz")
+    monkeypatch.setattr(replay, "REPLAYED", 2)
+    monkeypatch.setattr(replay, "CHECKED", 1)
+    names = [f"sim0007-{number:04d}" for number in range(1, 41)]
+    split = {"train": names[20:30], "validation": names[33:], "test": names[:20]}
+    data = adapt._experiment(adapt._info(trained / "model"), [card], QUICK).data
+    for cards, made in ((None, 3), ([card], 4)):
+        provenance = {"split": split if cards is None else {**split, "test": names[:20] + names[31:33]}}
+        replayed, judging, _ = known(provenance, data, data, cards, set())
+        there = {path.parent.name for path in (in_study / "raw/made").glob("*/truth.json")}
+        assert there >= {*replayed.patients, *judging.patients} and not there & set(names[:20])
+        assert set(replayed.patients) <= set(split["train"]) | {names[30]} and set(judging.patients) <= set(names[30:])
+        assert len(there) == made and len(judging.patients) >= 1 and len(replayed.patients) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -461,6 +540,8 @@ def test_patients_are_left_out_only_where_there_are_enough():
         (["--card", "cards/c.yaml", "-o", "x", "--modality", "ct"], ("--modality", "--unlabelled")),
         (["--unlabelled", "cards/c.yaml", "--suggest", "1"], ("can be read", "none of 1")),
         (["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "2"], ("--suggest", "received 2")),
+        (["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "1", "-o", "x"], ("--suggest or --out", "both")),
+        (["--card", "cards/c.yaml", "-o", "cards/c.yaml/below/it"], ("--out to be a folder", "the file", "c.yaml")),
     ],
 )
 def test_wrong_use_is_one_sentence(trained, new_study, monkeypatch, capsys, arguments, words):

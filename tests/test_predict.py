@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -20,7 +22,7 @@ from small_study import ROOT, command, scan
 
 from lvseg import metrics, pipeline, predict, preprocess, records, waterfat
 from lvseg.errors import InputError
-from lvseg.export import export_model, publish, weights_sha256
+from lvseg.export import export_model, publish, weights_sha256, write_version
 from lvseg.formats import read_volume, write_volume
 from lvseg.models.unet import unet
 from lvseg.postprocess import postprocess
@@ -360,6 +362,42 @@ def test_export_takes_the_next_version(exported, tmp_path):
     assert weights_sha256(out / "3") == weights_sha256(exported)
     with pytest.raises(InputError, match="no-run"):
         publish([tmp_path / "no-run/model"], out)
+
+
+def test_two_that_export_at_once_write_a_version_each(tmp_path):
+    meet = threading.Barrier(3)
+
+    def one(number: int) -> Path:
+        def write(temporary: Path) -> None:
+            temporary.mkdir()
+            (temporary / "whose").write_text(str(number))
+            meet.wait(60)  # all are written before any gets its number
+
+        return write_version(tmp_path / "models", write)
+
+    with ThreadPoolExecutor(3) as pool:
+        folders = list(pool.map(one, range(3)))
+    assert sorted(folder.name for folder in folders) == ["1", "2", "3"]
+    assert [(folder / "whose").read_text() for folder in folders] == ["0", "1", "2"]
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["1", "2", "3"]
+
+
+def test_a_number_that_was_taken_meanwhile_is_left_alone(tmp_path):
+    def write(temporary: Path) -> None:
+        temporary.mkdir()
+        (temporary / "new").touch()
+
+    def late(path: Path) -> list[Path]:
+        found = there(path)
+        (tmp_path / "1").mkdir(exist_ok=True)  # by another process, after the look
+        (tmp_path / "1/old").touch()
+        return found
+
+    there = Path.iterdir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "iterdir", lambda path: iter(list(late(path))))
+        assert write_version(tmp_path, write) == tmp_path / "2"
+    assert [path.name for path in (tmp_path / "1").iterdir()] == ["old"]
 
 
 def test_an_ensemble_answers_with_the_mean_of_its_members(exported, tmp_path):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +37,14 @@ PROTOCOLS: dict[str, Protocol] = {**SCANNERS, **varied.PROTOCOLS, **ct.PROTOCOLS
 
 
 def simulate(
-    scanner: str, patients: int, seed: int, out: Path, jobs: int, first: int = 1, contour_jitter: bool = False
+    scanner: str,
+    patients: int,
+    seed: int,
+    out: Path,
+    jobs: int,
+    first: int = 1,
+    contour_jitter: bool = False,
+    only: Collection[str] | None = None,
 ) -> None:
     """Simulates patients number first, first + 1, ... of a seed and writes them; those that are there already are kept.
 
@@ -49,6 +56,7 @@ def simulate(
         jobs: processes to use, -1 for one a core.
         first: number of the first patient, at least 1.
         contour_jitter: masks deviate as an operator's do; MR protocols only.
+        only: ids; of those patients, the ones among them.
 
     Raises:
         InputError: BAD_ARGUMENT for values outside these ranges; FOLDER_IN_USE where `out` holds patients of another
@@ -72,8 +80,10 @@ def simulate(
         protocol = replace(protocol, contour_jitter=True)
 
     made_by = {"scanner": scanner, "version": PHANTOM_VERSION, "contour_jitter": contour_jitter}
+    numbers = range(first, first + patients)
+    wanted = [number for number in numbers if only is None or patient_id(seed, number, protocol.varied) in only]
     with alone(out / ".lock", out):
-        _simulate(protocol, seed, range(first, first + patients), out, jobs, made_by)
+        _simulate(protocol, seed, wanted, out, jobs, made_by)
 
 
 def _simulate(
