@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -102,10 +100,7 @@ class Step:
         }
         self._intensity = {name: settings[name] for name in intensity.NAMES if settings[name]}
         self._contrast = settings["contrast"]
-        # Compiled by XLA by themselves: on a GPU their indices otherwise visit the host; on a CPU it is faster. A core
-        # computes what XLA compiled for a CPU, so each gets its part of the samples.
-        cores = 1 if tf.config.get_visible_devices("GPU") or train.jit_compile else len(os.sched_getaffinity(0))
-        self._parts = max(part for part in range(1, self._a_device + 1) if self._a_device % part == 0 and part <= cores)
+        # Compiled by XLA by themselves: on a GPU their indices otherwise visit the host; on a CPU it is faster.
         self.move = tf.function(self._move, autograph=False, jit_compile=True)
         self.change = tf.function(self._change, autograph=False, jit_compile=True)
         self._infer = tf.function(self._classes, autograph=False)
@@ -167,14 +162,11 @@ class Step:
         step = tf.convert_to_tensor(self.number)
         seeds = draws.sample_seeds(self.experiment.seed, draws.ELASTIC_STREAM, step, first + tf.range(self._a_device))
         if self._spatial:
-            moving = tf.cast(samples.stack, tf.float32), samples.mask, samples.tissues, seeds
-            stack, mask, tissues = _in_parts(self.move, moving, self._parts)
+            stack, mask, tissues = self.move(tf.cast(samples.stack, tf.float32), samples.mask, samples.tissues, seeds)
             samples = samples._replace(stack=stack, mask=mask, tissues=tissues)
         stacks = pipeline.intensities(samples, self.experiment.data.normalise)
         if self._intensity or self._contrast:
-            (stacks,) = _in_parts(
-                lambda *of_part: [self.change(*of_part)], (stacks, samples.tissues, seeds), self._parts
-            )
+            stacks = self.change(stacks, samples.tissues, seeds)
 
         with tf.GradientTape() as tape:
             logits = self._logits([stacks, seeds], training=True)
@@ -220,16 +212,6 @@ class Step:
                 self._contrast["partial_volume"],
             )  # fmt: skip
         return intensity.intensity(stacks, seeds, self._intensity, self.dark, self.bright)
-
-
-def _in_parts(
-    function: Callable[..., Sequence[tf.Tensor]], values: Sequence[tf.Tensor], parts: int
-) -> Sequence[tf.Tensor]:
-    """What a function makes of samples, a part of them at a time, which have nothing to do with one another."""
-    if parts == 1:
-        return function(*values)
-    made = [function(*of_part) for of_part in zip(*(tf.split(value, parts) for value in values), strict=True)]
-    return [tf.concat(of_parts, axis=0) for of_parts in zip(*made, strict=True)]
 
 
 def _over_devices(values: Any) -> Any:
