@@ -5,10 +5,10 @@
     python -m lvseg.adapt --model models/volume --unlabelled scans/* --out models/volume
 
 A short training on the new study's segmented patients, half of every batch replayed from patients that the model was
-trained on, so that it keeps what it knew. With four patients or more some are left out and decide when it ends;
-otherwise the patients themselves do. Without segmented patients the model's own masks of unlabelled scans, where they
-can be trusted, take their place. All patients of the new study's cards are used, unless --patients names some; test
-patients of the model's own training are never read.
+trained on, so that it keeps what it knew. Of four patients or more some are left out and decide when it ends, unless
+only one of them is new; otherwise the patients themselves do. Without segmented patients the model's own masks of
+unlabelled scans, where they can be trusted, take their place. All patients of the new study's cards are used, unless
+--patients names some; test patients of the model's own training are never read.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def adapt(
             BAD_OUTPUT for `out`; what preparation says.
         RunError: SIGTERM or Ctrl-C came while it trained; nothing is written.
     """
-    plan = plan or Plan()
+    plan, model = plan or Plan(), newest_version(model)  # looked up once: another may be written meanwhile
     info = _info(model)
     _check_out(out)
     for path in cards:
@@ -146,7 +146,7 @@ def adapt_to_own_masks(
     Raises:
         InputError: as `adapt`; NO_PATIENTS if the model's mask of none of them can be trusted.
     """
-    plan = plan or Plan()
+    plan, model = plan or Plan(), newest_version(model)
     info = _info(model)
     _check_out(out)
     cluster, least = _cluster(info), least_trust(info)
@@ -169,7 +169,7 @@ def adapt_to_own_masks(
 
 def _check_out(out: Path) -> None:
     """What would be found out when all is done."""
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         raise InputError("BAD_OUTPUT", f"Expected --out to be a folder or nothing yet, received the file {there}.")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -304,9 +304,13 @@ def _adapt(
     batches = iter(_batches(experiment, new, replayed, reading))
     deciding, ended_by = "left_out" if left_out.rows else "adapted_on", "steps"
     with command.stop_requests() as is_to_stop:
-        for number in command.progress(range(1, train.steps + 1), "adapting"):
+
+        def heed() -> None:
             if is_to_stop():
                 raise RunError("interrupted; nothing is written and the model stays as it is")
+
+        for number in command.progress(range(1, train.steps + 1), "adapting"):
+            heed()
             step(next(batches))
             done, late = number, time.monotonic() - started + 2 * a_check_s > 60 * plan.minutes
             if number % CHECK_EVERY and number != train.steps and not late:
@@ -323,6 +327,7 @@ def _adapt(
                 step.model.set_weights(candidate)
                 checks[-1] = check()
                 step.model.set_weights(trained)
+            heed()
             is_better = checks[-1][deciding] > checks[best][deciding] + ENOUGH
             if is_better and not has_forgotten() and number >= min(LEAST_STEPS, train.steps):
                 best, kept = len(checks) - 1, candidate

@@ -187,18 +187,21 @@ def simulate_missing(card: Card, root: Path, jobs: int = -1, only: Collection[st
     if card.simulate is not None:
         from lvseg.phantom.simulate import simulate
 
+        if only is not None:
+            only = {name.removeprefix(card.patient_prefix) for name in only}
         simulate(card.simulate.scanner, card.simulate.patients, card.simulate.seed, root, jobs, only=only)
 
 
-def simulated_patients(card: Card) -> list[str]:
-    """Ids of the patients that a card says how to simulate, in the order of their numbers; none for other cards."""
+def simulated_patients(card: Card, root: Path) -> dict[str, bool]:
+    """Ids of the patients that a card says how to simulate, and whether they are there; none for other cards."""
     if card.simulate is None:
-        return []
+        return {}
     from lvseg.phantom.patients import patient_id
-    from lvseg.phantom.simulate import PROTOCOLS
+    from lvseg.phantom.simulate import protocol_of
 
-    seed, varied = card.simulate.seed, PROTOCOLS[card.simulate.scanner].varied
-    return [patient_id(seed, number, varied) for number in range(1, card.simulate.patients + 1)]
+    seed, varied = card.simulate.seed, protocol_of(card.simulate.scanner).varied
+    names = [patient_id(seed, number, varied) for number in range(1, card.simulate.patients + 1)]
+    return {card.patient_prefix + name: (root / name).is_dir() for name in names}
 
 
 def _prepare_card(card: Card, root: Path, data: Data, engine: Engine) -> ShardSet:

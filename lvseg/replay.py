@@ -111,15 +111,19 @@ def known(
             f"Expected the cards that the model was trained on, to replay them, received none at {missing[0]}; name"
             " others with --replay, or none to do without, which forgets.",
         )
-    own = data.model_copy(update={"datasets": list(named), "shards": trained_on.shards})
     split, studies = provenance["split"], provenance.get("adapted", [])
     replayed, checked = set(split["train"]), set(split["validation"])
-    can_be_made = {name for path in named for name in simulated_patients(load_card(Path(path))[0])} - new
-    parts_made = [(replayed, REPLAYED), (checked, CHECKED)]
-    if cards is not None:
-        parts_made.append((can_be_made - replayed - checked - set(split["test"]), REPLAYED + CHECKED))
-    made = {name for part, most in parts_made for name in spread(sorted(can_be_made & part), most)}
-    every = Volumes.of_sets(prepare(own, simulated=made))
+    simulated = {path: simulated_patients(*load_card(Path(path))) for path in named}
+    made = _to_be_made(
+        {name: there for of_card in simulated.values() for name, there in of_card.items() if name not in new},
+        replayed, checked, set() if cards is None else set(split["test"]), cards is not None,
+    )  # fmt: skip
+    # A card of which nobody is there and nobody is needed is as good as not named.
+    needed = [
+        path for path, of_card in simulated.items() if not of_card or any(of_card.values()) or made & set(of_card)
+    ]
+    own = data.model_copy(update={"datasets": needed, "shards": trained_on.shards})
+    every = Volumes.of_sets(prepare(own, simulated=made)) if needed else Volumes()
     if cards is not None:
         strangers = sorted(set(every.patients) - replayed - checked - set(split["test"]) - new)
         checked |= set(left_out(strangers) or strangers[1:2])
@@ -142,6 +146,28 @@ def known(
             " other cards with --replay, or none to do without, which forgets.",
         )
     return parts[0], parts[1], every
+
+
+def _to_be_made(
+    can_be: Mapping[str, bool], replayed: set[str], checked: set[str], tested: set[str], takes_strangers: bool
+) -> set[str]:
+    """Ids of the simulated patients that are missing to those who are replayed and to those who are looked at.
+
+    Args:
+        can_be: who can be simulated, and whether they are there already.
+        takes_strangers: whether patients that the model has not seen may take the place of those that it has.
+    """
+    made: set[str] = set()
+    there, short = {name for name, is_there in can_be.items() if is_there}, 0
+    for part, most in ((replayed, REPLAYED), (checked, CHECKED)):
+        few = max(0, most - len(there & part))
+        new = spread(sorted((set(can_be) & part) - there), few)
+        made |= set(new)
+        short += few - len(new)
+    if takes_strangers:
+        strangers = set(can_be) - replayed - checked - tested
+        made |= set(spread(sorted(strangers - there), short - len(strangers & there)))
+    return made
 
 
 def owners(new: Volumes, every: Volumes) -> list[tuple[Shard, str]]:

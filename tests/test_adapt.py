@@ -417,8 +417,11 @@ def test_what_looks_like_a_ct_is_not_learned_from_until_it_is_said_to_be_one(tra
     assert f"left aside until --modality says whether it is a CT: {like_ct}" in capsys.readouterr().err
 
 
-def test_a_signal_ends_it_without_a_version(trained, new_study, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("steps", ["9", "1"])
+def test_a_signal_ends_it_without_a_version(trained, new_study, monkeypatch, tmp_path, capsys, steps):
     monkeypatch.chdir(new_study)
+    monkeypatch.setattr(adapt, "ENOUGH", -1.0)
+    checks = []
 
     def shown(items, label, total=None):
         for item in items:
@@ -426,17 +429,16 @@ def test_a_signal_ends_it_without_a_version(trained, new_study, monkeypatch, tmp
                 os.kill(os.getpid(), signal.SIGTERM)
             yield item
 
+    def check(*how):
+        checks.append(how)
+        if len(checks) == 2:  # the last one of a single step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"left_out": 0.5, "adapted_on": 0.5, "known": 0.5}
+
     monkeypatch.setattr(adapt.command, "progress", shown)
-    arguments = [
-        "--model",
-        str(trained / "model"),
-        "--card",
-        "cards/c.yaml",
-        "-o",
-        str(tmp_path / "out"),
-        "--steps",
-        "9",
-    ]
+    monkeypatch.setattr(adapt, "_check", check)
+    arguments = ["--model", str(trained / "model"), "--card", "cards/c.yaml", "-o", str(tmp_path / "out")]
+    arguments += ["--steps", steps]
     assert adapt.main(arguments) == 1
     assert "interrupted; nothing is written and the model stays as it is" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -514,12 +516,14 @@ def test_patients_that_can_be_simulated_are_so_only_to_be_replayed(trained, in_s
     names = [f"sim0007-{number:04d}" for number in range(1, 41)]
     split = {"train": names[20:30], "validation": names[33:], "test": names[:20]}
     data = adapt._experiment(adapt._info(trained / "model"), [card], QUICK).data
-    for cards, made in ((None, 3), ([card], 4)):
-        provenance = {"split": split if cards is None else {**split, "test": names[:20] + names[31:33]}}
+    strangers = {"train": names[20:21], "validation": [], "test": names[:20]}
+    for cards, of_model, made in ((None, split, 3), ([card], split, 3), ([card], strangers, 3)):
+        provenance = {"split": of_model}
         replayed, judging, _ = known(provenance, data, data, cards, set())
         there = {path.parent.name for path in (in_study / "raw/made").glob("*/truth.json")}
         assert there >= {*replayed.patients, *judging.patients} and not there & set(names[:20])
-        assert set(replayed.patients) <= set(split["train"]) | {names[30]} and set(judging.patients) <= set(names[30:])
+        if of_model is split:
+            assert set(replayed.patients) <= set(split["train"]) and set(judging.patients) <= set(split["validation"])
         assert len(there) == made and len(judging.patients) >= 1 and len(replayed.patients) == 2
 
 

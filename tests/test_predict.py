@@ -388,15 +388,16 @@ def test_a_number_that_was_taken_meanwhile_is_left_alone(tmp_path):
         (temporary / "new").touch()
 
     def late(path: Path) -> list[Path]:
-        found = there(path)
+        looks.append(found := list(there(path)))
         (tmp_path / "1").mkdir(exist_ok=True)  # by another process, after the look
         (tmp_path / "1/old").touch()
         return found
 
-    there = Path.iterdir
+    there, looks = Path.iterdir, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "iterdir", lambda path: iter(list(late(path))))
+        patch.setattr(Path, "iterdir", lambda path: iter(late(path)))
         assert write_version(tmp_path, write) == tmp_path / "2"
+    assert [len(look) for look in looks] == [1, 2]  # what is being written, and then version 1
     assert [path.name for path in (tmp_path / "1").iterdir()] == ["old"]
 
 

@@ -36,6 +36,13 @@ PHANTOM_VERSION = 3  # raised whenever the same seed and number give other voxel
 PROTOCOLS: dict[str, Protocol] = {**SCANNERS, **varied.PROTOCOLS, **ct.PROTOCOLS}
 
 
+def protocol_of(scanner: str) -> Protocol:
+    """What a scanner's name in `PROTOCOLS` stands for; InputError BAD_ARGUMENT for others."""
+    if scanner not in PROTOCOLS:
+        raise InputError("BAD_ARGUMENT", f"Expected a scanner among {', '.join(PROTOCOLS)}, received {scanner!r}.")
+    return PROTOCOLS[scanner]
+
+
 def simulate(
     scanner: str,
     patients: int,
@@ -63,14 +70,12 @@ def simulate(
             scanner, version or kind of mask.
     """
     out = Path(out)
-    if scanner not in PROTOCOLS:
-        raise InputError("BAD_ARGUMENT", f"Expected a scanner among {', '.join(PROTOCOLS)}, received {scanner!r}.")
+    protocol = protocol_of(scanner)
     for name, value, least in (("patients", patients, 1), ("seed", seed, 0), ("first", first, 1)):
         if value < least:
             raise InputError("BAD_ARGUMENT", f"Expected {name} to be at least {least}, received {value}.")
     if jobs != -1 and jobs < 1:
         raise InputError("BAD_ARGUMENT", f"Expected jobs to be at least 1, or -1 for one a core, received {jobs}.")
-    protocol = PROTOCOLS[scanner]
     if contour_jitter:
         if not isinstance(protocol, Scanner):
             raise InputError(
