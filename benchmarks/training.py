@@ -1,6 +1,7 @@
 """The training step: what the loop adds to it, against PyTorch, its memory, and the settings to choose from.
 
-loop     the steps of lvseg.fit, with pipeline, augmentation and logging, against the bare compiled step
+loop     the steps of lvseg.fit, with pipeline, augmentation and logging, against the bare compiled step; with patients
+         rendered anew also against the compiled step that renders them, over and over of one batch
 torch    the bare step against the same network in PyTorch
 memory   peak memory of training, lvseg's loop and PyTorch's bare step
 layout   the bare step with and without XLA, with channels last and first, and by numbers of threads
@@ -11,6 +12,7 @@ python benchmarks/training.py --only torch
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -169,9 +171,15 @@ def run_until_enough(fit: Any, before_step: Callable[[], None]) -> None:
 
 
 def measure_loop(
-    folder: str, overrides: list[str], blocks: int, steps: int, inter: int | None = None, intra: int | None = None
+    folder: str,
+    overrides: list[str],
+    blocks: int,
+    steps: int,
+    augmented: bool = False,
+    inter: int | None = None,
+    intra: int | None = None,
 ) -> list[list[float]]:
-    """Mean seconds of a step in blocks of so many steps, the bare step's and the loop's in turn.
+    """Mean seconds of a step in blocks of so many: the bare step's, or the `augmented` one's, and the loop's in turn.
 
     Both run in one process, with the same threads and in the same minutes. The loop is measured from step to step, so
     that whatever it does between two of them counts; it stands still while the bare step is measured, but for the
@@ -184,7 +192,13 @@ def measure_loop(
     from steps import tensorflow_step
 
     data, train = fit.experiment.data, fit.experiment.train
-    bare, _ = tensorflow_step(data.size, fit.experiment.model.width, train.batch_size, train.loss)
+    if augmented:
+        from lvseg.step import Step
+
+        batch = next(iter(fit._batches(0)))
+        bare = functools.partial(Step(fit.experiment, fit.cluster, len(fit.classes), 0.0, 1.0), batch)
+    else:
+        bare, _ = tensorflow_step(data.size, fit.experiment.model.width, train.batch_size, train.loss)
     for _ in range(WARM_UP_STEPS):
         bare()
     times: list[list[float]] = []
@@ -244,13 +258,18 @@ def loop_rows(folder: Path, arguments: argparse.Namespace) -> list[Row]:
     result = []
     first = next(iter(LOOPS))
     overrides, blocks, steps = LOOPS[first]
-    loops = LOOPS | {f"{first}, rendered anew at every step": ([*overrides, *rendering()], blocks, steps)}
+    rendered = [*overrides, *rendering()], blocks, steps
+    loops = {f"against the bare step, {name}": loop for name, loop in LOOPS.items()}
+    loops[f"against the bare step, {first}, rendered anew at every step"] = rendered
+    loops[inside := f"against the step with rendering inside, {first}"] = rendered
     for name, (overrides, blocks, steps) in loops.items():
-        times = measured("loop", folder=str(folder), overrides=overrides, blocks=blocks, steps=steps)
+        times = measured(
+            "loop", folder=str(folder), overrides=overrides, blocks=blocks, steps=steps, augmented=name == inside
+        )
         ratio = statistics.median(loop / bare for bare, loop in times)
         bare, loop = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
         figure = f"{ratio:.3f} times ({loop:,.1f} ms against {bare:,.1f} ms)"
-        what = f"training loop's step against the bare step, {name}"
+        what = f"training loop's step {name}"
         result.append(Row(what, f"at most {MOST_LOOP} times", figure, ratio <= MOST_LOOP))
     return result
 
