@@ -26,7 +26,7 @@ from lvseg import command, preprocess, quality
 from lvseg.errors import InputError
 from lvseg.optimiser import tf_variable
 from lvseg.postprocess import STEPS
-from lvseg.predict import VERSION, Segmenter, newest_version, shipped_model
+from lvseg.predict import VERSION, Segmenter, damaged, newest_version, shipped_model
 
 ODDS = (0.001, 1000.0)  # that odds may be multiplied by
 # What the members of an ensemble must agree on.
@@ -238,11 +238,7 @@ def weights(folder: Path) -> list[np.ndarray[Any, Any]]:
     try:
         return [variable.numpy() for variable in tf.saved_model.load(str(folder)).variables]
     except (OSError, ValueError, TypeError, LookupError, AttributeError, tf.errors.OpError) as error:
-        raise InputError(
-            "MODEL_UNAVAILABLE",
-            f"Expected a model that lvseg.export wrote, received a damaged or foreign one in {folder}"
-            f" ({type(error).__name__}).",
-        ) from error
+        raise damaged(folder, error) from error
 
 
 def write_version(out: Path, write: Callable[[Path], object]) -> Path:

@@ -108,6 +108,15 @@ def newest_version(model: Path) -> Path:
     return max(versions, key=lambda path: int(path.name))
 
 
+def damaged(folder: Path, error: Exception) -> InputError:
+    """What to raise for a model's folder that cannot be loaded: MODEL_UNAVAILABLE."""
+    return InputError(
+        "MODEL_UNAVAILABLE",
+        f"Expected a model that lvseg.export wrote, received a damaged or foreign one in {folder}"
+        f" ({type(error).__name__}).",
+    )
+
+
 def version_of(folder: Path) -> int | None:
     """The version that a model's folder is named after, if it is."""
     return int(folder.name) if VERSION.fullmatch(folder.name) else None
@@ -159,11 +168,7 @@ class Segmenter:
             signatures = self.loaded.signatures
             self._prepare, self.infer, self._restore = (signatures[name] for name in ("prepare", "infer", "restore"))
         except (OSError, ValueError, TypeError, LookupError, tf.errors.OpError) as error:
-            raise InputError(
-                "MODEL_UNAVAILABLE",
-                f"Expected a model that lvseg.export wrote, received a damaged or foreign one in {folder}"
-                f" ({type(error).__name__}).",
-            ) from error
+            raise damaged(folder, error) from error
         self.info.setdefault("version", version_of(folder))
 
     @property

@@ -114,10 +114,9 @@ def known(
     split, studies = provenance["split"], provenance.get("adapted", [])
     replayed, checked = set(split["train"]), set(split["validation"])
     simulated = {path: simulated_patients(*load_card(Path(path))) for path in named}
-    made = _to_be_made(
-        {name: there for of_card in simulated.values() for name, there in of_card.items() if name not in new},
-        replayed, checked, set() if cards is None else set(split["test"]), cards is not None,
-    )  # fmt: skip
+    can_be = {name: there for of_card in simulated.values() for name, there in of_card.items() if name not in new}
+    strangers_to_it = set(can_be) - replayed - checked - set(split["test"]) if cards is not None else set()
+    made = _to_be_made(can_be, replayed, checked, strangers_to_it)
     # A card of which nobody is there and nobody is needed is as good as not named.
     needed = [
         path for path, of_card in simulated.items() if not of_card or any(of_card.values()) or made & set(of_card)
@@ -148,14 +147,12 @@ def known(
     return parts[0], parts[1], every
 
 
-def _to_be_made(
-    can_be: Mapping[str, bool], replayed: set[str], checked: set[str], tested: set[str], takes_strangers: bool
-) -> set[str]:
+def _to_be_made(can_be: Mapping[str, bool], replayed: set[str], checked: set[str], strangers: set[str]) -> set[str]:
     """Ids of the simulated patients that are missing to those who are replayed and to those who are looked at.
 
     Args:
         can_be: who can be simulated, and whether they are there already.
-        takes_strangers: whether patients that the model has not seen may take the place of those that it has.
+        strangers: who of them may take the place of those that the model has seen.
     """
     made: set[str] = set()
     there, short = {name for name, is_there in can_be.items() if is_there}, 0
@@ -164,10 +161,7 @@ def _to_be_made(
         new = spread(sorted((set(can_be) & part) - there), few)
         made |= set(new)
         short += few - len(new)
-    if takes_strangers:
-        strangers = set(can_be) - replayed - checked - tested
-        made |= set(spread(sorted(strangers - there), short - len(strangers & there)))
-    return made
+    return made | set(spread(sorted(strangers - there), short - len(strangers & there)))
 
 
 def owners(new: Volumes, every: Volumes) -> list[tuple[Shard, str]]:
