@@ -60,43 +60,63 @@ def assert_same(received, expected):
         assert dice == pytest.approx(own_dice, abs=1e-3)  # a pixel at the border of two classes may fall either way
 
 
+def free_ports(count):
+    """Below those that systems hand out: the socket of anybody may get one of these before its owner listens."""
+    found = []
+    for port in range(20000 + os.getpid() % 10000, 32000):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("localhost", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError(f"{count} ports are not free")
+
+
+@contextlib.contextmanager
 def two_workers(folder, name, settings=SETTINGS):
-    """Starts the command in two processes that know of each other by TF_CONFIG."""
-    ports = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            ports.append(free.getsockname()[1])
-    cluster = {"worker": [f"localhost:{port}" for port in ports]}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "lvseg.train", *arguments(name, settings)],
-            cwd=folder,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
+    """The command in two processes that know of each other by TF_CONFIG; what still runs in the end is killed."""
+    cluster = {"worker": [f"localhost:{port}" for port in free_ports(2)]}
+    with contextlib.ExitStack() as running:
+        workers = []
+        for index in range(2):
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "lvseg.train", *arguments(name, settings)],
+                cwd=folder,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(ROOT),
+                    "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}),
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            workers.append(running.enter_context(worker))
+            running.callback(worker.kill)
+        yield workers
+
+
+def has_checkpoint(workers, checkpoints, step):
+    """Waits for a checkpoint of running workers."""
+    deadline = time.monotonic() + LIMIT_S
+    while not (checkpoints / f"ckpt-{step}.index").is_file():
+        if time.monotonic() > deadline or any(worker.poll() is not None for worker in workers):
+            for worker in workers:
+                worker.kill()
+            codes, errors = ends(workers)
+            pytest.fail(f"no checkpoint of step {step}, exit codes {codes}: {errors}")
+        time.sleep(0.01)
 
 
 def ends(workers):
     """Return codes and stderr of both workers."""
-    try:
-        answers = [worker.communicate(timeout=LIMIT_S) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
+    answers = [worker.communicate(timeout=LIMIT_S) for worker in workers]
     return [worker.returncode for worker in workers], "\n".join(error for _, error in answers)
 
 
 def test_two_workers_give_the_losses_of_one(study, alone):
-    codes, errors = ends(two_workers(study, "workers"))
+    with two_workers(study, "workers") as workers:
+        codes, errors = ends(workers)
     assert codes == [0, 0], errors
     assert_same(losses(study, "workers"), alone)
     run = study / "runs/volume/workers-fold0"
@@ -121,14 +141,11 @@ def test_one_worker_s_sigterm_stops_both_at_one_checkpoint_from_which_a_single_m
     folder = tmp_path / "study"
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
     settings = ("train.steps=5000", "train.validate_every=5000", "train.checkpoint_every=25")
-    workers = two_workers(folder, "stopped", settings)
     checkpoints = folder / "runs/volume/stopped-fold0/checkpoints"
-    deadline = time.monotonic() + LIMIT_S
-    while not list(checkpoints.glob("ckpt-25.index")):
-        assert all(worker.poll() is None for worker in workers) and time.monotonic() < deadline
-        time.sleep(0.01)
-    workers[1].send_signal(signal.SIGTERM)
-    codes, errors = ends(workers)
+    with two_workers(folder, "stopped", settings) as workers:
+        has_checkpoint(workers, checkpoints, 25)
+        workers[1].send_signal(signal.SIGTERM)
+        codes, errors = ends(workers)
     assert codes == [1, 1], errors
     newest = tf.train.latest_checkpoint(str(checkpoints))
     number = int(newest.rsplit("-", 1)[1])
@@ -150,16 +167,11 @@ def test_one_worker_s_sigterm_stops_both_at_one_checkpoint_from_which_a_single_m
 def test_a_worker_that_is_killed_ends_the_other_with_a_sentence(study, tmp_path):
     folder = tmp_path / "study"
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
-    workers = two_workers(
-        folder, "lost", ("train.steps=100000", "train.validate_every=100000", "train.checkpoint_every=25")
-    )
-    checkpoints = folder / "runs/volume/lost-fold0/checkpoints"
-    deadline = time.monotonic() + LIMIT_S
-    while not list(checkpoints.glob("ckpt-25.index")):
-        assert all(worker.poll() is None for worker in workers) and time.monotonic() < deadline
-        time.sleep(0.01)
-    workers[1].kill()
-    codes, errors = ends(workers)
+    settings = ("train.steps=100000", "train.validate_every=100000", "train.checkpoint_every=25")
+    with two_workers(folder, "lost", settings) as workers:
+        has_checkpoint(workers, folder / "runs/volume/lost-fold0/checkpoints", 25)
+        workers[1].kill()
+        codes, errors = ends(workers)
     assert codes == [1, -signal.SIGKILL], errors
     assert "start all of them again" in errors
     assert "Traceback" not in errors
@@ -250,19 +262,10 @@ def waiting(study, name, addresses, index=0):
     )  # fmt: skip
 
 
-def free_port():
-    """One below those that systems hand out: who knocks at one of these may be connected with himself."""
-    for port in range(20000 + os.getpid() % 10000, 32000):
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("localhost", port))
-            return port
-    raise AssertionError("no port is free")
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_machine_that_waits_for_the_others_can_be_stopped(study, index, number):
-    addresses = [f"localhost:{free_port()}", "nobody.invalid:4444"]
+    addresses = [f"localhost:{free_ports(1)[0]}", "nobody.invalid:4444"]
     process = waiting(study, "waits", addresses, index)
     try:
         assert f"waiting for {addresses[1 - index]}\n" in process.stderr
@@ -285,7 +288,7 @@ def test_a_port_in_use_is_one_sentence(study):
 
 
 def test_machines_meet_whoever_comes_first_and_strangers_are_sent_away(capsys):
-    port = free_port()
+    (port,) = free_ports(1)
     addresses = [f"localhost:{port}", "second:1", "third:1"]
     met = queue.SimpleQueue()
 
@@ -312,7 +315,7 @@ def test_machines_meet_whoever_comes_first_and_strangers_are_sent_away(capsys):
 
 @pytest.mark.parametrize("closes", [True, False])
 def test_a_machine_that_died_while_waiting_may_come_again(closes):
-    port = free_port()
+    (port,) = free_ports(1)
     addresses = [f"localhost:{port}", "second:1", "third:1"]
     first = threading.Thread(target=rendezvous.meet, args=(addresses, 0), daemon=True)
     first.start()
