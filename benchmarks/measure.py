@@ -33,15 +33,20 @@ class Row:
     met: bool | None = None
 
 
-def median_s(function: Callable[[], Any], repeats: int, least_s: float = 0.0) -> float:
-    """Median seconds of a call, after one that is not counted; goes on until `least_s` seconds have been measured."""
+def seconds(function: Callable[[], Any], repeats: int, least_s: float = 0.0) -> list[float]:
+    """Seconds of each call, after one that is not counted; goes on until `least_s` seconds have been measured."""
     function()
     times: list[float] = []
     while len(times) < repeats or sum(times) < least_s:
         started = time.perf_counter()
         function()
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return times
+
+
+def median_s(function: Callable[[], Any], repeats: int, least_s: float = 0.0) -> float:
+    """The median of `seconds`."""
+    return statistics.median(seconds(function, repeats, least_s))
 
 
 def table(rows: Sequence[Row]) -> str:

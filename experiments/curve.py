@@ -1,13 +1,14 @@
 """How many segmented patients of a new scanner a network needs: the report's Table 2, its way and this project's.
 
     python experiments/curve.py --task volume --model runs/volume/anyscanner-cpu-fold0/model
-    python experiments/curve.py --task volume --model ... --only siemens --draws 1 --table
+    python experiments/curve.py --task volume --table
 
 For each direction between the simulated scanners, and each number of segmented patients of the new one, two ways:
 "report", training on the known scanners and those patients from the start, and "any", a model for any scanner
 (--model), adapted to those patients by lvseg.adapt. Half of the new scanner's patients are for measuring alone. Every
 number lands in runs/curve/<task>.csv, a row a patient; what is there is not measured again, so a stopped run goes on.
-The column made_of tells by how many steps, or from which model's weights; another of either is refused.
+The column made_of tells by how many steps, or from which model's weights; another of either is refused. Where adapting
+did not help, the model as it was is measured.
 """
 
 from __future__ import annotations
@@ -164,34 +165,35 @@ def table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measures what is missing and prints the table."""
+    """Measures what is missing."""
     path = OUT / f"{arguments.task}.csv"
     known = rows_of(path, COLUMNS, NUMBERS)
     made_of = {"report": f"{arguments.steps or 'all'} steps"}
     if arguments.model is not None:
         info = json.loads((newest_version(arguments.model) / "model.json").read_text(encoding="utf-8"))
         made_of["any"] = info["weights_sha256"][:16]
-    for row in known if not arguments.table else []:
+    for row in known:
         if row["way"] in arguments.ways and row["made_of"] != made_of[row["way"]]:
             raise InputError(
                 "BAD_ARGUMENT",
                 f"Expected {path} to be of {made_of[row['way']]}, received rows of {row['made_of']}; move it away"
                 " first.",
             )
+    scans_of = {scanner: card_scans(card_of(arguments.task, scanner)) for scanner in arguments.only}
+    most = min(len(parts(scans)[0]) for scans in scans_of.values())
+    if not 0 <= min(arguments.patients) <= max(arguments.patients) <= most:
+        raise InputError("BAD_ARGUMENT", f"Expected --patients from 0 to {most}, received {arguments.patients}.")
     done = {(row["scanner"], row["way"], int(row["patients"]), int(row["draw"])) for row in known}
-    for scanner in arguments.only if not arguments.table else []:
-        scans = card_scans(card_of(arguments.task, scanner))
+    for scanner, scans in scans_of.items():
         pool, held_out = parts(scans)
         own = [scan for scan in scans if scan.patient in held_out]
         for count in arguments.patients:
-            if count > len(pool):
-                raise InputError("BAD_ARGUMENT", f"Expected --patients up to {len(pool)}, received {count}.")
             for draw in range(arguments.draws if count else 1):
                 chosen = ordered(pool, f"draw {draw}")[:count]
                 for way in arguments.ways:
                     if (scanner, way, count, draw) in done:
                         continue
-                    name = f"curve-{scanner}-{count}-{draw}"
+                    name = f"curve-{arguments.task}-{scanner}-{count}-{draw}"
                     print(f"{way}: {scanner}, {count} patients, draw {draw}: {', '.join(chosen)}", flush=True)
                     if way == "report":
                         model = trained_as_in_the_report(arguments.task, scanner, chosen, name, arguments.steps)
@@ -199,14 +201,12 @@ def run(arguments: argparse.Namespace) -> None:
                         model = arguments.model
                         if count:
                             card = card_with(card_of(arguments.task, scanner), chosen, OUT / f"{name}.yaml")
-                            out = OUT / "models" / f"{arguments.task}-{name}"
-                            adapted = adapt(model, [card], out, None, Plan(minutes=math.inf))
+                            adapted = adapt(model, [card], OUT / "models" / name, None, Plan(minutes=math.inf))
                             print_measured(adapted, own_masks=False)
                             model = Path(adapted["version"]) if adapted["version"] else model
                     key = {"scanner": scanner, "way": way, "made_of": made_of[way], "patients": count, "draw": draw}
                     new = [key | row for row in measured(model, own)]
                     add_rows(path, COLUMNS, rows_of(path, COLUMNS, NUMBERS), new)
-    print(table(rows_of(path, COLUMNS, NUMBERS)))
 
 
 def main() -> int:
@@ -228,8 +228,10 @@ def main() -> int:
     def body(arguments: argparse.Namespace) -> None:
         if "any" in arguments.ways and arguments.model is None and not arguments.table:
             raise InputError("BAD_ARGUMENT", "Expected --model with the way any, received none.")
-        with command.alone(OUT / ".lock", OUT, waits=False):
-            run(arguments)
+        if not arguments.table:
+            with command.alone(OUT / ".lock", OUT, waits=False):
+                run(arguments)
+        print(table(rows_of(OUT / f"{arguments.task}.csv", COLUMNS, NUMBERS)))
 
     return command.run(parser, body, None)
 

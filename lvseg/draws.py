@@ -7,7 +7,7 @@ which says what they are for.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -92,6 +92,38 @@ def uniform_of_each(seeds: tf.Tensor, stream: int, count: int) -> tf.Tensor:
         of_stream(seeds, stream),
         fn_output_signature=tf.TensorSpec([count], tf.float64),
     )
+
+
+def one_by_one() -> bool:
+    """Whether samples are best changed one by one: a processor then leaves out what a sample does not undergo.
+
+    A GPU is told what to do before it is known who undergoes what; it changes all samples at once.
+    """
+    return not tf.config.get_visible_devices("GPU")
+
+
+def where(chosen: tf.Tensor, changed: Callable[[], tf.Tensor], stacks: tf.Tensor) -> tf.Tensor:
+    """Changes the samples that are chosen and keeps the others as they are, to the bit.
+
+    What a batch of one does not undergo is not computed where `one_by_one` says so.
+
+    Args:
+        chosen: bool [B], of the same B when traced as the stacks.
+        changed: makes all samples changed, float32 [B, size, size, C].
+        stacks: float32 [B, size, size, C].
+
+    Returns:
+        float32 [B, size, size, C].
+    """
+    if stacks.shape[0] == 1 and one_by_one():
+        # No turn of a loop or one, since XLA shares a loop's work among a processor's cores, but not a condition's.
+        return tf.while_loop(
+            lambda is_left, _: is_left,
+            lambda *_: (tf.constant(False), changed()),
+            (chosen[0], stacks),
+            (tf.TensorShape([]), stacks.shape),
+        )[1]
+    return tf.where(chosen[:, tf.newaxis, tf.newaxis, tf.newaxis], changed(), stacks)
 
 
 def of_sample(values: tf.Tensor) -> tf.Tensor:

@@ -109,74 +109,96 @@ def _smoother(stacks: tf.Tensor, seeds: tf.Tensor, settings: Mapping[str, Any], 
         log_factor = draws.strength(seeds, draws.RESOLUTION_STREAM, keys["probability"], 0.0, bound)
     if keys := settings.get("blur"):
         sigma = draws.strength(seeds, draws.BLUR_STREAM, keys["probability"], 0.0, keys["max_sigma_px"])
-    return _where(log_factor + sigma, smooth(stacks, tf.exp(log_factor), sigma), stacks)
+    return draws.where(log_factor + sigma != 0, lambda: smooth(stacks, tf.exp(log_factor), sigma), stacks)
 
 
 def _thicker(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
     """The stack's own ends go on, as the volume's do."""
     share = draws.strength(seeds, draws.THICKNESS_STREAM, keys["probability"], 0.0, keys["max_share"])
-    before = tf.concat([stacks[..., :1], stacks[..., :-1]], axis=-1)
-    after = tf.concat([stacks[..., 1:], stacks[..., -1:]], axis=-1)
-    return _where(share, stacks + draws.of_sample(share) * (before + after - 2.0 * stacks), stacks)
+
+    def thicker() -> tf.Tensor:
+        before = tf.concat([stacks[..., :1], stacks[..., :-1]], axis=-1)
+        after = tf.concat([stacks[..., 1:], stacks[..., -1:]], axis=-1)
+        return stacks + draws.of_sample(share) * (before + after - 2.0 * stacks)
+
+    return draws.where(share != 0, thicker, stacks)
 
 
 def _ghosted(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
     """Two copies, up and down the axis along which the phase is encoded, each of half the share."""
     share = draws.strength(seeds, draws.GHOST_STREAM, keys["probability"], 0.0, keys["max_share"])
-    drawn = draws.uniform_of_each(seeds, draws.GHOST_SHIFT_STREAM, 2)
-    size = stacks.shape[1]
-    # int64, whose arithmetic stays on a GPU.
-    by = tf.cast(tf.round((0.15 + 0.35 * drawn[:, 0]) * size), tf.int64)[:, tf.newaxis]
-    along_rows, ghosts = (drawn[:, 1] < 0.5)[:, tf.newaxis], tf.zeros_like(stacks)
-    for sign in (1, -1):
-        there = np.arange(size, dtype=np.int64)
-        index = tf.math.floormod(there - sign * by, size)
-        moved = tf.gather(stacks, tf.where(along_rows, index, there), axis=1, batch_dims=1)
-        moved = tf.gather(moved, tf.where(along_rows, there, index), axis=2, batch_dims=1)
-        ghosts += 0.5 * (moved - low)
-    return _where(share, stacks + draws.of_sample(share) * (ghosts - (stacks - low)), stacks)
+
+    def ghosted() -> tf.Tensor:
+        drawn = draws.uniform_of_each(seeds, draws.GHOST_SHIFT_STREAM, 2)
+        size = stacks.shape[1]
+        # int64, whose arithmetic stays on a GPU.
+        by = tf.cast(tf.round((0.15 + 0.35 * drawn[:, 0]) * size), tf.int64)[:, tf.newaxis]
+        along_rows, ghosts = (drawn[:, 1] < 0.5)[:, tf.newaxis], tf.zeros_like(stacks)
+        for sign in (1, -1):
+            there = np.arange(size, dtype=np.int64)
+            index = tf.math.floormod(there - sign * by, size)
+            moved = tf.gather(stacks, tf.where(along_rows, index, there), axis=1, batch_dims=1)
+            moved = tf.gather(moved, tf.where(along_rows, there, index), axis=2, batch_dims=1)
+            ghosts += 0.5 * (moved - low)
+        return stacks + draws.of_sample(share) * (ghosts - (stacks - low))
+
+    return draws.where(share != 0, ghosted, stacks)
 
 
 def _cut(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
     """What was outside is dark, as what a scan is padded with."""
     is_cut = draws.strength(seeds, draws.VIEW_STREAM, keys["probability"], 1.0, 1.0)
-    sides = tf.cast(keys["max_share"] * draws.uniform_of_each(seeds, draws.VIEW_CUT_STREAM, 4), tf.float32)
-    middle = (np.arange(stacks.shape[1], dtype=np.float32) + 0.5) / stacks.shape[1]
-    rows = (middle > sides[:, 0, tf.newaxis]) & (middle < 1.0 - sides[:, 1, tf.newaxis])
-    columns = (middle > sides[:, 2, tf.newaxis]) & (middle < 1.0 - sides[:, 3, tf.newaxis])
-    inside = (rows[:, :, tf.newaxis] & columns[:, tf.newaxis, :])[..., tf.newaxis]
-    return _where(is_cut, tf.where(inside, stacks, low), stacks)
+
+    def cut() -> tf.Tensor:
+        sides = tf.cast(keys["max_share"] * draws.uniform_of_each(seeds, draws.VIEW_CUT_STREAM, 4), tf.float32)
+        middle = (np.arange(stacks.shape[1], dtype=np.float32) + 0.5) / stacks.shape[1]
+        rows = (middle > sides[:, 0, tf.newaxis]) & (middle < 1.0 - sides[:, 1, tf.newaxis])
+        columns = (middle > sides[:, 2, tf.newaxis]) & (middle < 1.0 - sides[:, 3, tf.newaxis])
+        inside = (rows[:, :, tf.newaxis] & columns[:, tf.newaxis, :])[..., tf.newaxis]
+        return tf.where(inside, stacks, low)
+
+    return draws.where(is_cut != 0, cut, stacks)
 
 
 def _on_table(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
     """A curved plate in the lowest fifth of the slice, two walls and less signal between them."""
     is_there = draws.strength(seeds, draws.TABLE_STREAM, keys["probability"], 1.0, 1.0)
-    drawn = tf.cast(draws.uniform_of_each(seeds, draws.TABLE_SHAPE_STREAM, 5), tf.float32)[:, :, tf.newaxis, tf.newaxis]
-    row, column = _places(stacks.shape[1])
-    depth = row - (0.8 + 0.15 * drawn[:, 0]) + (0.1 + 0.4 * drawn[:, 1]) * (column - 0.5) ** 2
-    thickness = 0.02 + 0.05 * drawn[:, 2]
-    within = (depth > 0) & (depth < thickness)
-    wall = (depth < 0.25 * thickness) | (depth > 0.75 * thickness)
-    bright = 0.05 + 0.75 * drawn[:, 3]
-    share = tf.where(within, tf.where(wall, bright, bright * drawn[:, 4]), 0.0)
-    return _where(is_there, _in_the_dark(stacks, share, low, high), stacks)
+
+    def on_table() -> tf.Tensor:
+        drawn = tf.cast(draws.uniform_of_each(seeds, draws.TABLE_SHAPE_STREAM, 5), tf.float32)
+        drawn = drawn[:, :, tf.newaxis, tf.newaxis]
+        row, column = _places(stacks.shape[1])
+        depth = row - (0.8 + 0.15 * drawn[:, 0]) + (0.1 + 0.4 * drawn[:, 1]) * (column - 0.5) ** 2
+        thickness = 0.02 + 0.05 * drawn[:, 2]
+        within = (depth > 0) & (depth < thickness)
+        wall = (depth < 0.25 * thickness) | (depth > 0.75 * thickness)
+        bright = 0.05 + 0.75 * drawn[:, 3]
+        share = tf.where(within, tf.where(wall, bright, bright * drawn[:, 4]), 0.0)
+        return _in_the_dark(stacks, share, low, high)
+
+    return draws.where(is_there != 0, on_table, stacks)
 
 
 def _with_arms(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
     """Two ellipses at the sides: fat around muscle around two bones, each as bright as it happens to be."""
     is_there = draws.strength(seeds, draws.ARMS_STREAM, keys["probability"], 1.0, 1.0)
-    drawn = tf.cast(draws.uniform_of_each(seeds, draws.ARMS_SHAPE_STREAM, 9), tf.float32)[:, :, tf.newaxis, tf.newaxis]
-    row, column = _places(stacks.shape[1])
-    share = tf.zeros_like(stacks[..., 0])
-    for side in (0, 1):
-        from_edge = column if side == 0 else 1.0 - column
-        across = (from_edge - 0.08 * drawn[:, 0 + side]) / (0.06 + 0.04 * drawn[:, 2])
-        along = (row - (0.35 + 0.3 * drawn[:, 3 + side])) / (0.07 + 0.05 * drawn[:, 5])
-        radius = tf.sqrt(across**2 + along**2)
-        bones = tf.minimum(tf.sqrt(across**2 + (along - 0.35) ** 2), tf.sqrt(across**2 + (along + 0.35) ** 2))
-        flesh = tf.where(radius < 0.8, drawn[:, 6], drawn[:, 7])
-        share = tf.where(radius < 1.0, tf.where(bones < 0.2, drawn[:, 8], flesh), share)
-    return _where(is_there, _in_the_dark(stacks, share, low, high), stacks)
+
+    def with_arms() -> tf.Tensor:
+        drawn = tf.cast(draws.uniform_of_each(seeds, draws.ARMS_SHAPE_STREAM, 9), tf.float32)
+        drawn = drawn[:, :, tf.newaxis, tf.newaxis]
+        row, column = _places(stacks.shape[1])
+        share = tf.zeros_like(stacks[..., 0])
+        for side in (0, 1):
+            from_edge = column if side == 0 else 1.0 - column
+            across = (from_edge - 0.08 * drawn[:, 0 + side]) / (0.06 + 0.04 * drawn[:, 2])
+            along = (row - (0.35 + 0.3 * drawn[:, 3 + side])) / (0.07 + 0.05 * drawn[:, 5])
+            radius = tf.sqrt(across**2 + along**2)
+            bones = tf.minimum(tf.sqrt(across**2 + (along - 0.35) ** 2), tf.sqrt(across**2 + (along + 0.35) ** 2))
+            flesh = tf.where(radius < 0.8, drawn[:, 6], drawn[:, 7])
+            share = tf.where(radius < 1.0, tf.where(bones < 0.2, drawn[:, 8], flesh), share)
+        return _in_the_dark(stacks, share, low, high)
+
+    return draws.where(is_there != 0, with_arms, stacks)
 
 
 def _places(size: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -194,20 +216,26 @@ def _in_the_dark(stacks: tf.Tensor, share: tf.Tensor, low: float, high: float) -
 def _shaded(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
     """The logarithm of the field is a cubic B-spline, as N4 has it (Tustison et al., 2010)."""
     sigma = draws.strength(seeds, draws.BIAS_FIELD_STREAM, keys["probability"], keys["sigma"], keys["sigma"])
-    control = draws.displacement(draws.of_stream(seeds, draws.BIAS_CONTROL_STREAM), keys["sigma"], keys["grid"])[:, :1]
-    field = tf.exp(augment.spline_surface(control, stacks.shape[1]))
-    return _where(sigma, low + (stacks - low) * field, stacks)
+
+    def shaded() -> tf.Tensor:
+        control = draws.displacement(draws.of_stream(seeds, draws.BIAS_CONTROL_STREAM), keys["sigma"], keys["grid"])
+        return low + (stacks - low) * tf.exp(augment.spline_surface(control[:, :1], stacks.shape[1]))
+
+    return draws.where(sigma != 0, shaded, stacks)
 
 
 def _bent(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
     """Bends |share of the range| to a power and keeps the sign, so that it rises everywhere and low and high stay."""
     bound = math.log(keys["max_gamma"])
     log_gamma = draws.strength(seeds, draws.GAMMA_STREAM, keys["probability"], -bound, bound)
-    share = (stacks - low) / (high - low)
-    # Not a power, which XLA on a processor calls a function for; 0 stays within 1e-30 of 0.
-    size = tf.exp(draws.of_sample(tf.exp(log_gamma)) * tf.math.log(tf.maximum(tf.abs(share), 1e-30)))
-    bent = tf.sign(share) * size
-    return _where(log_gamma, low + bent * (high - low), stacks)
+
+    def bent() -> tf.Tensor:
+        share = (stacks - low) / (high - low)
+        # Not a power, which XLA on a processor calls a function for; 0 stays within 1e-30 of 0.
+        size = tf.exp(draws.of_sample(tf.exp(log_gamma)) * tf.math.log(tf.maximum(tf.abs(share), 1e-30)))
+        return low + tf.sign(share) * size * (high - low)
+
+    return draws.where(log_gamma != 0, bent, stacks)
 
 
 def _noisy(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: float, high: float) -> tf.Tensor:
@@ -216,20 +244,18 @@ def _noisy(stacks: tf.Tensor, seeds: tf.Tensor, keys: Mapping[str, Any], low: fl
     shape = stacks.shape[1:]
     count = math.prod(shape)
 
-    is_rician = keys.get("kind", "gaussian") == "rician"
-    pairs = count if is_rician else (count + 1) // 2
-    first, second = draws.normal_pairs(draws.of_stream(seeds, draws.NOISE_PIXEL_STREAM), pairs)
-    if not is_rician:
-        normal = tf.concat([first, second], axis=1)[:, :count]
-        return stacks + draws.of_sample(sigma) * tf.reshape(normal, [-1, *shape])
-    # A magnitude of two channels, of which the signal is in one (Gudbjartsson and Patz, Magn Reson Med 1995, 34:910).
-    real, imaginary = (draws.of_sample(sigma) * tf.reshape(normal, [-1, *shape]) for normal in (first, second))
-    return _where(sigma, low + tf.sqrt((stacks - low + real) ** 2 + imaginary**2), stacks)
+    def noisy() -> tf.Tensor:
+        is_rician = keys.get("kind", "gaussian") == "rician"
+        pairs = count if is_rician else (count + 1) // 2
+        first, second = draws.normal_pairs(draws.of_stream(seeds, draws.NOISE_PIXEL_STREAM), pairs)
+        if not is_rician:
+            normal = tf.concat([first, second], axis=1)[:, :count]
+            return stacks + draws.of_sample(sigma) * tf.reshape(normal, [-1, *shape])
+        # A magnitude of two channels, with the signal in one (Gudbjartsson and Patz, Magn Reson Med 1995, 34:910).
+        real, imaginary = (draws.of_sample(sigma) * tf.reshape(normal, [-1, *shape]) for normal in (first, second))
+        return low + tf.sqrt((stacks - low + real) ** 2 + imaginary**2)
 
-
-def _where(strength: tf.Tensor, changed: tf.Tensor, stacks: tf.Tensor) -> tf.Tensor:
-    """Keeps the samples whose strength is 0 as they are, to the bit."""
-    return tf.where((strength != 0)[:, tf.newaxis, tf.newaxis, tf.newaxis], changed, stacks)
+    return draws.where(sigma != 0, noisy, stacks)
 
 
 # In the order in which they come about; `smooth` is all of SMOOTHING, and NAMES are the keys of an experiment.

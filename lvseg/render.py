@@ -90,8 +90,20 @@ def contrast(
             f"Expected maps of the stacks' shape, received stacks.shape={stacks.shape} and"
             f" tissues.shape={tissues.shape}."
         )
-    size, channels = stacks.shape[1], stacks.shape[3]
     chosen = draws.uniform_of_each(seeds, draws.CONTRAST_STREAM, 4)
+    has_map = tf.reduce_max(tf.cast(tissues, tf.float32), axis=[1, 2, 3]) > float(Tissue.AIR)
+
+    def rendered() -> tf.Tensor:
+        return _rendered(tissues, seeds, chosen, kind, low, high, partial_volume)
+
+    return draws.where(has_map & (chosen[:, 0] < probability), rendered, stacks)
+
+
+def _rendered(
+    tissues: tf.Tensor, seeds: tf.Tensor, chosen: tf.Tensor, kind: Kind, low: float, high: float, partial_volume: float
+) -> tf.Tensor:
+    """All samples rendered; `chosen`, float64 [B, 4], has what they differ by as wholes."""
+    _, size, _, channels = tissues.shape
     shares = FRACTION_SHARES if kind == "fraction" else SHARES
     signal, roughness = signals(seeds, shares), draws.uniform_of_each(seeds, draws.ROUGHNESS_STREAM, TISSUES)
     is_random = chosen[:, 1, tf.newaxis] < RANDOM_SHARE[kind]
@@ -118,10 +130,7 @@ def contrast(
         shown = 100.0 * tf.minimum(rendered, 1.0)
     else:
         shown = low + (high - low) * (rendered / _bright(rendered) * draws.of_sample(0.8 + 0.5 * chosen[:, 2]))
-    shown = tf.transpose(shown, [0, 2, 3, 1])
-    has_map = tf.reduce_max(tf.cast(tissues, tf.float32), axis=[1, 2, 3]) > float(Tissue.AIR)
-    is_rendered = has_map & (chosen[:, 0] < probability)
-    return tf.where(is_rendered[:, tf.newaxis, tf.newaxis, tf.newaxis], shown, stacks)
+    return tf.transpose(shown, [0, 2, 3, 1])
 
 
 def signals(seeds: tf.Tensor, shares: Sequence[float] | None = None) -> tf.Tensor:

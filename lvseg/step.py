@@ -102,7 +102,8 @@ class Step:
         self._contrast = settings["contrast"]
         # Compiled by XLA by themselves: on a GPU their indices otherwise visit the host; on a CPU it is faster.
         self.move = tf.function(self._move, autograph=False, jit_compile=True)
-        self.change = tf.function(self._change, autograph=False, jit_compile=True)
+        change = self._change_each if draws.one_by_one() else self._change
+        self.change = tf.function(change, autograph=False, jit_compile=True)
         self._infer = tf.function(self._classes, autograph=False)
         self._run = tf.function(self._on_all, autograph=False, reduce_retracing=True, jit_compile=train.jit_compile)
 
@@ -212,6 +213,15 @@ class Step:
                 self._contrast["partial_volume"],
             )  # fmt: skip
         return intensity.intensity(stacks, seeds, self._intensity, self.dark, self.bright)
+
+    def _change_each(self, stacks: tf.Tensor, tissues: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
+        """Sample by sample, which leaves out what a sample does not undergo (`draws.where`)."""
+
+        def of_one(sample: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tf.Tensor:
+            return self._change(*(values[tf.newaxis] for values in sample))[0]
+
+        changed = tf.TensorSpec(stacks.shape[1:], stacks.dtype)
+        return tf.map_fn(of_one, (stacks, tissues, seeds), fn_output_signature=changed)
 
 
 def _over_devices(values: Any) -> Any:

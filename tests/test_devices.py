@@ -61,63 +61,64 @@ def assert_same(received, expected):
 
 
 def free_ports(count):
-    """Below those that systems hand out: the socket of anybody may get one of these before its owner listens."""
+    """Ports below those that the system hands out, which any other socket may get before who is to listen does."""
     found = []
     for port in range(20000 + os.getpid() % 10000, 32000):
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("localhost", port))
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
             found.append(port)
         if len(found) == count:
             return found
     raise AssertionError(f"{count} ports are not free")
 
 
-@contextlib.contextmanager
-def two_workers(folder, name, settings=SETTINGS):
-    """The command in two processes that know of each other by TF_CONFIG; what still runs in the end is killed."""
-    cluster = {"worker": [f"localhost:{port}" for port in free_ports(2)]}
-    with contextlib.ExitStack() as running:
-        workers = []
-        for index in range(2):
-            worker = subprocess.Popen(
-                [sys.executable, "-m", "lvseg.train", *arguments(name, settings)],
-                cwd=folder,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": str(ROOT),
-                    "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}),
-                },
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            workers.append(running.enter_context(worker))
-            running.callback(worker.kill)
-        yield workers
+class Workers:
+    """The command in two processes that know of each other by TF_CONFIG."""
 
+    def __init__(self, folder, name, settings=SETTINGS):
+        cluster = {"worker": [f"localhost:{port}" for port in free_ports(2)]}
+        self.logs, self.processes = [folder / f"{name}-{index}.log" for index in range(2)], []
+        for index, path in enumerate(self.logs):
+            config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
+            with path.open("wb") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "lvseg.train", *arguments(name, settings)], cwd=folder,
+                    env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(config)},
+                    stdout=subprocess.DEVNULL, stderr=log,
+                )  # fmt: skip
+            self.processes.append(process)
 
-def has_checkpoint(workers, checkpoints, step):
-    """Waits for a checkpoint of running workers."""
-    deadline = time.monotonic() + LIMIT_S
-    while not (checkpoints / f"ckpt-{step}.index").is_file():
-        if time.monotonic() > deadline or any(worker.poll() is not None for worker in workers):
-            for worker in workers:
-                worker.kill()
-            codes, errors = ends(workers)
-            pytest.fail(f"no checkpoint of step {step}, exit codes {codes}: {errors}")
-        time.sleep(0.01)
+    def __enter__(self):
+        return self
 
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
 
-def ends(workers):
-    """Return codes and stderr of both workers."""
-    answers = [worker.communicate(timeout=LIMIT_S) for worker in workers]
-    return [worker.returncode for worker in workers], "\n".join(error for _, error in answers)
+    def errors(self):
+        """What both have written to stderr so far."""
+        return "\n".join(log.read_text(errors="replace") for log in self.logs)
+
+    def until(self, is_so):
+        """Waits for something that running workers bring about, or for their end."""
+        deadline = time.monotonic() + LIMIT_S
+        while not is_so():
+            codes = [process.poll() for process in self.processes]
+            if time.monotonic() > deadline or codes != [None, None]:
+                pytest.fail(f"exit codes {codes} before it came to that: {self.errors()}")
+            time.sleep(0.01)
+
+    def codes(self):
+        """Both exit codes, once they have ended."""
+        try:
+            return [process.wait(timeout=LIMIT_S) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"no end: {self.errors()}")
 
 
 def test_two_workers_give_the_losses_of_one(study, alone):
-    with two_workers(study, "workers") as workers:
-        codes, errors = ends(workers)
-    assert codes == [0, 0], errors
+    with Workers(study, "workers") as workers:
+        assert workers.codes() == [0, 0], workers.errors()
     assert_same(losses(study, "workers"), alone)
     run = study / "runs/volume/workers-fold0"
     hardware = json.loads((run / "manifest.json").read_text())["hardware"]
@@ -142,11 +143,10 @@ def test_one_worker_s_sigterm_stops_both_at_one_checkpoint_from_which_a_single_m
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
     settings = ("train.steps=5000", "train.validate_every=5000", "train.checkpoint_every=25")
     checkpoints = folder / "runs/volume/stopped-fold0/checkpoints"
-    with two_workers(folder, "stopped", settings) as workers:
-        has_checkpoint(workers, checkpoints, 25)
-        workers[1].send_signal(signal.SIGTERM)
-        codes, errors = ends(workers)
-    assert codes == [1, 1], errors
+    with Workers(folder, "stopped", settings) as workers:
+        workers.until((checkpoints / "ckpt-25.index").is_file)
+        workers.processes[1].send_signal(signal.SIGTERM)
+        assert workers.codes() == [1, 1], workers.errors()
     newest = tf.train.latest_checkpoint(str(checkpoints))
     number = int(newest.rsplit("-", 1)[1])
     assert number % fit.AGREE_EVERY == 0
@@ -168,11 +168,11 @@ def test_a_worker_that_is_killed_ends_the_other_with_a_sentence(study, tmp_path)
     folder = tmp_path / "study"
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("runs"))
     settings = ("train.steps=100000", "train.validate_every=100000", "train.checkpoint_every=25")
-    with two_workers(folder, "lost", settings) as workers:
-        has_checkpoint(workers, folder / "runs/volume/lost-fold0/checkpoints", 25)
-        workers[1].kill()
-        codes, errors = ends(workers)
-    assert codes == [1, -signal.SIGKILL], errors
+    with Workers(folder, "lost", settings) as workers:
+        workers.until((folder / "runs/volume/lost-fold0/checkpoints/ckpt-25.index").is_file)
+        workers.processes[1].kill()
+        assert workers.codes() == [1, -signal.SIGKILL], workers.errors()
+        errors = workers.errors()
     assert "start all of them again" in errors
     assert "Traceback" not in errors
 
@@ -281,8 +281,11 @@ def test_a_port_in_use_is_one_sentence(study):
         taken.bind(("localhost", 0))
         taken.listen()
         address = f"localhost:{taken.getsockname()[1]}"
-        process = waiting(study, "taken", [address, "localhost:1"])
-        _, error = process.communicate(timeout=LIMIT_S)
+        with waiting(study, "taken", [address, "localhost:1"]) as process:
+            limit = threading.Timer(LIMIT_S, process.kill)
+            limit.start()
+            error = process.stderr.read()
+            limit.cancel()
     assert process.returncode == 1 and "Traceback" not in error
     assert error.splitlines()[-1].startswith(f"lvseg.train: Expected to wait for the other machines at {address}")
 

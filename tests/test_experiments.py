@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from small_study import ROOT, scan
 
-from lvseg import metrics
+from lvseg import command, metrics
 from lvseg.cards import find_scans, load_card
 from lvseg.config import load_experiment
 from lvseg.errors import InputError
@@ -114,6 +114,8 @@ def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, m
     assert run(*options, "--patients", 99) == 2
     assert run(*options, "--patients", 0, "--steps", 7) == 2 and "received rows of all steps" in capsys.readouterr().err
     assert run("--task", "volume", "--only", "b") == 2 and "--model" in capsys.readouterr().err
+    with command.alone(known_and_new / ".lock", known_and_new, waits=False):  # while it measures
+        assert run("--task", "volume", "--table") == 0 and printed.endswith(capsys.readouterr().out) and not made
 
 
 def test_what_was_begun_and_not_ended_is_not_written(tmp_path):

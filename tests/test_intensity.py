@@ -84,6 +84,19 @@ def test_a_sample_changes_the_same_whatever_the_batch(name):
     assert len({each.tobytes() for each in intensity.intensity(same, seeds, only(name), LOW, HIGH).numpy()}) == 4
 
 
+@pytest.mark.parametrize("is_chosen", [False, True])
+def test_what_a_batch_of_one_does_not_undergo_is_not_computed(is_chosen):
+    calls, stacks = [], tf.constant(slices(1, 8))
+
+    def changed() -> tf.Tensor:
+        tf.py_function(lambda: calls.append(None), [], [])
+        return stacks + 1.0
+
+    traced = tf.function(lambda chosen: draws.where(chosen, changed, stacks), autograph=False)
+    np.testing.assert_array_equal(traced(tf.constant([is_chosen])), stacks + float(is_chosen))
+    assert len(calls) == is_chosen
+
+
 @pytest.mark.parametrize("name", ["thickness", "bias_field", "ghosts", "gamma", "noise", "field_of_view"])
 def test_none_changes_the_draw_of_another(name):
     """With those before it on, it does what it does alone to what they have made."""
@@ -105,12 +118,12 @@ def test_no_two_draws_of_a_sample_share_a_stream(monkeypatch):
         return of_stream(seeds, stream)
 
     monkeypatch.setattr(draws, "of_stream", recording)
-    intensity.intensity(tf.zeros([1, 8, 8, 1]), seeds_of(1), ALL, LOW, HIGH)
+    intensity.intensity(tf.zeros([2, 8, 8, 1]), seeds_of(2), ALL, LOW, HIGH)
     spatial = {"flip": {"rows": 0.5, "columns": 0.5}, "rotate": {"max_degrees": 9.0, "probability": 0.5}}
     spatial |= {"scale": {"max_factor": 1.2, "probability": 0.5}}
-    augment.spatial(tf.zeros([1, 8, 8, 1]), tf.zeros([1, 8, 8, 1], tf.uint8), seeds_of(1), spatial)
-    maps = tf.zeros([1, 8, 8, 1], tf.uint8)
-    render.contrast(tf.zeros([1, 8, 8, 1]), maps, seeds_of(1), "mixture", 1.0, LOW, HIGH)
+    augment.spatial(tf.zeros([2, 8, 8, 1]), tf.zeros([2, 8, 8, 1], tf.uint8), seeds_of(2), spatial)
+    maps = tf.zeros([2, 8, 8, 1], tf.uint8)
+    render.contrast(tf.zeros([2, 8, 8, 1]), maps, seeds_of(2), "mixture", 1.0, LOW, HIGH)
     assert len(set(used)) == len(used) == 2 + (3 + 1 + 2 + 2 + 1 + 2 + 2 + 2 + 1) + 3 + 6
     # Dropout's layers count on from their own, and there are fewer than a thousand of them.
     assert not any(draws.DROPOUT_STREAM <= stream < draws.DROPOUT_STREAM + 1000 for stream in used)
@@ -347,8 +360,9 @@ def test_rician_noise_is_the_magnitude_of_two_channels():
             assert found.std() == pytest.approx(reference.std(), rel=0.1)
 
 
-def test_eager_graph_and_xla_agree():
-    stacks, seeds = tf.constant(slices(2, 128)), seeds_of(2)
+@pytest.mark.parametrize("count", [1, 2])
+def test_eager_graph_and_xla_agree(count):
+    stacks, seeds = tf.constant(slices(count, 128)), seeds_of(count)
 
     def change(stacks: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
         return intensity.intensity(stacks, seeds, ALL, LOW, HIGH)
@@ -359,7 +373,7 @@ def test_eager_graph_and_xla_agree():
         np.testing.assert_allclose(traced(stacks, seeds), eager, rtol=0, atol=2e-6 * (HIGH - LOW))
 
 
-@pytest.mark.parametrize("batch", [2, None])
+@pytest.mark.parametrize("batch", [1, 2, None])
 def test_every_op_has_a_kernel_for_gpus_and_shapes_survive(batch):
     @tf.function
     def change(stacks: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:

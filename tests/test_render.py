@@ -258,7 +258,7 @@ def test_a_sample_is_rendered_the_same_whatever_the_batch_and_the_compiler():
     assert np.abs(draw(stacks, maps, seeds_of(4, step=4)) - eager).max() > 0.1
 
 
-@pytest.mark.parametrize("batch", [2, None])
+@pytest.mark.parametrize("batch", [1, 2, None])
 def test_every_op_has_a_kernel_for_gpus(batch):
     @tf.function
     def draw(stacks, maps, seeds):
@@ -318,7 +318,7 @@ def test_maps_travel_with_their_slices_and_neighbours(shards, batch_size):
     assert volume.tissues.shape == (5, 0, SIZE, SIZE)
 
 
-def test_maps_are_deformed_with_their_mask_and_then_rendered(shards):
+def test_maps_are_deformed_with_their_mask_and_then_rendered(shards, monkeypatch):
     files, _ = shards
     experiment = check_keys(
         Experiment,
@@ -344,7 +344,17 @@ def test_maps_are_deformed_with_their_mask_and_then_rendered(shards):
     )
     assert (mask != samples.mask).numpy().any()
     stacks = pipeline.intensities(samples._replace(stack=stack), "none")
+    together, contrast = [], render.contrast
+
+    def recording(stacks, *rest):
+        together.append(stacks.shape[0])
+        return contrast(stacks, *rest)
+
+    monkeypatch.setattr(render, "contrast", recording)
     shown = train.change(stacks, tissues, seeds).numpy()
+    at_once = tf.function(train._change, autograph=False, jit_compile=True)  # as a GPU does it
+    np.testing.assert_allclose(shown, at_once(stacks, tissues, seeds), atol=1e-3)
+    assert together == ([1, 8] if draws.one_by_one() else [8, 8])
     plain = intensity.intensity(stacks, seeds, {"noise": experiment.augment.noise.model_dump()}, 0.0, 100.0).numpy()
     np.testing.assert_allclose(shown[~is_simulated], plain[~is_simulated], atol=1e-2)  # a scan's own image
     assert (np.abs(shown[is_simulated] - plain[is_simulated]).mean(axis=(1, 2, 3)) > 5).all()
