@@ -253,7 +253,7 @@ def _adapt(
     experiment: Experiment,
     cluster: Cluster,
     new: Volumes,
-    left_out: Volumes,
+    spared: Volumes,
     study: dict[str, Any],
     out: Path,
     plan: Plan,
@@ -269,12 +269,12 @@ def _adapt(
     if experiment.train.deterministic:
         tf.config.experimental.enable_op_determinism()
     trained_on = check_keys(Experiment, info["experiment"], "the model's experiment").data
-    own = {*new.patients, *left_out.patients}
+    own = {*new.patients, *spared.patients}
     replayed, judging, every = known(info["provenance"], trained_on, experiment.data, plan.replay, own)
     if sources is not None:
         new = _without_known(new, every, sources)
         study = {**study, "own_masks": len(new.rows)}
-    check_not_known(Volumes((*new.rows, *left_out.rows)), every)
+    check_not_known(Volumes((*new.rows, *spared.rows)), every)
     train, scaling = experiment.train, info["input_scaling"]
     weights_of_encoder = info["provenance"].get("encoder_weights")
     step = Step(
@@ -282,9 +282,9 @@ def _adapt(
         weights_of_encoder and EncoderWeights(**weights_of_encoder),
     )  # fmt: skip
     step.model.set_weights(weights)
-    reading = _reading(experiment, info, (*new.patients, *left_out.patients, *replayed.patients, *judging.patients))
+    reading = _reading(experiment, info, (*new.patients, *spared.patients, *replayed.patients, *judging.patients))
 
-    groups = {"left_out": left_out, "adapted_on": new, "known": judging}
+    groups = {"left_out": spared, "adapted_on": new, "known": judging}
     # Those of each group that a check reads.
     read = {name: group.of(set(spread(group.patients, CHECKED))) for name, group in groups.items()}
     own_masks = "own_masks" in study
@@ -302,7 +302,7 @@ def _adapt(
     first = kept = step.model.get_weights()
     best, interpolation = 0, 1.0
     batches = iter(_batches(experiment, new, replayed, reading))
-    deciding, ended_by = "left_out" if left_out.rows else "adapted_on", "steps"
+    deciding, ended_by = "left_out" if spared.rows else "adapted_on", "steps"
     with command.stop_requests() as is_to_stop:
 
         def heed() -> None:
@@ -352,29 +352,34 @@ def _adapt(
     measured |= {"steps": taken, "steps_done": done, "ended_by": ended_by, "minutes": minutes}
     if not best:
         return {**measured, "version": None}
-    split = info["provenance"]["split"]
-    data = info["experiment"]["data"]
+    made_by = {"seed": plan.seed, "interpolation": interpolation}  # between old and trained weights
+    card = _card(info, {**study, **made_by}, measured)
+    adapted = network(experiment, len(info["labels"]), step.offset, step.scale, "float32")
+    adapted.set_weights(kept)
+    folder = export.write_version(out, functools.partial(export.export_model, adapted, card))
+    return {**measured, "version": str(folder)}
+
+
+def _card(info: dict[str, Any], study: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """What the new version's model.json says, from the old one's."""
+    data, provenance = info["experiment"]["data"], info["provenance"]
+    split = provenance["split"]
     datasets = list(dict.fromkeys([*data["datasets"], *study["paths"]]))  # a later adaptation replays this one's, too
     parent = {key: info.get(key) for key in ("name", "version", "weights_sha256", "measured")}
-    made_by = {"from": parent, "seed": plan.seed, "interpolation": interpolation}  # between old and trained weights
-    card = {
+    return {
         **{key: value for key, value in info.items() if key not in ("weights_sha256", "version", "quality")},
         "measured": measured,
         "experiment": {**info["experiment"], "data": {**data, "datasets": datasets}},
         "provenance": {
-            **info["provenance"],
+            **provenance,
             "split": {
                 **split,
                 "train": sorted({*split["train"], *study["patients"]}),
                 "validation": sorted({*split["validation"], *study["left_out"]}),
             },
-            "adapted": [*info["provenance"].get("adapted", []), {**study, **made_by}],
+            "adapted": [*provenance.get("adapted", []), {**study, "from": parent}],
         },
     }
-    adapted = network(experiment, len(info["labels"]), step.offset, step.scale, "float32")
-    adapted.set_weights(kept)
-    folder = export.write_version(out, functools.partial(export.export_model, adapted, card))
-    return {**measured, "version": str(folder)}
 
 
 def _without_known(new: Volumes, every: Volumes, sources: dict[str, Path]) -> Volumes:
