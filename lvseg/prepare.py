@@ -249,9 +249,11 @@ def _make_shards(
     card: Card, root: Path, scans: Sequence[Scan], folder: Path, data: Data, engine: Engine
 ) -> list[dict[str, Any]]:
     """The manifest rows of all scans; shards that are there and were made of the same files are kept."""
-    look = functools.partial(_finished, folder=folder)
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        found = list(command.progress(threads.map(look, scans), f"checking {card.name}", total=len(scans)))
+        # They hash and no more: TensorFlow, which reads shards, crashes now and then where two threads call it.
+        hashed = zip(scans, threads.map(functools.partial(_sources_if_made, folder=folder), scans), strict=True)
+        checked = command.progress(hashed, f"checking {card.name}", total=len(scans))
+        found = [(_finished(scan, folder, sources) if sources else None, sources) for scan, sources in checked]
     rows = [row for row, _ in found]
     missing = [number for number, row in enumerate(rows) if row is None]
     tasks = [_task(scans[number], root, folder, data, found[number][1]) for number in missing]
@@ -265,16 +267,18 @@ def _make_shards(
     ]
 
 
-def _finished(scan: Scan, folder: Path) -> tuple[dict[str, Any] | None, tuple[str, ...] | None]:
-    """The manifest row of a scan's shard if it was made of the same files, and their hashes if they were needed."""
-    path = _shard_path(scan, folder)
-    if not path.exists():
-        return None, None
+def _sources_if_made(scan: Scan, folder: Path) -> tuple[str, ...] | None:
+    """The hashes of a scan's files if there is a shard of it."""
+    return _sources(scan) if _shard_path(scan, folder).exists() else None
+
+
+def _finished(scan: Scan, folder: Path, sources: tuple[str, ...]) -> dict[str, Any] | None:
+    """The manifest row of a scan's shard if it was made of files with these hashes."""
     from lvseg import records
 
-    row, sources = records.read_row(path), _sources(scan)
+    row = records.read_row(_shard_path(scan, folder))
     made_of = {"patient": scan.patient, "study": scan.study, "sources": list(sources)}
-    return (row if made_of.items() <= row.items() else None), sources
+    return row if made_of.items() <= row.items() else None
 
 
 def _make_shard(task: Task) -> dict[str, Any]:

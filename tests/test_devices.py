@@ -79,11 +79,11 @@ class Workers:
         self.logs, self.processes = [folder / f"{name}-{index}.log" for index in range(2)], []
         for index, path in enumerate(self.logs):
             config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
+            variables = {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", "TF_CONFIG": json.dumps(config)}
             with path.open("wb") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "lvseg.train", *arguments(name, settings)], cwd=folder,
-                    env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(config)},
-                    stdout=subprocess.DEVNULL, stderr=log,
+                    env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=log,
                 )  # fmt: skip
             self.processes.append(process)
 

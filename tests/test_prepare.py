@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import zlib
 
 import numpy as np
@@ -45,6 +46,21 @@ def own_study(study, tmp_path, monkeypatch):
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("shards", "runs"))
     monkeypatch.chdir(folder)
     return folder
+
+
+def test_shards_that_are_there_are_read_by_one_thread(in_study, monkeypatch):
+    """TensorFlow's choice of a function by the types of its arguments fails, rarely, where two threads make it."""
+    made = prepare.prepare(data(), jobs=1)
+    reading, read_row = [], records.read_row
+
+    def recording(path):
+        reading.append((threading.current_thread(), path.name))
+        return read_row(path)
+
+    monkeypatch.setattr(records, "read_row", recording)
+    assert prepare.prepare(data(), jobs=1) == made
+    assert {thread for thread, _ in reading} == {threading.main_thread()}
+    assert sorted(name for _, name in reading) == sorted(row["file"] for shards in made for row in shards.rows)
 
 
 def test_every_scan_becomes_a_shard_with_its_own_harmonised_voxels(in_study):
