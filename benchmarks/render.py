@@ -31,8 +31,7 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
 
     allocator.keep_memory()
     experiment = load_experiment(ROOT / "experiments" / "anyscanner_volume.yaml")
-    settings = experiment.augment.model_dump()
-    settings = {name: keys for name, keys in settings.items() if keys}
+    settings = {name: keys for name, keys in experiment.augment.model_dump().items() if keys}
     names = [name for name in intensity.NAMES if name in settings]
     in_plane = (np.arange(SIZE) - (SIZE - 1) / 2) * PIXEL_MM
     slices = draw_anatomy(1, 1).tissues(in_plane, in_plane, SLICE_MM * np.arange(-1, 2))

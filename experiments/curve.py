@@ -180,12 +180,13 @@ def run(arguments: argparse.Namespace) -> None:
                 " first.",
             )
     scans_of = {scanner: card_scans(card_of(arguments.task, scanner)) for scanner in arguments.only}
-    most = min(len(parts(scans)[0]) for scans in scans_of.values())
+    parts_of = {scanner: parts(scans) for scanner, scans in scans_of.items()}
+    most = min(len(pool) for pool, _ in parts_of.values())
     if not 0 <= min(arguments.patients) <= max(arguments.patients) <= most:
         raise InputError("BAD_ARGUMENT", f"Expected --patients from 0 to {most}, received {arguments.patients}.")
     done = {(row["scanner"], row["way"], int(row["patients"]), int(row["draw"])) for row in known}
     for scanner, scans in scans_of.items():
-        pool, held_out = parts(scans)
+        pool, held_out = parts_of[scanner]
         own = [scan for scan in scans if scan.patient in held_out]
         for count in arguments.patients:
             for draw in range(arguments.draws if count else 1):
