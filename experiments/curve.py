@@ -7,8 +7,8 @@ For each direction between the simulated scanners, and each number of segmented 
 "report", training on the known scanners and those patients from the start, and "any", a model for any scanner
 (--model), adapted to those patients by lvseg.adapt. Half of the new scanner's patients are for measuring alone. Every
 number lands in runs/curve/<task>.csv, a row a patient; what is there is not measured again, so a stopped run goes on.
-The column made_of tells by how many steps, or from which model's weights; another of either is refused. Where adapting
-did not help, the model as it was is measured.
+The column made_of tells by how many steps, or from which model's weights; each has a curve of its own. Where adapting
+did not help, the model as it was is measured. Means with intervals are printed, and drawn beside it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
+from points import WAYS, draw_curves, table
 from rows import add_rows, rows_of
 
-from lvseg import agreement, biomarkers, command, metrics, waterfat
+from lvseg import biomarkers, command, metrics, waterfat
 from lvseg.adapt import Plan, adapt, print_measured
 from lvseg.cards import Scan, read_image, read_labels
 from lvseg.config import Experiment
@@ -101,7 +101,7 @@ def trained_as_in_the_report(task: str, scanner: str, patients: Sequence[str], n
     folds_file = OUT / "folds" / f"{name}.yaml"
     folds_file.write_text(yaml.safe_dump({"folds": folds}), encoding="utf-8")
     values = read_yaml(Path(CONFIGS[task]))
-    values["name"] = name
+    values["name"] = name if steps is None else f"{name}-{steps}-steps"
     values["data"] |= {"datasets": cards, "folds": FOLDS, "fold": 0, "test_fraction": 0, "test_patients": None}
     values["data"]["folds_file"] = str(folds_file)
     if steps is not None:
@@ -130,40 +130,6 @@ def measured(model: Path, scans: Sequence[Scan]) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def table(rows: Sequence[dict[str, str]]) -> str:
-    """Means over patients and draws with 95 % intervals over patients, and the draws' least and greatest mean Dice, in
-    Markdown."""
-    lines = [
-        "| new scanner | way | segmented patients | draws | mean Dice of each | mean Dice |"
-        " mean absolute volume error | mean absolute fat error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    keys = dict.fromkeys((row["scanner"], row["way"], int(row["patients"])) for row in rows)
-    for scanner, way, count in sorted(keys):
-        own = [row for row in rows if (row["scanner"], row["way"], int(row["patients"])) == (scanner, way, count)]
-        cells = []
-        for column, high, form in (
-            ("dice", 1.0, "{:.3f} ({:.3f} to {:.3f})"),
-            ("volume_error_percent", np.inf, "{:.2f} % ({:.2f} to {:.2f})"),
-            ("fat_error_points", np.inf, "{:.2f} points ({:.2f} to {:.2f})"),
-        ):
-            found = [(abs(float(row[column])), row["patient"]) for row in own if row[column] not in ("", None)]
-            if len({patient for _, patient in found}) < 2:
-                cells.append("-")
-                continue
-            values, names = zip(*found, strict=True)
-            mean = agreement.average(values, agreement.Bootstrap(names), 0.0, high)
-            low, up = mean["intervals"]["mean"] or (np.nan, np.nan)
-            cells.append(form.format(mean["mean"], low, up))
-        of_draw: dict[str, list[float]] = {}
-        for row in own:
-            of_draw.setdefault(row["draw"], []).append(float(row["dice"]))
-        means = [float(np.mean(values)) for values in of_draw.values()]
-        spread = f"{min(means):.3f} to {max(means):.3f}" if len(means) > 1 else "-"
-        lines.append(f"| {scanner} | {way} | {count} | {len(means)} | {spread} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Measures what is missing."""
     path = OUT / f"{arguments.task}.csv"
@@ -172,19 +138,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         info = json.loads((newest_version(arguments.model) / "model.json").read_text(encoding="utf-8"))
         made_of["any"] = info["weights_sha256"][:16]
-    for row in known:
-        if row["way"] in arguments.ways and row["made_of"] != made_of[row["way"]]:
-            raise InputError(
-                "BAD_ARGUMENT",
-                f"Expected {path} to be of {made_of[row['way']]}, received rows of {row['made_of']}; move it away"
-                " first.",
-            )
     scans_of = {scanner: card_scans(card_of(arguments.task, scanner)) for scanner in arguments.only}
     parts_of = {scanner: parts(scans) for scanner, scans in scans_of.items()}
     most = min(len(pool) for pool, _ in parts_of.values())
     if not 0 <= min(arguments.patients) <= max(arguments.patients) <= most:
         raise InputError("BAD_ARGUMENT", f"Expected --patients from 0 to {most}, received {arguments.patients}.")
-    done = {(row["scanner"], row["way"], int(row["patients"]), int(row["draw"])) for row in known}
+    done = {(row["scanner"], row["way"], row["made_of"], int(row["patients"]), int(row["draw"])) for row in known}
     for scanner, scans in scans_of.items():
         pool, held_out = parts_of[scanner]
         own = [scan for scan in scans if scan.patient in held_out]
@@ -192,7 +151,7 @@ def run(arguments: argparse.Namespace) -> None:
             for draw in range(arguments.draws if count else 1):
                 chosen = ordered(pool, f"draw {draw}")[:count]
                 for way in arguments.ways:
-                    if (scanner, way, count, draw) in done:
+                    if (scanner, way, made_of[way], count, draw) in done:
                         continue
                     name = f"curve-{arguments.task}-{scanner}-{count}-{draw}"
                     print(f"{way}: {scanner}, {count} patients, draw {draw}: {', '.join(chosen)}", flush=True)
@@ -222,9 +181,9 @@ def main() -> int:
     )
     parser.add_argument("--draws", type=int, default=3, help="of the patients of each number")
     parser.add_argument("--only", choices=list(DIRECTIONS), nargs="+", default=list(DIRECTIONS), help="new scanners")
-    parser.add_argument("--ways", choices=("report", "any"), nargs="+", default=["report", "any"])
+    parser.add_argument("--ways", choices=list(WAYS), nargs="+", default=list(WAYS))
     parser.add_argument("--steps", type=int, help="of trainings as in the report, instead of the config's")
-    parser.add_argument("--table", action="store_true", help="print the table of what is there, and do nothing else")
+    parser.add_argument("--table", action="store_true", help="print and draw what is there, and do nothing else")
 
     def body(arguments: argparse.Namespace) -> None:
         if "any" in arguments.ways and arguments.model is None and not arguments.table:
@@ -232,7 +191,10 @@ def main() -> int:
         if not arguments.table:
             with command.alone(OUT / ".lock", OUT, waits=False):
                 run(arguments)
-        print(table(rows_of(OUT / f"{arguments.task}.csv", COLUMNS, NUMBERS)))
+        rows = rows_of(OUT / f"{arguments.task}.csv", COLUMNS, NUMBERS)
+        print(table(rows))
+        if rows:
+            draw_curves(rows, OUT / arguments.task)
 
     return command.run(parser, body, None)
 

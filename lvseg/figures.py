@@ -80,7 +80,7 @@ def learning_curves(
     if not axes.lines:
         return False
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -107,7 +107,7 @@ def predicted_against_true(rows: Sequence[Mapping[str, Any]], what: str, unit: s
     low = max(0.0, min(float(true.min()), float(predicted.min())) - 0.08 * top)
     axes.set(xlim=(low, top), ylim=(low, top), aspect="equal")
     axes.legend(frameon=False, loc="upper left", fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def bland_altman(
@@ -146,7 +146,7 @@ def bland_altman(
     if lower is not None:
         _name(axes, rows, true, errors, np.where((errors < lower) | (errors > upper), np.abs(errors), 0))
     axes.legend(frameon=False, fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def risk_coverage(expected: npt.ArrayLike, dice: npt.ArrayLike, path: Path) -> None:
@@ -166,7 +166,7 @@ def risk_coverage(expected: npt.ArrayLike, dice: npt.ArrayLike, path: Path) -> N
         axes.plot(share, np.cumsum(truth[order]) / count, color=colour, linestyle=style, label=name)
     axes.axhline(truth.mean(), color="grey", linestyle="--", linewidth=0.8, label="at random")
     axes.legend(frameon=False, fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def expected_against_true_dice(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -182,7 +182,15 @@ def expected_against_true_dice(rows: Sequence[Mapping[str, Any]], path: Path) ->
     _scatter(axes, rows, true, expected)
     axes.set(xlim=(low, 1.005), ylim=(low, 1.005), aspect="equal")
     axes.legend(frameon=False, loc="upper left", fontsize="small")
-    _save(figure, path)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a chart twice, as .svg and as .png; path: without suffix."""
+    with mpl.rc_context(STYLE):
+        for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
+            with atomic(path.with_name(path.name + suffix)) as temporary:
+                figure.savefig(temporary, **options)
 
 
 def _chart(across: str, up: str) -> tuple[Figure, Axes]:
@@ -219,13 +227,6 @@ def _name(
         if size[index] > 0:
             axes.annotate(str(rows[index]["patient"]), (x[index], y[index]), xytext=(5, 3), textcoords="offset points",
                           fontsize=7, parse_math=False)  # fmt: skip
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with mpl.rc_context(STYLE):
-        for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
-            with atomic(path.with_name(path.name + suffix)) as temporary:
-                figure.savefig(temporary, **options)
 
 
 def _metrics(folder: Path) -> list[dict[str, str]]:

@@ -30,7 +30,7 @@ def script(name: str) -> ModuleType:
 
 
 sys.path.append(str(ROOT / "experiments"))  # where scripts find their neighbours
-ablation, curve, robustness, tables = (script(name) for name in ("ablation", "curve", "robustness", "rows"))
+ablation, curve, robustness, points, tables = map(script, ("ablation", "curve", "robustness", "points", "rows"))
 
 
 @pytest.fixture
@@ -108,11 +108,18 @@ def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, m
         assert float(row["dice"]) == pytest.approx(expected) and row["fat_error_points"] == ""
     printed = capsys.readouterr().out
     mean = np.mean([float(row["dice"]) for row in rows if (row["way"], row["patients"]) == ("any", "0")])
-    assert f"| b | any | 0 | 1 | - | {mean:.3f} (" in printed and "| b | report | 2 | 2 |" in printed
+    weights = json.loads((trained / "model/model.json").read_text())["weights_sha256"][:16]
+    assert f"| b | any | {weights} | 0 | 1 | - | {mean:.3f} (" in printed
+    assert "| b | report | all steps | 2 | 2 |" in printed
+    with Image.open(known_and_new / "volume.png") as picture:
+        assert picture.size[0] > 300
     made.clear()
     assert run(*options, "--patients", 0, 2) == 0 and not made  # all of it is there
     assert run(*options, "--patients", 99) == 2
-    assert run(*options, "--patients", 0, "--steps", 7) == 2 and "received rows of all steps" in capsys.readouterr().err
+    assert run(*options, "--patients", 0, "--steps", 7) == 0 and made == [("report", ())]  # a curve of its own
+    printed = capsys.readouterr().out
+    assert "| b | report | 7 steps | 0 |" in printed and "| b | report | all steps | 0 |" in printed
+    made.clear()
     assert run("--task", "volume", "--only", "b") == 2 and "--model" in capsys.readouterr().err
     with command.alone(known_and_new / ".lock", known_and_new, waits=False):  # while it measures
         assert run("--task", "volume", "--table") == 0 and printed.endswith(capsys.readouterr().out) and not made
@@ -153,16 +160,53 @@ def test_a_damaged_table_is_one_sentence_and_stays_as_it_is(tmp_path, content):
     assert path.read_bytes() == content
 
 
-def test_the_curves_table_says_how_far_draws_lie_apart():
-    rows = [
-        {"scanner": "b", "way": "any", "patients": count, "draw": draw, "patient": f"p{place}",
-         "dice": str(dice + 0.01 * place), "volume_error_percent": "1", "fat_error_points": ""}
-        for count, draw, dice in (("3", "0", 0.60), ("3", "1", 0.90), ("3", "2", 0.95), ("0", "0", 0.5))
-        for place in range(3)
+def rows_of_points(*known: tuple[str, str, str, str, float], error: float | None = 1.0) -> list[dict[str, str]]:
+    """Six patients of each (way, made_of, patients, draw, Dice of the first), a hundredth of Dice apart."""
+    return [
+        {"scanner": "b", "way": way, "made_of": made_of, "patients": count, "draw": draw, "patient": f"p{place}",
+         "dice": str(dice + 0.01 * place), "volume_error_percent": "" if error is None else str(error),
+         "fat_error_points": ""}
+        for way, made_of, count, draw, dice in known
+        for place in range(6)
     ]  # fmt: skip
-    _, _, none, three = curve.table(rows).splitlines()
-    assert none.startswith("| b | any | 0 | 1 | - | 0.510 (")
-    assert three.startswith("| b | any | 3 | 3 | 0.610 to 0.960 | 0.827 (")
+
+
+def test_the_curves_table_says_how_far_draws_lie_apart():
+    draws = (("0", 0.60), ("1", 0.90), ("2", 0.95))
+    rows = rows_of_points(*(("any", "w", "3", *draw) for draw in draws), ("any", "w", "0", "0", 0.5))
+    _, _, none, three = points.table(rows).splitlines()
+    assert none.startswith("| b | any | w | 0 | 1 | - | 0.525 (")
+    assert three.startswith("| b | any | w | 3 | 3 | 0.625 to 0.975 | 0.842 (")
+
+
+def test_the_curves_are_drawn_through_the_tables_numbers(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(points.figures, "save", lambda figure, path: drawn.append((figure, path)))
+    rows = rows_of_points(("any", "w", "0", "0", 0.5), ("any", "w", "10", "0", 0.6), ("any", "w", "10", "1", 0.8),
+                          ("report", "all steps", "10", "0", 0.3))  # fmt: skip
+    points.draw_curves(rows, tmp_path / "volume")
+    [(figure, path)] = drawn
+    dice, errors = figure.axes  # no fat was measured
+    assert path == tmp_path / "volume" and [panel.get_ylabel() for panel in (dice, errors)] == [
+        "mean Dice", "mean absolute volume error (%)",
+    ]  # fmt: skip
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["as in the report (all steps)", "for any scanner (w)"]
+    report, of_any = (container.lines[0].get_ydata() for container in dice.containers)
+    np.testing.assert_allclose(report, [0.325])
+    np.testing.assert_allclose(of_any, [0.525, 0.725])
+    [bars] = dice.containers[1].lines[2]
+    mean = points.points(rows)[1].measures["dice"]
+    np.testing.assert_allclose(bars.get_segments()[1][:, 1], mean[1:])  # the interval that the table has
+    assert [label.get_text() for label in errors.get_xticklabels()] == ["0", "10"]
+    assert [0.625, 0.825] in [np.round(line.get_ydata(), 9).tolist() for line in dice.lines]  # each draw
+
+
+def test_curves_of_nothing_are_not_drawn(tmp_path):
+    points.draw_curves(
+        [row for row in rows_of_points(("any", "w", "0", "0", 0.5)) if row["patient"] == "p0"], tmp_path / "a"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 IMAGE, TRUTH = scan("a", 3)
