@@ -7,15 +7,15 @@ For each direction between the simulated scanners, and each number of segmented 
 "report", training on the known scanners and those patients from the start, and "any", a model for any scanner
 (--model), adapted to those patients by lvseg.adapt. Half of the new scanner's patients are for measuring alone. Every
 number lands in runs/curve/<task>.csv, a row a patient; what is there is not measured again, so a stopped run goes on.
-The column made_of tells by how many steps, or from which model's weights; each has a curve of its own. Where adapting
-did not help, the model as it was is measured. Means with intervals are printed, and drawn beside it.
+The column made_of tells by how many steps of which config, or from which model's weights and how its masks are
+postprocessed; each has a curve of its own. Where adapting did not help, the model as it was is measured. Means with
+intervals are printed, and drawn in runs/curve/<task>.svg and .png.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ from lvseg.adapt import Plan, adapt, print_measured
 from lvseg.cards import Scan, read_image, read_labels
 from lvseg.config import Experiment
 from lvseg.errors import InputError
-from lvseg.keys import check_keys, read_yaml
+from lvseg.keys import check_keys, digest, read_yaml
 from lvseg.predict import Segmenter, newest_version
 from lvseg.prepare import card_scans
 from lvseg.train import train
@@ -101,14 +101,49 @@ def trained_as_in_the_report(task: str, scanner: str, patients: Sequence[str], n
     folds_file = OUT / "folds" / f"{name}.yaml"
     folds_file.write_text(yaml.safe_dump({"folds": folds}), encoding="utf-8")
     values = read_yaml(Path(CONFIGS[task]))
-    values["name"] = name if steps is None else f"{name}-{steps}-steps"
     values["data"] |= {"datasets": cards, "folds": FOLDS, "fold": 0, "test_fraction": 0, "test_patients": None}
-    values["data"]["folds_file"] = str(folds_file)
     if steps is not None:
         values["train"] |= {"steps": steps, "validate_every": steps, "checkpoint_every": min(200, steps)}
+    values["name"] = f"{name}-{digest([values, folds])[:8]}"  # other patients or settings are another run
+    values["data"]["folds_file"] = str(OUT / "folds" / f"{values['name']}.yaml")
+    (OUT / "folds").mkdir(parents=True, exist_ok=True)
+    Path(values["data"]["folds_file"]).write_text(yaml.safe_dump({"folds": folds}), encoding="utf-8")
     experiment = check_keys(Experiment, values, CONFIGS[task])
     train(experiment)
     return experiment.run_folder / "model"
+
+
+def adapted(task: str, scanner: str, patients: Sequence[str], name: str, model: Path, made_of: str) -> Path:
+    """The model adapted to these patients; as it was where there are none, or that did not help."""
+    if not patients:
+        return model
+    card = card_with(card_of(task, scanner), patients, OUT / f"{name}.yaml")
+    found = adapt(model, [card], OUT / "models" / made_of.replace(", ", "-") / name, None, Plan(minutes=math.inf))
+    print_measured(found, own_masks=False)
+    return Path(found["version"]) if found["version"] else model
+
+
+def what_it_is_made_of(task: str, model: Path | None, steps: int | None) -> dict[str, str]:
+    """Of each way what its numbers follow from, but for patients and code."""
+    config = read_yaml(Path(CONFIGS[task]))
+    made_of = {"report": f"{steps or config['train']['steps']} steps, config {digest(config)[:8]}"}
+    if model is not None:
+        info = read_yaml(model / "model.json")
+        made_of["any"] = ", ".join([info["weights_sha256"][:16], *info.get("postprocessing", [])])
+    return made_of
+
+
+def check_not_seen(model: Path, scans: Sequence[Scan]) -> None:
+    """Raises InputError for a model that learned from a new scanner's patients, or was chosen by them."""
+    info = read_yaml(model / "model.json")
+    for each in info.get("members", [info]):
+        split = each["provenance"]["split"]
+        seen = {*split["train"], *split["validation"]} & {scan.patient for scan in scans}
+        if seen:
+            raise InputError(
+                "BAD_SPLIT",
+                f"Expected a model that has not seen patients of the new scanners, received {min(seen)} in {model}.",
+            )
 
 
 def measured(model: Path, scans: Sequence[Scan]) -> Iterator[dict[str, Any]]:
@@ -132,40 +167,42 @@ def measured(model: Path, scans: Sequence[Scan]) -> Iterator[dict[str, Any]]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measures what is missing."""
-    path = OUT / f"{arguments.task}.csv"
+    task, path = arguments.task, OUT / f"{arguments.task}.csv"
     known = rows_of(path, COLUMNS, NUMBERS)
-    made_of = {"report": f"{arguments.steps or 'all'} steps"}
-    if arguments.model is not None:
-        info = json.loads((newest_version(arguments.model) / "model.json").read_text(encoding="utf-8"))
-        made_of["any"] = info["weights_sha256"][:16]
-    scans_of = {scanner: card_scans(card_of(arguments.task, scanner)) for scanner in arguments.only}
+    model = None if arguments.model is None else newest_version(arguments.model)  # another may come while this goes on
+    made_of = what_it_is_made_of(task, model, arguments.steps)
+    scans_of = {scanner: card_scans(card_of(task, scanner)) for scanner in arguments.only}
     parts_of = {scanner: parts(scans) for scanner, scans in scans_of.items()}
     most = min(len(pool) for pool, _ in parts_of.values())
     if not 0 <= min(arguments.patients) <= max(arguments.patients) <= most:
         raise InputError("BAD_ARGUMENT", f"Expected --patients from 0 to {most}, received {arguments.patients}.")
+    if model is not None and "any" in arguments.ways:
+        check_not_seen(model, [scan for scans in scans_of.values() for scan in scans])
+    for row in known:
+        if row["scanner"] in parts_of and row["patient"] not in parts_of[row["scanner"]][1]:
+            raise InputError(
+                "BAD_TABLE",
+                f"Expected rows of the {row['scanner']} patients that are for measuring in {path}, received"
+                f" {row['patient']}; move it away.",
+            )
     done = {(row["scanner"], row["way"], row["made_of"], int(row["patients"]), int(row["draw"])) for row in known}
     for scanner, scans in scans_of.items():
         pool, held_out = parts_of[scanner]
         own = [scan for scan in scans if scan.patient in held_out]
-        for count in arguments.patients:
+        for count in dict.fromkeys(arguments.patients):
             for draw in range(arguments.draws if count else 1):
                 chosen = ordered(pool, f"draw {draw}")[:count]
-                for way in arguments.ways:
+                for way in dict.fromkeys(arguments.ways):
                     if (scanner, way, made_of[way], count, draw) in done:
                         continue
-                    name = f"curve-{arguments.task}-{scanner}-{count}-{draw}"
+                    name = f"curve-{task}-{scanner}-{count}-{draw}"
                     print(f"{way}: {scanner}, {count} patients, draw {draw}: {', '.join(chosen)}", flush=True)
                     if way == "report":
-                        model = trained_as_in_the_report(arguments.task, scanner, chosen, name, arguments.steps)
+                        made = trained_as_in_the_report(task, scanner, chosen, name, arguments.steps)
                     else:
-                        model = arguments.model
-                        if count:
-                            card = card_with(card_of(arguments.task, scanner), chosen, OUT / f"{name}.yaml")
-                            adapted = adapt(model, [card], OUT / "models" / name, None, Plan(minutes=math.inf))
-                            print_measured(adapted, own_masks=False)
-                            model = Path(adapted["version"]) if adapted["version"] else model
+                        made = adapted(task, scanner, chosen, name, model, made_of[way])
                     key = {"scanner": scanner, "way": way, "made_of": made_of[way], "patients": count, "draw": draw}
-                    new = [key | row for row in measured(model, own)]
+                    new = [key | row for row in measured(made, own)]
                     add_rows(path, COLUMNS, rows_of(path, COLUMNS, NUMBERS), new)
 
 

@@ -23,19 +23,26 @@ class Measure:
     """A column of the rows.
 
     Attributes:
-        name: in words; unit: of an axis; most: that it can be; form: how mean and interval are printed.
+        name: in words.
+        unit: after a number; digits: after its point.
+        maximum: what the number can be at all.
     """
 
     name: str
     unit: str
-    most: float
-    form: str
+    digits: int
+    maximum: float
+
+    def text(self, mean: float, low: float, high: float) -> str:
+        """A mean with its interval, where there is one."""
+        interval = "no interval" if math.isnan(low) else f"{low:.{self.digits}f} to {high:.{self.digits}f}"
+        return f"{mean:.{self.digits}f}{self.unit} ({interval})"
 
 
 MEASURES = {
-    "dice": Measure("mean Dice", "", 1.0, "{:.3f} ({:.3f} to {:.3f})"),
-    "volume_error_percent": Measure("mean absolute volume error", " (%)", math.inf, "{:.2f} % ({:.2f} to {:.2f})"),
-    "fat_error_points": Measure("mean absolute fat error", " (points)", math.inf, "{:.2f} points ({:.2f} to {:.2f})"),
+    "dice": Measure("mean Dice", "", 3, 1.0),
+    "volume_error_percent": Measure("mean absolute volume error", " %", 2, math.inf),
+    "fat_error_points": Measure("mean absolute fat error", " points", 2, math.inf),
 }
 
 
@@ -76,7 +83,7 @@ def _measures(rows: Sequence[Mapping[str, str]]) -> dict[str, tuple[float, float
         values = [(abs(float(row[column])), row["patient"]) for row in rows if row[column] not in ("", None)]
         if len({patient for _, patient in values}) > 1:
             numbers, names = zip(*values, strict=True)
-            mean = agreement.average(numbers, agreement.Bootstrap(names), 0.0, measure.most)
+            mean = agreement.average(numbers, agreement.Bootstrap(names), 0.0, measure.maximum)
             low, high = mean["intervals"]["mean"] or (math.nan, math.nan)
             means[column] = (mean["mean"], low, high)
     return means
@@ -100,7 +107,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
         spread = f"{min(draws):.3f} to {max(draws):.3f}" if len(draws) > 1 else "-"
         cells = [point.scanner, point.way, point.made_of, str(point.patients), str(len(draws)), spread]
         for column, measure in MEASURES.items():
-            cells.append(measure.form.format(*point.measures[column]) if column in point.measures else "-")
+            cells.append(measure.text(*point.measures[column]) if column in point.measures else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -117,49 +124,49 @@ def draw_curves(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     shown = [column for column in MEASURES if any(column in point.measures for point in every)]
     if not shown:
         return
+    size = max(5.5, 1.4 + 3 * len(scanners)), 0.6 + 0.25 * len(series) + 2.5 * len(shown)
     with mpl.rc_context(figures.STYLE):
         figure, axes = plt.subplots(
-            len(shown), len(scanners), figsize=(1.4 + 3 * len(scanners), 0.6 + 2.5 * len(shown)), layout="constrained",
-            sharex=True, sharey="row", squeeze=False,
-        )  # fmt: skip
+            len(shown), len(scanners), figsize=size, layout="constrained", sharex=True, sharey="row", squeeze=False
+        )
         for column, panels in zip(shown, axes, strict=True):
+            measure, own = MEASURES[column], [point for point in every if column in point.measures]
+            is_logarithmic = measure.maximum == math.inf and all(point.measures[column][0] > 0 for point in own)
             for scanner, panel in zip(scanners, panels, strict=True):
-                for number, key in enumerate(series):
-                    own = [each for each in every if each.scanner == scanner and each.series == key]
-                    shift = 0.14 * (number - (len(series) - 1) / 2)
-                    _curve(panel, [each for each in own if column in each.measures], column, counts, number, shift)
-                _axes(panel, column, counts)
-            panels[0].set_ylabel(MEASURES[column].name + MEASURES[column].unit)
+                for number, (way, made_of) in enumerate(series):
+                    line = [point for point in own if (point.scanner, *point.series) == (scanner, way, made_of)]
+                    _curve(panel, line, column, counts, number, len(series), f"{WAYS[way]} ({made_of})")
+                if is_logarithmic:  # errors may be of 100 % here and of 1 % there
+                    panel.set_yscale("log")
+                    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                    panel.yaxis.set_major_formatter(ScalarFormatter())
+                    panel.yaxis.set_minor_formatter(NullFormatter())
+                panel.set_xticks(range(len(counts)), list(map(str, counts)))
+                panel.set_xlim(-0.5, len(counts) - 0.5)
+                panel.grid(color="0.92", linewidth=0.6)
+            panels[0].set_ylabel(f"{measure.name}{measure.unit and f' ({measure.unit.strip()})'}")
         for scanner, top, bottom in zip(scanners, axes[0], axes[-1], strict=True):
             top.set_title(f"onto {scanner}", fontsize=10)
             bottom.set_xlabel("segmented patients")
-        lines, _ = axes[0, 0].get_legend_handles_labels()
-        names = [f"{WAYS[way]} ({made_of})" for way, made_of in series]
-        figure.legend(lines, names, frameon=False, loc="outside upper center")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside upper center")
         figures.save(figure, path)
     plt.close(figure)
 
 
-def _axes(panel: Axes, column: str, counts: Sequence[int]) -> None:
-    if MEASURES[column].most == math.inf:  # errors, of 100 % and of 1 %
-        panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter(ScalarFormatter())
-        panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.set_xticks(range(len(counts)), list(map(str, counts)))
-    panel.grid(color="0.92", linewidth=0.6)
-    panel.set_axisbelow(True)
-
-
-def _curve(panel: Axes, own: Sequence[Point], column: str, counts: Sequence[int], number: int, shift: float) -> None:
+def _curve(
+    panel: Axes, line: Sequence[Point], column: str, counts: Sequence[int], number: int, of: int, name: str
+) -> None:
+    """One of so many lines beside each other; where it has no point its place in the legend stays."""
+    shift = min(0.14, 0.7 / of) * (number - (of - 1) / 2)
+    places = [counts.index(point.patients) + shift for point in line]
+    means, lows, highs = np.array([point.measures[column] for point in line]).reshape(-1, 3).T
+    bars = np.maximum(np.nan_to_num(np.stack([means - lows, highs - means])), 0)  # no interval, no bar
     colour = figures.COLOURS[number % len(figures.COLOURS)]
-    places = [counts.index(point.patients) + shift for point in own]
-    means, lows, highs = np.array([point.measures[column] for point in own]).reshape(-1, 3).T
-    around = np.nan_to_num(np.stack([means - lows, highs - means]))  # no interval, no bar
     panel.errorbar(
-        places, means, around, color=colour, marker=figures.MARKERS[number % len(figures.MARKERS)], markersize=4,
-        linestyle=figures.LINES[number % len(figures.LINES)], capsize=2, linewidth=1.2, label=f"{number}",
+        places, means, bars, color=colour, marker=figures.MARKERS[number % len(figures.MARKERS)], markersize=4,
+        linestyle=figures.LINES[number // len(figures.COLOURS) % len(figures.LINES)], capsize=2, linewidth=1.2,
+        label=name,
     )  # fmt: skip
-    for place, point in zip(places, own, strict=True):
+    for place, point in zip(places, line, strict=True):
         if column == "dice" and len(point.dice_of_draws) > 1:
             panel.plot([place] * len(point.dice_of_draws), point.dice_of_draws, "_", color=colour, markersize=9)

@@ -1,10 +1,13 @@
 """The scripts beside the experiments: the curve of segmented patients, ablation, robustness, and renderings."""
 
+import importlib
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +33,8 @@ def script(name: str) -> ModuleType:
 
 
 sys.path.append(str(ROOT / "experiments"))  # where scripts find their neighbours
-ablation, curve, robustness, points, tables = map(script, ("ablation", "curve", "robustness", "points", "rows"))
+ablation, curve, robustness, tables = (script(name) for name in ("ablation", "curve", "robustness", "rows"))
+points = importlib.import_module("points")
 
 
 @pytest.fixture
@@ -72,14 +76,40 @@ def test_a_training_as_in_the_report_sees_the_known_scanner_and_the_chosen_patie
     known = {each.patient for each in curve.card_scans(Path("cards/a.yaml"))}
     assert set(split.train) > set(pool[:3]) and set(split.validation) < known and not split.test
     assert set(split.train) | set(split.validation) == known | set(pool[:3])
-    assert (
-        seen[0].train.steps == 50
-        and seen[0].train.learning_rate == load_experiment(Path("experiment.yaml")).train.learning_rate
-    )
+    assert seen[0].train.steps == 50
+    assert seen[0].train.learning_rate == load_experiment(Path("experiment.yaml")).train.learning_rate
+    # Other steps or patients are another run, the same ones go on with it.
+    for patients, steps in ((pool[:3], None), (pool[1:4], 50), (pool[:3], 50)):
+        curve.trained_as_in_the_report("volume", "b", patients, "one", steps)
+    folders = [experiment.run_folder for experiment in seen]
+    assert len(set(folders)) == 3 and folders[3] == folders[0] and folders[0].name.startswith("one-")
+    assert [experiment.train.steps for experiment in seen[:2]] == [
+        50, load_experiment(Path("experiment.yaml")).train.steps,
+    ]  # fmt: skip
 
 
-def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, monkeypatch, capsys):
+def model_that_knows(patients: set[str], trained: Path, out: Path) -> Path:
+    """The trained model with another split in its card."""
+    model = out / "models/volume/1"
+    shutil.copytree(trained / "model", model)
+    info = json.loads((model / "model.json").read_text())
+    info["provenance"]["split"] = {"train": sorted(patients), "validation": [], "test": []}
+    (model / "model.json").write_text(json.dumps(info))
+    return model
+
+
+def test_a_model_that_has_seen_the_new_scanner_is_refused(known_and_new, trained, tmp_path, capsys):
+    pool, held_out = curve.parts(curve.card_scans(Path("cards/b.yaml")))
+    for patient in (pool[0], held_out[0]):
+        model = model_that_knows({patient}, trained, tmp_path / patient)
+        assert run("--task", "volume", "--model", model, "--only", "b", "--patients", 0) == 2
+        assert patient in capsys.readouterr().err
+    assert not (known_and_new / "volume.csv").exists()
+
+
+def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, tmp_path, monkeypatch, capsys):
     made = []
+    first = model_that_knows({each.patient for each in curve.card_scans(Path("cards/a.yaml"))}, trained, tmp_path)
 
     def train(task, scanner, patients, name, steps):
         made.append(("report", tuple(patients)))
@@ -88,13 +118,14 @@ def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, m
     def adapt(model, cards, out, patients, plan):
         card, root = load_card(cards[0])
         made.append(("any", tuple(sorted({each.patient for each in find_scans(card, root)}))))
+        assert model == first and curve.OUT in out.parents
         return {"version": None}
 
     monkeypatch.setattr(curve, "trained_as_in_the_report", train)
     monkeypatch.setattr(curve, "adapt", adapt)
     monkeypatch.setattr(curve, "print_measured", lambda measured, own_masks: None)
-    options = ["--task", "volume", "--model", trained / "model", "--only", "b", "--draws", 2]
-    assert run(*options, "--patients", 0, 2) == 0
+    options = ["--task", "volume", "--model", first.parent, "--only", "b", "--draws", 2]
+    assert run(*options, "--patients", 0, 2, 2) == 0
     pool, held_out = curve.parts(curve.card_scans(Path("cards/b.yaml")))
     assert [way for way, _ in made] == ["report", "report", "any", "report", "any"]
     assert made[0] == ("report", ()) and set(made[1][1]) <= set(pool) and made[1][1] != made[3][1]
@@ -108,21 +139,32 @@ def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, m
         assert float(row["dice"]) == pytest.approx(expected) and row["fat_error_points"] == ""
     printed = capsys.readouterr().out
     mean = np.mean([float(row["dice"]) for row in rows if (row["way"], row["patients"]) == ("any", "0")])
-    weights = json.loads((trained / "model/model.json").read_text())["weights_sha256"][:16]
-    assert f"| b | any | {weights} | 0 | 1 | - | {mean:.3f} (" in printed
-    assert "| b | report | all steps | 2 | 2 |" in printed
+    info, steps = json.loads((first / "model.json").read_text()), load_experiment(Path("experiment.yaml")).train.steps
+    assert f"| b | any | {info['weights_sha256'][:16]} | 0 | 1 | - | {mean:.3f} (" in printed
+    assert f"| b | report | {steps} steps, config " in printed
     with Image.open(known_and_new / "volume.png") as picture:
         assert picture.size[0] > 300
     made.clear()
     assert run(*options, "--patients", 0, 2) == 0 and not made  # all of it is there
     assert run(*options, "--patients", 99) == 2
-    assert run(*options, "--patients", 0, "--steps", 7) == 0 and made == [("report", ())]  # a curve of its own
-    printed = capsys.readouterr().out
-    assert "| b | report | 7 steps | 0 |" in printed and "| b | report | all steps | 0 |" in printed
+    for one_of in (("--steps", 7), ("--steps", steps)):  # other steps have a curve of their own
+        assert run(*options, "--patients", 0, *one_of) == 0
+    assert made == [("report", ())]
+    # So have another postprocessing and other weights.
+    for key, value in (("postprocessing", ["largest_component"]), ("weights_sha256", "0" * 64)):
+        (first / "model.json").write_text(json.dumps(info | {key: value}))
+        assert run(*options, "--patients", 0, "--ways", "any") == 0
+    (first / "model.json").write_text(json.dumps(info))
+    table = capsys.readouterr().out.splitlines()[-7:]
+    assert len({line.split("|")[3] for line in table if "| b | any |" in line}) == 3
+    assert len({line.split("|")[3] for line in table if "| b | report |" in line}) == 2
     made.clear()
     assert run("--task", "volume", "--only", "b") == 2 and "--model" in capsys.readouterr().err
     with command.alone(known_and_new / ".lock", known_and_new, waits=False):  # while it measures
-        assert run("--task", "volume", "--table") == 0 and printed.endswith(capsys.readouterr().out) and not made
+        assert run("--task", "volume", "--table") == 0
+    assert capsys.readouterr().out.splitlines()[-7:] == table and not made
+    monkeypatch.setattr(curve, "parts", lambda scans: (held_out, pool))  # the card's patients are others now
+    assert run(*options, "--patients", 0) == 2 and f"received {rows[0]['patient']};" in capsys.readouterr().err
 
 
 def test_what_was_begun_and_not_ended_is_not_written(tmp_path):
@@ -179,17 +221,12 @@ def test_the_curves_table_says_how_far_draws_lie_apart():
     assert three.startswith("| b | any | w | 3 | 3 | 0.625 to 0.975 | 0.842 (")
 
 
-def test_the_curves_are_drawn_through_the_tables_numbers(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(points.figures, "save", lambda figure, path: drawn.append((figure, path)))
+def test_the_curves_are_drawn_through_the_tables_numbers(tmp_path):
     rows = rows_of_points(("any", "w", "0", "0", 0.5), ("any", "w", "10", "0", 0.6), ("any", "w", "10", "1", 0.8),
                           ("report", "all steps", "10", "0", 0.3))  # fmt: skip
-    points.draw_curves(rows, tmp_path / "volume")
-    [(figure, path)] = drawn
+    figure = drawn(rows, tmp_path)
     dice, errors = figure.axes  # no fat was measured
-    assert path == tmp_path / "volume" and [panel.get_ylabel() for panel in (dice, errors)] == [
-        "mean Dice", "mean absolute volume error (%)",
-    ]  # fmt: skip
+    assert (dice.get_ylabel(), errors.get_ylabel()) == ("mean Dice", "mean absolute volume error (%)")
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["as in the report (all steps)", "for any scanner (w)"]
     report, of_any = (container.lines[0].get_ydata() for container in dice.containers)
@@ -202,11 +239,37 @@ def test_the_curves_are_drawn_through_the_tables_numbers(tmp_path, monkeypatch):
     assert [0.625, 0.825] in [np.round(line.get_ydata(), 9).tolist() for line in dice.lines]  # each draw
 
 
-def test_curves_of_nothing_are_not_drawn(tmp_path):
-    points.draw_curves(
-        [row for row in rows_of_points(("any", "w", "0", "0", 0.5)) if row["patient"] == "p0"], tmp_path / "a"
-    )
-    assert not list(tmp_path.iterdir())
+def drawn(rows: list[dict[str, str]], folder: Path) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        figures: list[Any] = []
+        patch.setattr(points.figures, "save", lambda figure, path: figures.append(figure))
+        points.draw_curves(rows, folder / "volume")
+    return figures[0] if figures else None
+
+
+def test_errors_that_differ_by_rounding_or_not_at_all_are_drawn(tmp_path):
+    alike = drawn(rows_of_points(("any", "w", "0", "0", 0.5), error=99.9), tmp_path)  # mean and interval an ulp apart
+    assert alike.axes[1].get_yscale() == "log"
+    none = drawn(rows_of_points(("any", "w", "0", "0", 0.5), ("any", "w", "1", "0", 0.5), error=0.0), tmp_path)
+    (line,) = none.axes[1].containers
+    assert none.axes[1].get_yscale() == "linear" and line.lines[0].get_ydata().tolist() == [0.0, 0.0]
+
+
+def test_few_patients_have_no_interval(tmp_path):
+    two = [row for row in rows_of_points(("any", "w", "0", "0", 0.5)) if row["patient"] in ("p0", "p1")]
+    assert "| 0.505 (no interval) | 1.00 % (no interval) | - |" in points.table(two)
+    [bars] = drawn(two, tmp_path).axes[0].containers[0].lines[2]
+    np.testing.assert_allclose(np.diff(bars.get_segments()[0][:, 1]), 0)
+    one = [row for row in two if row["patient"] == "p0"]
+    assert drawn(one, tmp_path) is None and points.table(one).endswith("| - | - | - | - |")
+
+
+def test_many_curves_stay_beside_their_number_of_patients(tmp_path):
+    rows = rows_of_points(*(("any", f"w{number}", count, "0", 0.5) for number in range(9) for count in ("0", "1")))
+    figure = drawn(rows, tmp_path)
+    lines = [container.lines[0] for container in figure.axes[0].containers]
+    assert all(abs(line.get_xdata() - [0, 1]).max() < 0.5 for line in lines)
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == 9
 
 
 IMAGE, TRUTH = scan("a", 3)
