@@ -186,24 +186,26 @@ def run(arguments: argparse.Namespace) -> None:
                 f" {row['patient']}; move it away.",
             )
     done = {(row["scanner"], row["way"], row["made_of"], int(row["patients"]), int(row["draw"])) for row in known}
-    for scanner, scans in scans_of.items():
+    wanted = [
+        (scanner, count, draw, way)
+        for scanner in scans_of
+        for count in dict.fromkeys(arguments.patients)
+        for draw in range(arguments.draws if count else 1)
+        for way in dict.fromkeys(arguments.ways)
+    ]
+    for scanner, count, draw, way in wanted:
+        if (scanner, way, made_of[way], count, draw) in done:
+            continue
         pool, held_out = parts_of[scanner]
-        own = [scan for scan in scans if scan.patient in held_out]
-        for count in dict.fromkeys(arguments.patients):
-            for draw in range(arguments.draws if count else 1):
-                chosen = ordered(pool, f"draw {draw}")[:count]
-                for way in dict.fromkeys(arguments.ways):
-                    if (scanner, way, made_of[way], count, draw) in done:
-                        continue
-                    name = f"curve-{task}-{scanner}-{count}-{draw}"
-                    print(f"{way}: {scanner}, {count} patients, draw {draw}: {', '.join(chosen)}", flush=True)
-                    if way == "report":
-                        made = trained_as_in_the_report(task, scanner, chosen, name, arguments.steps)
-                    else:
-                        made = adapted(task, scanner, chosen, name, model, made_of[way])
-                    key = {"scanner": scanner, "way": way, "made_of": made_of[way], "patients": count, "draw": draw}
-                    new = [key | row for row in measured(made, own)]
-                    add_rows(path, COLUMNS, rows_of(path, COLUMNS, NUMBERS), new)
+        chosen, name = ordered(pool, f"draw {draw}")[:count], f"curve-{task}-{scanner}-{count}-{draw}"
+        print(f"{way}: {scanner}, {count} patients, draw {draw}: {', '.join(chosen)}", flush=True)
+        if way == "report":
+            made = trained_as_in_the_report(task, scanner, chosen, name, arguments.steps)
+        else:
+            made = adapted(task, scanner, chosen, name, model, made_of[way])
+        key = {"scanner": scanner, "way": way, "made_of": made_of[way], "patients": count, "draw": draw}
+        new = [key | row for row in measured(made, [scan for scan in scans_of[scanner] if scan.patient in held_out])]
+        add_rows(path, COLUMNS, rows_of(path, COLUMNS, NUMBERS), new)
 
 
 def main() -> int:
