@@ -31,6 +31,7 @@ from lvseg.adapt import Plan, adapt, print_measured
 from lvseg.cards import Scan, read_image, read_labels
 from lvseg.config import Experiment
 from lvseg.errors import InputError
+from lvseg.evaluate import check_not_seen
 from lvseg.keys import check_keys, digest, read_yaml
 from lvseg.predict import Segmenter, newest_version
 from lvseg.prepare import card_scans
@@ -133,19 +134,6 @@ def what_it_is_made_of(task: str, model: Path | None, steps: int | None) -> dict
     return made_of
 
 
-def check_not_seen(model: Path, scans: Sequence[Scan]) -> None:
-    """Raises InputError for a model that learned from a new scanner's patients, or was chosen by them."""
-    info = read_yaml(model / "model.json")
-    for each in info.get("members", [info]):
-        split = each["provenance"]["split"]
-        seen = {*split["train"], *split["validation"]} & {scan.patient for scan in scans}
-        if seen:
-            raise InputError(
-                "BAD_SPLIT",
-                f"Expected a model that has not seen patients of the new scanners, received {min(seen)} in {model}.",
-            )
-
-
 def measured(model: Path, scans: Sequence[Scan]) -> Iterator[dict[str, Any]]:
     """Of each scan its Dice and errors of volume and, where there is fat, of the mean fat fraction."""
     segmenter = Segmenter(model)
@@ -177,7 +165,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not 0 <= min(arguments.patients) <= max(arguments.patients) <= most:
         raise InputError("BAD_ARGUMENT", f"Expected --patients from 0 to {most}, received {arguments.patients}.")
     if model is not None and "any" in arguments.ways:
-        check_not_seen(model, [scan for scans in scans_of.values() for scan in scans])
+        new = {scan.patient for scans in scans_of.values() for scan in scans}
+        check_not_seen(read_yaml(model / "model.json"), new, model)
     for row in known:
         if row["scanner"] in parts_of and row["patient"] not in parts_of[row["scanner"]][1]:
             raise InputError(
@@ -204,8 +193,8 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             made = adapted(task, scanner, chosen, name, model, made_of[way])
         key = {"scanner": scanner, "way": way, "made_of": made_of[way], "patients": count, "draw": draw}
-        new = [key | row for row in measured(made, [scan for scan in scans_of[scanner] if scan.patient in held_out])]
-        add_rows(path, COLUMNS, rows_of(path, COLUMNS, NUMBERS), new)
+        rows = [key | row for row in measured(made, [scan for scan in scans_of[scanner] if scan.patient in held_out])]
+        add_rows(path, COLUMNS, rows_of(path, COLUMNS, NUMBERS), rows)
 
 
 def main() -> int:

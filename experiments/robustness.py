@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from lvseg import agreement, command, metrics
+from lvseg import agreement, command, figures, metrics
 from lvseg.cards import read_image, read_labels
 from lvseg.postprocess import postprocess
 from lvseg.predict import Segmenter
@@ -141,8 +141,7 @@ def draw(rows: Sequence[Mapping[str, object]], out: Path) -> None:
     axes[0, 0].set_ylabel("mean Dice")
     axes[1, 0].set_ylabel("mean Dice")
     axes[0, 0].legend(fontsize=8)
-    for suffix in ("svg", "png"):
-        figure.savefig(out / f"robustness.{suffix}", dpi=130)
+    figures.save(figure, out / "robustness")
     plt.close(figure)
 
 

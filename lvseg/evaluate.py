@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -116,17 +116,31 @@ def open_study(run: Path, split: str, model: Path | None = None, cards: Sequence
                     "BAD_MODEL",
                     f"Expected a model of the run's {key}, {own[key]}, received {segmenter.info[key]} in {model}.",
                 )
-    for member in segmenter.info.get("members", [segmenter.info]):
-        seen = set(member.get("provenance", {}).get("split", {}).get("train", ()))
-        if split == "test" or cards:
-            seen |= set(member.get("provenance", {}).get("split", {}).get("validation", ()))
-        if seen & patients:
+    check_not_seen(
+        segmenter.info, patients, model or run, ("train", "validation") if split == "test" or cards else ("train",)
+    )
+    return Study(run, EXTERNAL if cards else split, scans, segmenter, manifest)
+
+
+def check_not_seen(
+    info: Mapping[str, Any], patients: Set[str], model: Path, parts: Sequence[str] = ("train", "validation")
+) -> None:
+    """Refuses to measure a model on patients that it, or a member of an ensemble, was trained or chosen on.
+
+    Args:
+        info: its model.json; model: where it is; parts: of its split.
+
+    Raises:
+        InputError: BAD_SPLIT.
+    """
+    for member in info.get("members", [info]):
+        split = member.get("provenance", {}).get("split", {})
+        if seen := patients & {patient for part in parts for patient in split.get(part, ())}:
             raise InputError(
                 "BAD_SPLIT",
-                f"Expected patients that the model has not seen, received {min(seen & patients)}, on whom"
-                f" {model or run} was trained or chosen.",
+                f"Expected patients that the model has not seen, received {min(seen)}, on whom {model} was trained or"
+                " chosen.",
             )
-    return Study(run, EXTERNAL if cards else split, scans, segmenter, manifest)
 
 
 def _of_cards(run: Path, paths: Sequence[Path]) -> list[Scan]:
