@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from lvseg.errors import InputError
-from lvseg.keys import Keys, check_keys, read_yaml
+from lvseg.keys import Keys, check_keys, digest, read_yaml
 from lvseg.volume import Volume
 
 PLACEHOLDERS = ("patient", "study")
@@ -93,6 +93,12 @@ class Card(Keys):
     simulate: Simulate | None = None
     licence: str
     citation: str
+
+    @property
+    def source(self) -> dict[str, str]:
+        """What to say of the dataset wherever its scans were used: name, licence, citation and card_sha256."""
+        facts = {"name": self.name, "licence": self.licence, "citation": self.citation}
+        return {**facts, "card_sha256": digest(self.model_dump(mode="json"))}
 
     @model_validator(mode="after")
     def _check(self) -> Card:

@@ -1,6 +1,7 @@
-"""Command: a run's model on the scans of its held-out patients -> overlap, biomarkers and agreement, with a report.
+"""Command: a model on the scans of patients it has not seen -> overlap, biomarkers and agreement, with a report.
 
 python -m lvseg.evaluate --run runs/volume/best-fold0 --split test
+python -m lvseg.evaluate --model models/volume --card data/my_study.yaml -o my_study
 """
 
 from __future__ import annotations
@@ -71,10 +72,11 @@ class Options:
 
 @dataclass
 class Study:
-    """A run's model and the scans of one part of its split.
+    """A run's model and the scans of one part of its split, or a model and the scans of other datasets.
 
     Args:
-        run: folder; split: which part; scans: of its patients; segmenter: the model; manifest: of the run.
+        run: its folder, or the model's own; split: which part; scans: of its patients; segmenter: the model.
+        manifest: of the run, or what the model's card has of it.
     """
 
     run: Path
@@ -105,7 +107,7 @@ def open_study(run: Path, split: str, model: Path | None = None, cards: Sequence
     manifest = read_yaml(path)
     if not {"split", "datasets"} <= set(manifest) or split not in manifest["split"]:
         raise InputError("NOT_FOUND", f"Expected split and datasets of a trained run, received none in {path}.")
-    scans = _of_cards(run, cards) if cards else _scans(run, split, manifest)
+    scans = _of_cards(read_yaml(run / "model" / "model.json"), cards) if cards else _scans(run, split, manifest)
     patients = {scan.patient for scan in scans}
     segmenter = Segmenter(model or run / "model")
     if model is not None:
@@ -122,6 +124,32 @@ def open_study(run: Path, split: str, model: Path | None = None, cards: Sequence
     return Study(run, EXTERNAL if cards else split, scans, segmenter, manifest)
 
 
+def open_model(model: Path, cards: Sequence[Path]) -> Study:
+    """Loads a model, whose run need not be there, with the scans of all patients of other datasets.
+
+    Raises:
+        InputError: MODEL_UNAVAILABLE; otherwise as `open_study`.
+    """
+    segmenter = Segmenter(model)
+    scans = _of_cards(segmenter.info, cards)
+    check_not_seen(segmenter.info, {scan.patient for scan in scans}, model)
+    made = _made_of(segmenter.info)
+    parts = sorted({part for each in made for part in each.get("split", {})})
+    manifest = {
+        "split": {
+            part: sorted({name for each in made for name in each.get("split", {}).get(part, ())}) for part in parts
+        },
+        "datasets": list({card["name"]: card for each in made for card in each.get("datasets", [])}.values()),
+        "encoder_weights": made[0].get("encoder_weights"),
+    }
+    return Study(model, EXTERNAL, scans, segmenter, manifest)
+
+
+def _made_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The provenance of a model, or of each member of an ensemble."""
+    return [member.get("provenance", {}) for member in info.get("members", [info])]
+
+
 def check_not_seen(
     info: Mapping[str, Any], patients: Set[str], model: Path, parts: Sequence[str] = ("train", "validation")
 ) -> None:
@@ -133,9 +161,8 @@ def check_not_seen(
     Raises:
         InputError: BAD_SPLIT.
     """
-    for member in info.get("members", [info]):
-        split = member.get("provenance", {}).get("split", {})
-        if seen := patients & {patient for part in parts for patient in split.get(part, ())}:
+    for made in _made_of(info):
+        if seen := patients & {patient for part in parts for patient in made.get("split", {}).get(part, ())}:
             raise InputError(
                 "BAD_SPLIT",
                 f"Expected patients that the model has not seen, received {min(seen)}, on whom {model} was trained or"
@@ -143,12 +170,11 @@ def check_not_seen(
             )
 
 
-def _of_cards(run: Path, paths: Sequence[Path]) -> list[Scan]:
-    """All scans of other datasets with the run's task and classes; simulated patients are made where they are not."""
-    own = read_yaml(run / "model" / "model.json")
+def _of_cards(info: Mapping[str, Any], paths: Sequence[Path]) -> list[Scan]:
+    """All scans of datasets with a model's task and classes; simulated patients are made where they are not."""
     scans = []
     for path in paths:
-        check_classes(path, own["task"], own["labels"])
+        check_classes(path, info["task"], info["labels"])
         scans += card_scans(path)
     return scans
 
@@ -186,8 +212,9 @@ def evaluate_run(
 
     Args:
         run: folder; split: of `SPLITS`; options: None for the defaults.
-        model: another model than the run's, such as an ensemble, without the expected Dice, since members may have been
-            trained on the validation patients; out: another folder than the run's own.
+        model: another model than the run's, such as an ensemble, with the expected Dice only where its card has the
+            calibration, since members may have been trained on the validation patients.
+        out: another folder than the run's own.
         cards: of other datasets, whose patients are measured instead of the run's.
 
     Raises:
@@ -197,14 +224,43 @@ def evaluate_run(
     if out is not None:
         _check_output(out, run if model is not None or cards else None)
     study = open_study(run, split, model, cards)
-    calibration = calibrate(study, options) if options.quality and model is None else None
-    folder = out or run / REPORT
+    calibration = (
+        calibrate(study, options) if options.quality and model is None else _calibration_of(study.segmenter, options)
+    )
+    return _evaluate(study, options, calibration, out or run / REPORT)
+
+
+def evaluate_model(model: Path, cards: Sequence[Path], out: Path, options: Options | None = None) -> dict[str, Any]:
+    """Segments all patients of datasets that a model has not seen, whose run need not be there, and writes a report
+    folder as `evaluate_run` does; returns the summary.
+
+    Args:
+        model: as `Segmenter`; cards: of the datasets; out: the folder; options: None for the defaults.
+
+    Raises:
+        InputError: see `open_model`; BAD_OUTPUT for a folder of other files, which is left as it is.
+    """
+    options = options or Options()
+    _check_output(out, None)
+    study = open_model(model, cards)
+    return _evaluate(study, options, _calibration_of(study.segmenter, options), out)
+
+
+def _calibration_of(segmenter: Segmenter, options: Options) -> dict[str, Any] | None:
+    """The calibration that came with a model, where it is wanted and of the same postprocessing."""
+    chosen, own = (list(quality.steps(each, segmenter.info)) for each in (options.postprocessing, None))
+    return segmenter.info.get("quality") if options.quality and chosen == own else None
+
+
+def _evaluate(study: Study, options: Options, calibration: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with command.atomic(folder) as temporary:
         (temporary / "pictures").mkdir(parents=True)
         with (temporary / "patients.csv").open("w", newline="", encoding="utf-8") as file:
             for own in command.progress(
-                _measured(study, options, calibration, temporary / "pictures"), f"evaluating {split}", len(study.scans)
+                _measured(study, options, calibration, temporary / "pictures"),
+                f"evaluating {study.split}",
+                len(study.scans),
             ):
                 if not rows:
                     table = csv.DictWriter(file, list(own[0]))
@@ -519,16 +575,14 @@ def _draw(
 def _provenance(study: Study) -> dict[str, Any]:
     """What made the model, or each member of an ensemble, and on what data it was measured."""
     info = study.segmenter.info
-    made = [
-        {key: own.get(key) for key in PROVENANCE}
-        for own in (member.get("provenance", {}) for member in info.get("members", [info]))
-    ]
+    others = {scan.card.name: scan.card for scan in study.scans} if study.split == EXTERNAL else {}
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "lvseg": metadata.version("lvseg"),
         "model": {key: info.get(key) for key in ("task", "name", "version", "weights_sha256", "spacing_mm", "size")},
-        "runs": made,
+        "runs": [{key: own.get(key) for key in PROVENANCE} for own in _made_of(info)],
         "datasets": study.manifest["datasets"],
+        "measured_on": [card.source for card in others.values()],
         "split": {name: len(patients) for name, patients in study.manifest["split"].items()},
     }
 
@@ -554,12 +608,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(
         prog="lvseg.evaluate",
-        description="Measures a run's model on patients it was not trained on and writes the run's report folder.",
+        description="Measures a run's model on patients it was not trained on and writes the run's report folder; or"
+        " any model on other datasets (--model and --card without --run).",
         epilog="Example: python -m lvseg.evaluate --run runs/volume/best-fold0 --split test",
     )
-    parser.add_argument("--run", type=Path, required=True, help="run folder")
+    parser.add_argument("--run", type=Path, help="run folder")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which patients (default: test)")
-    parser.add_argument("--model", type=Path, help="another model than the run's, such as an ensemble")
+    parser.add_argument(
+        "--model", type=Path, help="another model than the run's, such as an ensemble, or without a run"
+    )
     parser.add_argument(
         "--card", type=Path, nargs="+", default=[], help="all patients of these datasets instead, none of them seen"
     )
@@ -602,19 +659,28 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "Expected --split validation with --postprocessing, so that no test patient decides about it; export"
                 " the model with the steps chosen and measure that with --model.",
             )
+        if arguments.run is None and not (arguments.model and arguments.card):
+            raise InputError(
+                "BAD_ARGUMENT",
+                "Expected --run, or --model with --card, received neither; a model alone has no patients.",
+            )
         for option in ("model", "card"):
             if getattr(arguments, option) and arguments.out is None:
                 raise InputError(
                     "BAD_ARGUMENT",
-                    f"Expected --out with --{option}, since the run's report is of its own model and patients.",
+                    f"Expected --out with --{option}, since a run's report is of its own model and patients.",
                 )
         options = Options(
             tolerances, grades, arguments.postprocessing, not arguments.no_quality, arguments.seed, arguments.palette
         )
-        print_summary(
-            evaluate_run(arguments.run, arguments.split, options, arguments.model, arguments.out, arguments.card)
+        run, model, cards, out = arguments.run, arguments.model, arguments.card, arguments.out
+        summary = (
+            evaluate_model(model, cards, out, options)
+            if run is None
+            else evaluate_run(run, arguments.split, options, model, out, cards)
         )
-        print(f"report: {(arguments.out or arguments.run / REPORT) / 'report.html'}")
+        print_summary(summary)
+        print(f"report: {(out or run / REPORT) / report.PAGE}")
 
     return command.run(parser, body, argv)
 

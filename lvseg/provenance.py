@@ -45,15 +45,7 @@ def manifest(
         "encoder_weights": encoder_weights._asdict() if encoder_weights else None,
         "started_from": started_from,
         "split": asdict(split),
-        "datasets": [
-            {
-                "name": each.card.name,
-                "licence": each.card.licence,
-                "citation": each.card.citation,
-                "card_sha256": digest(each.card.model_dump(mode="json")),
-            }
-            for each in sets
-        ],
+        "datasets": [each.card.source for each in sets],
         "seed": experiment.seed,
         "versions": {"lvseg": _version("lvseg"), "python": platform.python_version()}
         | {package: _version(package) for package in PACKAGES},

@@ -19,6 +19,7 @@ PROVENANCE = {
     "lvseg": "0.1.0",
     "runs": [{"versions": {"lvseg": "0.1.0"}, "seed": 0}, {"versions": {"lvseg": "0.1.0"}, "seed": 12345}],
     "datasets": [{"name": "set", "citation": "A <b>card</b> & co", "licence": "none", "card_sha256": "cd" * 32}],
+    "measured_on": [{"name": "new", "citation": "Another study", "licence": "by hand", "card_sha256": "ef" * 32}],
     "split": {"train": 20, "validation": 4, "test": 8},
 }
 
@@ -93,6 +94,7 @@ def test_the_page_has_the_numbers_of_the_summary(folder):
     assert cells == ["below 5.56 %", "<b>4</b>", "0", "from 5.56 %", "0", "<b>4</b>"]
     assert report.grade_names([3.2, 5.56]) == ["below 3.2 %", "3.2 to 5.56 %", "from 5.56 %"]
     assert "Light blue where mask and truth agree" in text
+    assert "measured on new</td><td>Another study. Licence: by hand. Card <code>" + "ef" * 32 in text
     assert "cd" * 32 in text and "member 2: run seed</td><td><code>12345" in text
     review = text[text.index("Check these first") : text.index("All scans")]
     assert re.findall(r">(p\d)</a>", review) == ["p3", "p1"]  # the fifth of eight scans with the least expected Dice

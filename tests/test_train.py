@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from small_study import EXPERIMENT, ROOT, best_weights, command, rows, scan, wri
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2 as plugin
 
-from lvseg import biomarkers, evaluate, metrics, overlays
+from lvseg import biomarkers, evaluate, metrics, overlays, quality
 from lvseg.errors import InputError
 from lvseg.evaluate import evaluate_run
 from lvseg.formats import write_volume
@@ -221,6 +222,36 @@ def test_evaluation_measures_all_patients_of_a_dataset_that_training_did_not_see
     write_card(in_study, "other", root="../raw/outside", labels={"spleen": [7]})
     assert evaluate.main([*arguments[:3], "cards/other.yaml", "-o", "known"]) == 2
     assert "spleen" in capsys.readouterr().err and not (in_study / "known").exists()
+
+    # The model alone, as one that came with lvseg has no run; 1.01 - exp(log 0.21) is the Dice that its card expects.
+    alone = in_study / "alone/1"
+    shutil.copytree(trained / "model", alone)
+    card = json.loads((alone / "model.json").read_text())
+    usual = {key: {"median": 5.0, "spread": 1.0} for key in ("volume", "brightness")}
+    zeros = [0.0] * len(quality.FEATURES)
+    fitted = {"usual": usual, "centre": zeros, "scale": [1.0] * len(zeros), "weights": zeros,
+              "intercept": math.log(0.21), "scans": 9, "patients": 9, "left_out_mean_absolute_error": 0.1}  # fmt: skip
+    (alone / "model.json").write_text(json.dumps({**card, "quality": fitted}))
+    arguments = ["--model", str(alone.parent), "--card", "cards/outside.yaml"]
+    assert evaluate.main([*arguments, "-o", "by_model"]) == 0
+    found = rows(in_study / "by_model/patients.csv")
+    assert [{key: row[key] for key in report[0]} for row in found] == report
+    assert {row["expected_dice"] for row in found} == {"0.8"}
+    summary = json.loads((in_study / "by_model/summary.json").read_text())
+    assert summary["split"] == "external"
+    error = np.mean([abs(0.8 - float(row["dice"])) for row in found])
+    assert summary["quality"]["mean_absolute_error"] == pytest.approx(error)
+    page = (in_study / "by_model/report.html").read_text()
+    assert "measured on set_outside" in page and "dataset set_a" in page
+    capsys.readouterr()
+    for wrong, named in (
+        (["--model", str(alone), "-o", "none"], "--run, or --model with --card"),
+        (["--card", "cards/outside.yaml", "-o", "none"], "--run, or --model with --card"),
+        (arguments, "--out"),
+        ([*arguments[:3], "cards/b.yaml", "-o", "none"], "has not seen"),
+        (["--model", "nowhere", *arguments[2:], "-o", "none"], "nowhere"),
+    ):
+        assert evaluate.main(wrong) == 2 and named in capsys.readouterr().err and not (in_study / "none").exists()
 
 
 def test_the_overlay_shows_the_scan_the_answer_and_the_truth(trained, in_study, monkeypatch):
