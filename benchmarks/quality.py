@@ -37,7 +37,7 @@ def measure(run: Path) -> list[dict[str, object]]:
     for number, scan in enumerate(command.progress(study.scans, "looking at test scans")):
         image = read_image(scan)
         for worse, truth, kind in evaluate.versions(image, read_labels(scan, image), KINDS, SEED + number):
-            answer = study.segmenter.segment(worse, keep=True)
+            answer = study.segmenter.segment(worse, keep=True, modality=scan.card.modality)
             expected, reasons = quality.expected(calibration, quality.features(study.segmenter, answer))
             dice = evaluate.mean_dice(answer.mask, truth, len(study.classes))
             rows.append({"patient": scan.patient, "scanner": scan.card.scanner, "kind": kind or "original",

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rows import add_rows, rows_of
+from rows import add_rows, number, rows_of
 
 from lvseg import agreement, command, devices, metrics, pipeline
 from lvseg.config import Experiment
@@ -39,7 +39,7 @@ CARDS = {
     VARIED: ("data/phantom_varied_volume.yaml",),
 }
 OUT = Path("runs/ablation/volume.csv")
-COLUMNS, NUMBERS = ("row", "seed", "made_of", "patient", "dice"), ("seed", "dice")
+COLUMNS = {"row": str, "seed": int, "made_of": str, "patient": str, "dice": number}
 SPACING_MM, SIZE = 4.5, 96
 IN_PIXELS = {"elastic": "sigma_px", "blur": "max_sigma_px", "resolution": "max_factor"}  # of the config's grid
 NOTHING = "nothing"
@@ -183,7 +183,7 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < least:
             value = getattr(arguments, name)
             raise InputError("BAD_ARGUMENT", f"Expected --{name} of at least {least}, received {value}.")
-    done = rows_of(OUT, COLUMNS, NUMBERS)
+    done = rows_of(OUT, COLUMNS)
     for line in done:
         if line["row"] not in ROWS or line["made_of"] != made_of(line["row"], arguments.steps, arguments.width):
             raise InputError(
@@ -203,7 +203,7 @@ def run(arguments: argparse.Namespace) -> None:
         key = {"row": row, "seed": seed, "made_of": made_of(row, arguments.steps, arguments.width)}
         found = dice_of(row, seed, arguments.steps, arguments.width, sets)
         new = [{**key, "patient": patient, "dice": dice} for patient, dice in found.items()]
-        add_rows(OUT, COLUMNS, rows_of(OUT, COLUMNS, NUMBERS), new)
+        add_rows(OUT, COLUMNS, rows_of(OUT, COLUMNS), new)
 
 
 def main() -> int:
@@ -223,7 +223,7 @@ def main() -> int:
         if not arguments.table:
             with command.alone(OUT.parent / ".lock", OUT.parent, waits=False):
                 run(arguments)
-        print(table(rows_of(OUT, COLUMNS, NUMBERS)))
+        print(table(rows_of(OUT, COLUMNS)))
 
     return command.run(parser, body, None)
 

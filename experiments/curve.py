@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 from points import WAYS, draw_curves, table
-from rows import add_rows, rows_of
+from rows import add_rows, number, number_or_none, one_of, rows_of
 
 from lvseg import biomarkers, command, metrics, waterfat
 from lvseg.adapt import Plan, adapt, print_measured
@@ -32,7 +32,7 @@ from lvseg.cards import Scan, read_image, read_labels
 from lvseg.config import Experiment
 from lvseg.errors import InputError
 from lvseg.evaluate import check_not_seen
-from lvseg.keys import check_keys, digest, read_yaml
+from lvseg.keys import check_keys, digest, read_json, read_yaml
 from lvseg.predict import Segmenter, newest_version
 from lvseg.prepare import card_scans
 from lvseg.train import train
@@ -40,18 +40,17 @@ from lvseg.train import train
 DIRECTIONS = {"ge": ("philips",), "philips": ("ge",), "siemens": ("philips", "ge")}  # new scanner: known ones
 ENDINGS = {"volume": "volume", "fatfraction": "fat"}
 CONFIGS = {"volume": "experiments/volume_cpu.yaml", "fatfraction": "experiments/fatfraction_cpu.yaml"}
-COLUMNS = (
-    "scanner",
-    "way",
-    "made_of",
-    "patients",
-    "draw",
-    "patient",
-    "dice",
-    "volume_error_percent",
-    "fat_error_points",
-)
-NUMBERS = ("patients", "draw", "dice", "volume_error_percent")
+COLUMNS = {
+    "scanner": str,
+    "way": one_of(list(WAYS)),
+    "made_of": str,
+    "patients": int,
+    "draw": int,
+    "patient": str,
+    "dice": number,
+    "volume_error_percent": number,
+    "fat_error_points": number_or_none,
+}
 FOLDS = 5
 OUT = Path("runs/curve")
 
@@ -98,12 +97,9 @@ def trained_as_in_the_report(task: str, scanner: str, patients: Sequence[str], n
     if patients:
         cards.append(str(card_with(card_of(task, scanner), patients, OUT / f"{name}.yaml")))
         folds[1] += patients  # fold 0 is for validation: of known scanners alone, as there are too few others
-    (OUT / "folds").mkdir(parents=True, exist_ok=True)
-    folds_file = OUT / "folds" / f"{name}.yaml"
-    folds_file.write_text(yaml.safe_dump({"folds": folds}), encoding="utf-8")
     values = read_yaml(Path(CONFIGS[task]))
     values["data"] |= {"datasets": cards, "folds": FOLDS, "fold": 0, "test_fraction": 0, "test_patients": None}
-    if steps is not None:
+    if steps not in (None, values["train"]["steps"]):
         values["train"] |= {"steps": steps, "validate_every": steps, "checkpoint_every": min(200, steps)}
     values["name"] = f"{name}-{digest([values, folds])[:8]}"  # other patients or settings are another run
     values["data"]["folds_file"] = str(OUT / "folds" / f"{values['name']}.yaml")
@@ -129,7 +125,7 @@ def what_it_is_made_of(task: str, model: Path | None, steps: int | None) -> dict
     config = read_yaml(Path(CONFIGS[task]))
     made_of = {"report": f"{steps or config['train']['steps']} steps, config {digest(config)[:8]}"}
     if model is not None:
-        info = read_yaml(model / "model.json")
+        info = read_json(model / "model.json")
         made_of["any"] = ", ".join([info["weights_sha256"][:16], *info.get("postprocessing", [])])
     return made_of
 
@@ -156,7 +152,7 @@ def measured(model: Path, scans: Sequence[Scan]) -> Iterator[dict[str, Any]]:
 def run(arguments: argparse.Namespace) -> None:
     """Measures what is missing."""
     task, path = arguments.task, OUT / f"{arguments.task}.csv"
-    known = rows_of(path, COLUMNS, NUMBERS)
+    known = rows_of(path, COLUMNS)
     model = None if arguments.model is None else newest_version(arguments.model)  # another may come while this goes on
     made_of = what_it_is_made_of(task, model, arguments.steps)
     scans_of = {scanner: card_scans(card_of(task, scanner)) for scanner in arguments.only}
@@ -166,7 +162,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("BAD_ARGUMENT", f"Expected --patients from 0 to {most}, received {arguments.patients}.")
     if model is not None and "any" in arguments.ways:
         new = {scan.patient for scans in scans_of.values() for scan in scans}
-        check_not_seen(read_yaml(model / "model.json"), new, model)
+        check_not_seen(read_json(model / "model.json"), new, model)
     for row in known:
         if row["scanner"] in parts_of and row["patient"] not in parts_of[row["scanner"]][1]:
             raise InputError(
@@ -194,7 +190,7 @@ def run(arguments: argparse.Namespace) -> None:
             made = adapted(task, scanner, chosen, name, model, made_of[way])
         key = {"scanner": scanner, "way": way, "made_of": made_of[way], "patients": count, "draw": draw}
         rows = [key | row for row in measured(made, [scan for scan in scans_of[scanner] if scan.patient in held_out])]
-        add_rows(path, COLUMNS, rows_of(path, COLUMNS, NUMBERS), rows)
+        add_rows(path, COLUMNS, rows_of(path, COLUMNS), rows)
 
 
 def main() -> int:
@@ -216,10 +212,13 @@ def main() -> int:
     def body(arguments: argparse.Namespace) -> None:
         if "any" in arguments.ways and arguments.model is None and not arguments.table:
             raise InputError("BAD_ARGUMENT", "Expected --model with the way any, received none.")
+        for option in ("draws", "steps"):
+            if (value := getattr(arguments, option)) is not None and value < 1:
+                raise InputError("BAD_ARGUMENT", f"Expected --{option} of 1 or more, received {value}.")
         if not arguments.table:
             with command.alone(OUT / ".lock", OUT, waits=False):
                 run(arguments)
-        rows = rows_of(OUT / f"{arguments.task}.csv", COLUMNS, NUMBERS)
+        rows = rows_of(OUT / f"{arguments.task}.csv", COLUMNS)
         print(table(rows))
         if rows:
             draw_curves(rows, OUT / arguments.task)

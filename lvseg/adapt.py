@@ -31,11 +31,12 @@ from lvseg import command
 from lvseg.cards import check_classes, load_card
 from lvseg.config import Experiment
 from lvseg.errors import InputError, RunError
-from lvseg.keys import check_keys, digest
+from lvseg.keys import check_keys
 from lvseg.predict import CARD_KEYS, Segmenter, newest_version, version_of
 from lvseg.prepare import prepare
 from lvseg.quality import least_trust, mirrors
 from lvseg.replay import CHECKED, Volumes, check_not_known, known, left_out, owners, spread
+from lvseg.split import seen_by
 from lvseg.suggest import agreement_with_itself, look, suggest, write_own_masks
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def adapt(
     again = {name for study in earlier for name in study["patients"]}
     deciding = {name for study in earlier for name in study["left_out"]}
     fresh = set(chosen) - again - deciding
-    if seen := sorted(fresh & {name for part in split.values() for name in part}):
+    if seen := sorted(fresh & (seen_by(info, "train", "validation") | {*split["test"]})):
         raise InputError(
             "BAD_SPLIT", f"Expected patients that the model does not know, received {', '.join(seen[:5])}."
         )
@@ -125,12 +126,14 @@ def adapt(
             f"Expected patients to learn from, received {', '.join(spared[:5]) or 'nobody'} alone, who decided about an"
             " earlier adaptation and never train a later one.",
         )
+    sources = [load_card(path)[0].source for path in cards]
     study = {
-        "cards": [load_card(path)[0].name for path in cards],
+        "cards": [source["name"] for source in sources],
         "paths": [str(path) for path in cards],
-        "cards_sha256": [digest(load_card(path)[0].model_dump(mode="json")) for path in cards],
+        "cards_sha256": [source["card_sha256"] for source in sources],
         "patients": new.patients,
         "left_out": spared,
+        "sources": sources,
     }
     return _adapt(weights, info, experiment, cluster, new, every.of(set(spared)), study, out, plan)
 
@@ -161,10 +164,10 @@ def adapt_to_own_masks(
             )
         experiment = _experiment(info, cards, plan, shards=Path(folder) / "shards")
         new = Volumes.of_sets(prepare(experiment.data))
-        study: dict[str, Any] = {"cards": [], "paths": [], "cards_sha256": [], "patients": [], "left_out": []}
-        own_masks = {"own_masks": len(trusted)}
+        nothing: dict[str, Any] = {"cards": [], "paths": [], "cards_sha256": [], "patients": [], "left_out": []}
+        study = {**nothing, "sources": [], "own_masks": len(trusted)}
         sources = {f"own-{number:04d}": path for number, path in enumerate(trusted)}
-        return _adapt(weights, info, experiment, cluster, new, Volumes(), study | own_masks, out, plan, sources)
+        return _adapt(weights, info, experiment, cluster, new, Volumes(), study, out, plan, sources)
 
 
 def _check_out(out: Path) -> None:
@@ -363,8 +366,16 @@ def _adapt(
 def _card(info: dict[str, Any], study: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     """What the new version's model.json says, from the old one's."""
     data, provenance = info["experiment"]["data"], info["provenance"]
-    split = provenance["split"]
-    datasets = list(dict.fromkeys([*data["datasets"], *study["paths"]]))  # a later adaptation replays this one's, too
+    split, earlier = provenance["split"], provenance.get("adapted", [])
+    # A later adaptation replays this one's datasets, too; a study that grew is there once, wherever its card lay.
+    grown = {
+        path
+        for each in earlier
+        for name, path in zip(each["cards"], each["paths"], strict=True)
+        if name in study["cards"]
+    }
+    datasets = list(dict.fromkeys([*(path for path in data["datasets"] if path not in grown), *study["paths"]]))
+    sources = {card["name"]: card for card in [*provenance.get("datasets", []), *study.pop("sources")]}
     parent = {key: info.get(key) for key in ("name", "version", "weights_sha256", "measured")}
     return {
         **{key: value for key, value in info.items() if key not in ("weights_sha256", "version", "quality")},
@@ -372,12 +383,13 @@ def _card(info: dict[str, Any], study: dict[str, Any], measured: dict[str, Any])
         "experiment": {**info["experiment"], "data": {**data, "datasets": datasets}},
         "provenance": {
             **provenance,
+            "datasets": list(sources.values()),
             "split": {
                 **split,
                 "train": sorted({*split["train"], *study["patients"]}),
                 "validation": sorted({*split["validation"], *study["left_out"]}),
             },
-            "adapted": [*provenance.get("adapted", []), {**study, "from": parent}],
+            "adapted": [*earlier, {**study, "from": parent}],
         },
     }
 

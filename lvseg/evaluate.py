@@ -22,14 +22,15 @@ from typing import Any
 import numpy as np
 
 from lvseg import agreement, biomarkers, command, figures, metrics, overlays, quality, report, waterfat
-from lvseg.cards import Scan, check_classes, read_image, read_labels
+from lvseg.cards import Scan, check_classes, load_card, read_image, read_labels
 from lvseg.config import load_experiment
 from lvseg.degrade import KINDS, degrade
 from lvseg.errors import InputError
-from lvseg.keys import read_yaml
+from lvseg.keys import read_json
 from lvseg.postprocess import STEPS
 from lvseg.predict import Segmenter
-from lvseg.prepare import card_scans, dataset_scans
+from lvseg.prepare import card_scans, dataset_scans, simulated_patients
+from lvseg.split import made_of, seen_by
 from lvseg.surfaces import TOLERANCES_MM, surface_distances
 from lvseg.volume import Array, Volume
 
@@ -40,7 +41,7 @@ CALIBRATION_KINDS = 3
 CALIBRATION_SCANS = 20  # more take minutes and tell nothing new
 PROVENANCE = (
     "config_sha256", "shards_sha256", "split_sha256", "code_sha256", "encoder_weights", "started_from", "seed",
-    "versions", "hardware", "started",
+    "versions", "hardware", "started", "corrected",
 )  # fmt: skip
 OVERLAP = ("dice", "precision", "recall")
 DISTANCES = ("hausdorff_95_mm", "mean_surface_distance_mm")
@@ -76,7 +77,7 @@ class Study:
 
     Args:
         run: its folder, or the model's own; split: which part; scans: of its patients; segmenter: the model.
-        manifest: of the run, or what the model's card has of it.
+        manifest: of the run; empty where there is none.
     """
 
     run: Path
@@ -101,17 +102,16 @@ def open_study(run: Path, split: str, model: Path | None = None, cards: Sequence
         InputError: NOT_FOUND if the run has no model or not all of these patients; BAD_MODEL for a model or cards of
             another task or other classes; BAD_SPLIT if the model was trained or chosen on them.
     """
-    path = run / "manifest.json"
-    if not (run / "model" / "model.json").is_file() or not path.is_file():
+    path, card = run / "manifest.json", run / "model" / "model.json"
+    if not card.is_file() or not path.is_file():
         raise InputError("NOT_FOUND", f"Expected a trained run, received {run} without its model; train it first.")
-    manifest = read_yaml(path)
+    manifest, own = read_json(path), read_json(card)
     if not {"split", "datasets"} <= set(manifest) or split not in manifest["split"]:
         raise InputError("NOT_FOUND", f"Expected split and datasets of a trained run, received none in {path}.")
-    scans = _of_cards(read_yaml(run / "model" / "model.json"), cards) if cards else _scans(run, split, manifest)
+    scans = _of_cards(cards, own, run) if cards else _scans(run, split, manifest)
     patients = {scan.patient for scan in scans}
     segmenter = Segmenter(model or run / "model")
     if model is not None:
-        own = read_yaml(run / "model" / "model.json")
         for key in ("task", "labels"):
             if segmenter.info[key] != own[key]:
                 raise InputError(
@@ -128,32 +128,21 @@ def open_model(model: Path, cards: Sequence[Path]) -> Study:
     """Loads a model, whose run need not be there, with the scans of all patients of other datasets.
 
     Raises:
-        InputError: MODEL_UNAVAILABLE; otherwise as `open_study`.
+        InputError: MODEL_UNAVAILABLE; BAD_MODEL for one that does not say whom it was trained on; otherwise as
+            `open_study`.
     """
     segmenter = Segmenter(model)
-    scans = _of_cards(segmenter.info, cards)
+    if not all("split" in made for made in made_of(segmenter.info)):
+        raise InputError("BAD_MODEL", f"Expected a model that says whom it was trained on, received {model}.")
+    scans = _of_cards(cards, segmenter.info, model)
     check_not_seen(segmenter.info, {scan.patient for scan in scans}, model)
-    made = _made_of(segmenter.info)
-    parts = sorted({part for each in made for part in each.get("split", {})})
-    manifest = {
-        "split": {
-            part: sorted({name for each in made for name in each.get("split", {}).get(part, ())}) for part in parts
-        },
-        "datasets": list({card["name"]: card for each in made for card in each.get("datasets", [])}.values()),
-        "encoder_weights": made[0].get("encoder_weights"),
-    }
-    return Study(model, EXTERNAL, scans, segmenter, manifest)
-
-
-def _made_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The provenance of a model, or of each member of an ensemble."""
-    return [member.get("provenance", {}) for member in info.get("members", [info])]
+    return Study(model, EXTERNAL, scans, segmenter, {})
 
 
 def check_not_seen(
     info: Mapping[str, Any], patients: Set[str], model: Path, parts: Sequence[str] = ("train", "validation")
 ) -> None:
-    """Refuses to measure a model on patients that it, or a member of an ensemble, was trained or chosen on.
+    """Refuses to measure a model on patients that it was trained or chosen on (`split.seen_by`).
 
     Args:
         info: its model.json; model: where it is; parts: of its split.
@@ -161,22 +150,25 @@ def check_not_seen(
     Raises:
         InputError: BAD_SPLIT.
     """
-    for made in _made_of(info):
-        if seen := patients & {patient for part in parts for patient in made.get("split", {}).get(part, ())}:
-            raise InputError(
-                "BAD_SPLIT",
-                f"Expected patients that the model has not seen, received {min(seen)}, on whom {model} was trained or"
-                " chosen.",
-            )
+    if seen := patients & seen_by(info, *parts):
+        raise InputError(
+            "BAD_SPLIT",
+            f"Expected patients that the model has not seen, received {min(seen)}, on whom {model} was trained or"
+            " chosen.",
+        )
 
 
-def _of_cards(info: Mapping[str, Any], paths: Sequence[Path]) -> list[Scan]:
+def _of_cards(paths: Sequence[Path], info: Mapping[str, Any], model: Path) -> list[Scan]:
     """All scans of datasets with a model's task and classes; simulated patients are made where they are not."""
-    scans = []
+    names: list[str] = []
     for path in paths:
         check_classes(path, info["task"], info["labels"])
-        scans += card_scans(path)
-    return scans
+        card, root = load_card(path)
+        if card.name in names:
+            raise InputError("BAD_ARGUMENT", f"Expected each dataset once, received {card.name} twice, in {path}.")
+        names.append(card.name)
+        check_not_seen(info, set(simulated_patients(card, root)), model)  # before they are made
+    return [scan for path in paths for scan in card_scans(path)]
 
 
 def _scans(run: Path, split: str, manifest: dict[str, Any]) -> list[Scan]:
@@ -212,8 +204,8 @@ def evaluate_run(
 
     Args:
         run: folder; split: of `SPLITS`; options: None for the defaults.
-        model: another model than the run's, such as an ensemble, with the expected Dice only where its card has the
-            calibration, since members may have been trained on the validation patients.
+        model: another model than the run's, such as an ensemble, with the expected Dice only where its model.json has
+            the calibration, since members may have been trained on the validation patients.
         out: another folder than the run's own.
         cards: of other datasets, whose patients are measured instead of the run's.
 
@@ -222,7 +214,7 @@ def evaluate_run(
     """
     options = options or Options()
     if out is not None:
-        _check_output(out, run if model is not None or cards else None)
+        _check_output(out, run if model is None and not cards else None)
     study = open_study(run, split, model, cards)
     calibration = (
         calibrate(study, options) if options.quality and model is None else _calibration_of(study.segmenter, options)
@@ -276,9 +268,15 @@ def _evaluate(study: Study, options: Options, calibration: dict[str, Any] | None
 
 
 def _check_output(out: Path, run: Path | None) -> None:
-    """InputError BAD_OUTPUT for anything that writing a report would destroy, such as another model's run's own."""
+    """InputError BAD_OUTPUT for anything that writing a report would destroy, such as the own report of a run.
+
+    Args:
+        run: whose own report may be written, as its model is measured on its patients.
+    """
     mine = {report.PAGE, "patients.csv", "summary.json", "pictures"}
-    if run is not None and out.resolve() == (run / REPORT).resolve():
+    place = out.resolve()
+    is_own = run is not None and place == (run / REPORT).resolve()
+    if place.name == REPORT and (place.parent / "manifest.json").is_file() and not is_own:
         raise InputError("BAD_OUTPUT", f"Expected another folder than {out}, which is of the run's own model.")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError("BAD_OUTPUT", f"Expected --out to be a folder or nothing yet, received {out}.")
@@ -442,7 +440,7 @@ def _summary(
         "name": study.segmenter.info.get("name"),
         "split": study.split,
         "class": study.classes[0],
-        "encoder_weights": study.manifest.get("encoder_weights"),
+        "encoder_weights": made_of(study.segmenter.info)[0].get("encoder_weights"),
         "postprocessing": list(
             study.segmenter.info.get("postprocessing", []) if options.postprocessing is None else options.postprocessing
         ),
@@ -486,7 +484,7 @@ def calibrate(study: Study, options: Options) -> dict[str, Any] | None:
         "postprocessing": list(quality.steps(options.postprocessing, study.segmenter.info)),
     }
     if path.is_file():
-        kept = read_yaml(path)
+        kept = read_json(path)
         if "calibration" not in kept:
             raise InputError("BAD_FILE", f"Expected a calibration, received none in {path}; remove it.")
         if {key: kept.get(key) for key in made} == made:
@@ -575,16 +573,30 @@ def _draw(
 def _provenance(study: Study) -> dict[str, Any]:
     """What made the model, or each member of an ensemble, and on what data it was measured."""
     info = study.segmenter.info
+    made = made_of(info)
     others = {scan.card.name: scan.card for scan in study.scans} if study.split == EXTERNAL else {}
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "lvseg": metadata.version("lvseg"),
         "model": {key: info.get(key) for key in ("task", "name", "version", "weights_sha256", "spacing_mm", "size")},
-        "runs": [{key: own.get(key) for key in PROVENANCE} for own in _made_of(info)],
-        "datasets": study.manifest["datasets"],
+        "runs": [_shown(own) for own in made],
+        "datasets": list({card["name"]: card for own in made for card in own.get("datasets", [])}.values()),
         "measured_on": [card.source for card in others.values()],
-        "split": {name: len(patients) for name, patients in study.manifest["split"].items()},
     }
+
+
+def _shown(made: Mapping[str, Any]) -> dict[str, Any]:
+    """What a page says of a provenance: numbers in the place of names of patients."""
+    shown = {key: made[key] for key in PROVENANCE if made.get(key) is not None}
+    if start := made.get("started_from"):
+        shown["started_from"] = {key: value for key, value in start.items() if key != "split"}
+    if studies := made.get("adapted"):
+        shown["adapted"] = "; ".join(
+            f"{', '.join(study['cards']) or 'own masks'}: {len(study['patients']) or study.get('own_masks')} patients,"
+            f" {len(study['left_out'])} left out"
+            for study in studies
+        )
+    return {**shown, "patients": ", ".join(f"{name} {len(each)}" for name, each in made.get("split", {}).items())}
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -613,7 +625,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Example: python -m lvseg.evaluate --run runs/volume/best-fold0 --split test",
     )
     parser.add_argument("--run", type=Path, help="run folder")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="which patients (default: test)")
+    parser.add_argument("--split", choices=SPLITS, help="which of the run's patients (default: test)")
     parser.add_argument(
         "--model", type=Path, help="another model than the run's, such as an ensemble, or without a run"
     )
@@ -653,7 +665,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError("BAD_ARGUMENT", f"Expected --tolerances-mm of 0 or more, received {tolerances}.")
         if arguments.seed < 0:
             raise InputError("BAD_ARGUMENT", f"Expected --seed of 0 or more, received {arguments.seed}.")
-        if arguments.postprocessing is not None and (arguments.split != "validation" or arguments.card):
+        if arguments.split is not None and arguments.card:
+            raise InputError(
+                "BAD_ARGUMENT", "Expected --split or --card, received both; all patients of the cards are measured."
+            )
+        if arguments.postprocessing is not None and arguments.split != "validation":
             raise InputError(
                 "BAD_ARGUMENT",
                 "Expected --split validation with --postprocessing, so that no test patient decides about it; export"
@@ -677,7 +693,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary = (
             evaluate_model(model, cards, out, options)
             if run is None
-            else evaluate_run(run, arguments.split, options, model, out, cards)
+            else evaluate_run(run, arguments.split or "test", options, model, out, cards)
         )
         print_summary(summary)
         print(f"report: {(out or run / REPORT) / report.PAGE}")

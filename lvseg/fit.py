@@ -17,12 +17,12 @@ from lvseg.board import Board
 from lvseg.config import Experiment
 from lvseg.devices import Cluster
 from lvseg.errors import InputError, RunError
-from lvseg.keys import digest, read_yaml
+from lvseg.keys import digest, read_json
 from lvseg.models.vgg import EncoderWeights
 from lvseg.pipeline import Samples
 from lvseg.predict import newest_version
 from lvseg.prepare import ShardSet
-from lvseg.split import Split
+from lvseg.split import Split, seen_by
 from lvseg.step import INFER_SLICES, Step, network
 
 LOG_EVERY = 25
@@ -80,7 +80,7 @@ class Fit:
                 " 99.5th percentiles (medians); look at the page that lvseg.prepare writes, or set data.normalise.",
             )
         # What a checkpoint goes on from, it holds: the encoder's first weights need not be at hand any more.
-        manifest = read_yaml(run / "manifest.json") if is_started(run) else {}
+        manifest = read_json(run / "manifest.json") if is_started(run) else {}
         known = manifest.get("encoder_weights")
         dark, bright = scaled if data.normalise == "none" else (0.0, 1.0)
         self.step = Step(experiment, cluster, len(self.classes), dark, bright, known and EncoderWeights(**known))
@@ -219,7 +219,7 @@ class Fit:
         if named is None:
             return None
         folder = newest_version(Path(named))
-        info = read_yaml(folder / "model.json")
+        info = read_json(folder / "model.json")
         weights, own = export.weights(folder), self.step.model.get_weights()
         if [array.shape for array in weights] != [array.shape for array in own]:
             raise InputError(
@@ -227,7 +227,8 @@ class Fit:
                 f"Expected the same network in model.start_from as in model, received another in {folder}.",
             )
         self.step.model.set_weights(weights)
-        return {key: info.get(key) for key in ("name", "weights_sha256")}
+        seen = {part: sorted(seen_by(info, part)) for part in ("train", "validation")}
+        return {**{key: info.get(key) for key in ("name", "weights_sha256")}, "split": seen}
 
     def _agree(self) -> None:
         """InputError BAD_CLUSTER if several machines are not about to do the same: another config, step or folder."""

@@ -1,4 +1,4 @@
-"""YAML files with checked keys: what experiment files and dataset cards have in common."""
+"""Files of keys: YAML with checked ones, as experiment files and dataset cards are, and the JSON that lvseg writes."""
 
 from __future__ import annotations
 
@@ -51,17 +51,32 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping; InputError NOT_FOUND or BAD_CONFIG."""
-    if not path.is_file():
-        raise InputError("NOT_FOUND", f"Expected a YAML file, received a path that does not exist: {path}.")
+    values = parse_yaml(_text(path, "YAML", "BAD_CONFIG"), str(path))
+    return _mapping({} if values is None else values, path, "BAD_CONFIG")  # None: nothing but comments
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object, whose 1e-09 is a number as it is not in YAML; InputError NOT_FOUND or BAD_FILE."""
+    text = _text(path, "JSON", "BAD_FILE")
     try:
-        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError("BAD_FILE", f"Expected JSON, received text that cannot be read in {path}: {error}.") from error
+    return _mapping(values, path, "BAD_FILE")
+
+
+def _text(path: Path, what: str, code: str) -> str:
+    if not path.is_file():
+        raise InputError("NOT_FOUND", f"Expected a {what} file, received a path that does not exist: {path}.")
+    try:
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError("BAD_CONFIG", f"Expected YAML in UTF-8, received other bytes in {path}.") from error
-    values = parse_yaml(text, str(path))
-    if values is None:  # nothing but comments
-        return {}
+        raise InputError(code, f"Expected {what} in UTF-8, received other bytes in {path}.") from error
+
+
+def _mapping(values: Any, path: Path, code: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise InputError("BAD_CONFIG", f"Expected keys with values, received {type(values).__name__} in {path}.")
+        raise InputError(code, f"Expected keys with values, received {type(values).__name__} in {path}.")
     return values
 
 

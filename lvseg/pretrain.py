@@ -19,7 +19,7 @@ from pathlib import Path
 from lvseg import command
 from lvseg.config import Experiment, add_experiment_arguments, load_experiment
 from lvseg.errors import InputError
-from lvseg.keys import read_yaml
+from lvseg.keys import read_json
 from lvseg.train import train
 
 SUFFIX = ".safetensors"
@@ -63,7 +63,7 @@ def pretrain(experiment: Experiment, out: Path) -> None:
         raise InputError("BAD_ARGUMENT", f"Expected --out in a folder that can be written, received {out}.")
     train(experiment)
     run = experiment.run_folder
-    if not read_yaml(run / "manifest.json").get("finished"):
+    if not read_json(run / "manifest.json").get("finished"):
         return  # one of several machines, and not the one that writes
     _write(experiment, run, out)
     print(f"encoder weights: {out} (use them with model.encoder_weights: {out})")
@@ -75,7 +75,7 @@ def _write(experiment: Experiment, run: Path, out: Path) -> None:
     from lvseg.models import vgg
     from lvseg.step import network
 
-    card = read_yaml(run / "model" / "model.json")
+    card = read_json(run / "model" / "model.json")
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
         best = max(csv.DictReader(file), key=lambda row: float(row["validation_dice"]))
     model = network(experiment, len(card["labels"]), 0.0, 1.0, "float32")

@@ -19,7 +19,7 @@ from lvseg import command
 from lvseg.config import Experiment
 from lvseg.devices import Cluster
 from lvseg.errors import InputError
-from lvseg.keys import digest, read_yaml
+from lvseg.keys import digest, read_json
 from lvseg.models.vgg import EncoderWeights
 from lvseg.prepare import ShardSet
 from lvseg.split import Split
@@ -74,7 +74,7 @@ def continued(run: Path, new: dict[str, Any], step: int) -> dict[str, Any]:
     Raises:
         InputError: CHANGED_DATA if shards or split are no longer those that the run was started with.
     """
-    old = read_yaml(run / "manifest.json")
+    old = read_json(run / "manifest.json")
     for key, what in (
         ("shards_sha256", "scans"),
         ("split_sha256", "split of patients"),

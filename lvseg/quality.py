@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from lvseg.keys import read_yaml
+from lvseg.keys import read_json
 from lvseg.predict import Segmentation, Segmenter
 from lvseg.volume import Array
 
@@ -157,7 +157,7 @@ def of_run(run: Path, card: Mapping[str, Any]) -> dict[str, Any] | None:
     """The calibration that an evaluation left in a run's folder, if it is of the model and postprocessing of a card."""
     if not (run / FILE).is_file():
         return None
-    kept = read_yaml(run / FILE)
+    kept = read_json(run / FILE)
     made_for = (kept.get("weights_sha256"), kept.get("postprocessing"))
     return kept.get("calibration") if made_for == (card["weights_sha256"], list(steps(None, card))) else None
 

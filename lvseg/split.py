@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lvseg.errors import InputError
 from lvseg.keys import read_yaml
@@ -21,6 +22,22 @@ class Split:
     train: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
+
+
+def made_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The provenance of a model, by its model.json, or of each member of an ensemble."""
+    return [member.get("provenance") or {} for member in info.get("members", [info])]
+
+
+def seen_by(info: Mapping[str, Any], *parts: str) -> set[str]:
+    """Patients whom a model, a member of an ensemble, or a model that one of them began with was shown.
+
+    Args:
+        info: the model's model.json; parts: "train" for those it was trained on, "validation" for those that chose it.
+    """
+    began_with = [(made.get("started_from") or {}).get("split", {}) for made in made_of(info)]
+    splits = [made.get("split", {}) for made in made_of(info)] + began_with
+    return {patient for split in splits for part in parts for patient in split.get(part, ())}
 
 
 def uniform(patient: str, purpose: str) -> float:

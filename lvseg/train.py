@@ -23,8 +23,9 @@ from lvseg import command
 from lvseg.cards import load_card
 from lvseg.config import Experiment, add_experiment_arguments, load_experiment
 from lvseg.errors import InputError
-from lvseg.keys import changed_keys, check_keys, read_yaml
+from lvseg.keys import changed_keys, check_keys, read_json, read_yaml
 from lvseg.predict import newest_version
+from lvseg.split import seen_by
 
 if TYPE_CHECKING:
     from lvseg.devices import Cluster
@@ -90,11 +91,11 @@ def _train(experiment: Experiment, run: Path, cluster: Cluster) -> None:
 
 def _check_start(model: Path, split: Split) -> None:
     """InputError BAD_SPLIT if the model to start from was trained on patients that judge this run."""
-    before = read_yaml(newest_version(model) / "model.json").get("provenance", {}).get("split")
-    if before is None:
+    info = read_json(newest_version(model) / "model.json")
+    if "split" not in info.get("provenance", {}):
         raise InputError("BAD_MODEL", f"Expected one trained network in model.start_from, received none in {model}.")
-    judged = set(before["train"]) & {*split.validation, *split.test} | set(before["validation"]) & set(split.test)
-    if judged:
+    trained_on, chosen_on = seen_by(info, "train"), seen_by(info, "validation")
+    if judged := trained_on & {*split.validation, *split.test} | chosen_on & set(split.test):
         raise InputError(
             "BAD_SPLIT",
             f"Expected model.start_from to know none of the patients that judge this run, received {model}, which knows"
@@ -129,7 +130,7 @@ def _is_finished(run: Path, experiment: Experiment) -> bool:
             " give the experiment another name.",
         )
     manifest = run / "manifest.json"
-    return manifest.is_file() and bool(read_yaml(manifest).get("finished"))
+    return manifest.is_file() and bool(read_json(manifest).get("finished"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -319,7 +319,7 @@ def test_a_later_adaptation_takes_the_same_card_with_more_patients(adapted, new_
     card.write_text(before.replace("raw/c", "raw/more"))
     plan = Plan(steps=5, learning_rate=1e-4, minutes=20)
     try:
-        adapt.adapt(adapted[1] / "1", [Path("cards/c.yaml")], tmp_path / "next", plan=plan)
+        adapt.adapt(adapted[1] / "1", [card], tmp_path / "next", plan=plan)  # named otherwise than the first time
     finally:
         card.write_text(before)
     second = json.loads((tmp_path / "next/1/model.json").read_text())
@@ -328,7 +328,9 @@ def test_a_later_adaptation_takes_the_same_card_with_more_patients(adapted, new_
     assert one == first["provenance"]["adapted"][0] and set(two["left_out"]) > set(one["left_out"])
     assert len(two["left_out"]) == 3 and not set(two["left_out"]) & set(one["patients"])
     assert set(two["patients"]) == {f"c-{number:03d}" for number in range(20, 32)} - set(two["left_out"])
-    assert second["experiment"]["data"]["datasets"] == ["cards/a.yaml", "cards/b.yaml", "cards/c.yaml"]
+    assert second["experiment"]["data"]["datasets"] == ["cards/a.yaml", "cards/b.yaml", str(card)]
+    sources = [(each["name"], each["licence"]) for each in second["provenance"]["datasets"]]
+    assert sources == [(f"set_{name}", load_card(Path(f"cards/{name}.yaml"))[0].licence) for name in "abc"]
     replayed, judging = of_model(second)
     assert set(replayed.patients) & set(one["patients"]) and set(one["left_out"]) <= set(judging.patients)
     ours = {*one["patients"], *two["left_out"], *two["patients"]}

@@ -158,9 +158,12 @@ def test_a_report_replaces_nothing_but_a_report(tmp_path, what):
 def test_a_report_replaces_an_earlier_one_but_not_the_runs_own_for_another_model(report, tmp_path):
     folder, _, _ = report()
     evaluate._check_output(folder, None)
-    evaluate._check_output(tmp_path / "new", tmp_path / "run")
-    with pytest.raises(InputError, match="of the run's own model"):
-        evaluate._check_output(folder, tmp_path / "run")
+    (tmp_path / "run/manifest.json").touch()
+    evaluate._check_output(tmp_path / "new", None)
+    evaluate._check_output(folder, tmp_path / "run")
+    for run in (None, tmp_path / "other"):
+        with pytest.raises(InputError, match="of the run's own model"):
+            evaluate._check_output(folder, run)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +174,7 @@ def test_a_report_replaces_an_earlier_one_but_not_the_runs_own_for_another_model
         (["--seed", "-1"], "--seed of 0 or more"),
         (["--postprocessing", "fill_holes"], "--split validation with --postprocessing"),
         (["--model", "m"], "--out with --model"),
+        (["--card", "c", "-o", "o", "--split", "validation"], "--split or --card"),
     ],
 )
 def test_arguments_without_a_meaning_are_told(tmp_path, capsys, arguments, said):
@@ -238,6 +242,13 @@ def test_an_export_takes_along_the_calibration_of_its_weights_and_postprocessing
         assert json.loads((folder / "model.json").read_text()).get("quality") == expected
     (model / "model.json").write_text(json.dumps({"weights_sha256": "cd" * 32, "postprocessing": ["fill_holes"]}))
     assert exported() is None
+
+
+def test_a_kept_calibration_has_numbers_where_yaml_would_read_text(study, monkeypatch):
+    own, _, _ = study
+    monkeypatch.setattr(evaluate.quality, "fit", lambda *_: {"scale": [1e-09, 5e-05]})
+    for _ in range(2):  # fitted, then kept
+        assert evaluate.calibrate(own, evaluate.Options()) == {"scale": [1e-09, 5e-05]}
 
 
 @pytest.mark.parametrize("content", ["{}", "{", "[1]"])

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from lvseg import command, metrics
 from lvseg.cards import find_scans, load_card
 from lvseg.config import load_experiment
 from lvseg.errors import InputError
+from lvseg.export import publish
 from lvseg.predict import Segmenter
 from lvseg.prepare import prepare
 from lvseg.volume import Volume
@@ -89,9 +90,9 @@ def test_a_training_as_in_the_report_sees_the_known_scanner_and_the_chosen_patie
 
 
 def model_that_knows(patients: set[str], trained: Path, out: Path) -> Path:
-    """The trained model with another split in its card."""
+    """A model with another split in its card."""
     model = out / "models/volume/1"
-    shutil.copytree(trained / "model", model)
+    shutil.copytree(trained, model)
     info = json.loads((model / "model.json").read_text())
     info["provenance"]["split"] = {"train": sorted(patients), "validation": [], "test": []}
     (model / "model.json").write_text(json.dumps(info))
@@ -101,7 +102,7 @@ def model_that_knows(patients: set[str], trained: Path, out: Path) -> Path:
 def test_a_model_that_has_seen_the_new_scanner_is_refused(known_and_new, trained, tmp_path, capsys):
     pool, held_out = curve.parts(curve.card_scans(Path("cards/b.yaml")))
     for patient in (pool[0], held_out[0]):
-        model = model_that_knows({patient}, trained, tmp_path / patient)
+        model = model_that_knows({patient}, trained / "model", tmp_path / patient)
         assert run("--task", "volume", "--model", model, "--only", "b", "--patients", 0) == 2
         assert patient in capsys.readouterr().err
     assert not (known_and_new / "volume.csv").exists()
@@ -109,7 +110,10 @@ def test_a_model_that_has_seen_the_new_scanner_is_refused(known_and_new, trained
 
 def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, tmp_path, monkeypatch, capsys):
     made = []
-    first = model_that_knows({each.patient for each in curve.card_scans(Path("cards/a.yaml"))}, trained, tmp_path)
+    # Three models, each with other masks: of the report's way, for any scanner, and what that was adapted to.
+    known = {each.patient for each in curve.card_scans(Path("cards/a.yaml"))}
+    first = model_that_knows(known, publish([trained / "model"], tmp_path / "smaller", None, 0.05), tmp_path)
+    larger = publish([trained / "model"], tmp_path / "larger", None, 20.0)
 
     def train(task, scanner, patients, name, steps):
         made.append(("report", tuple(patients)))
@@ -119,7 +123,7 @@ def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, t
         card, root = load_card(cards[0])
         made.append(("any", tuple(sorted({each.patient for each in find_scans(card, root)}))))
         assert model == first and curve.OUT in out.parents
-        return {"version": None}
+        return {"version": str(larger)}
 
     monkeypatch.setattr(curve, "trained_as_in_the_report", train)
     monkeypatch.setattr(curve, "adapt", adapt)
@@ -130,13 +134,20 @@ def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, t
     assert [way for way, _ in made] == ["report", "report", "any", "report", "any"]
     assert made[0] == ("report", ()) and set(made[1][1]) <= set(pool) and made[1][1] != made[3][1]
     assert set(made[2][1]) == set(made[1][1]) and set(made[4][1]) == set(made[3][1])
-    rows = curve.rows_of(known_and_new / "volume.csv", curve.COLUMNS, curve.NUMBERS)
+    rows = curve.rows_of(known_and_new / "volume.csv", curve.COLUMNS)
     assert len(rows) == 6 * len(held_out) and {row["patient"] for row in rows} == set(held_out)
-    segmenter = Segmenter(trained / "model")
+    segmenters = {
+        ("report", "0"): Segmenter(trained / "model"), ("report", "2"): Segmenter(trained / "model"),
+        ("any", "0"): Segmenter(first), ("any", "2"): Segmenter(larger),
+    }  # fmt: skip
     for row in rows:
         image, truth = scan("b", int(row["patient"][2:]))
-        expected = metrics.dice(segmenter.segment(image).mask.voxels, truth.voxels)
-        assert float(row["dice"]) == pytest.approx(expected) and row["fat_error_points"] == ""
+        mask = segmenters[row["way"], row["patients"]].segment(image).mask
+        assert float(row["dice"]) == pytest.approx(metrics.dice(mask.voxels, truth.voxels))
+        error = 100 * (np.count_nonzero(mask.voxels) / np.count_nonzero(truth.voxels) - 1)  # voxels of one size
+        assert float(row["volume_error_percent"]) == pytest.approx(error) and row["fat_error_points"] == ""
+    of_ways = [{row["dice"] for row in rows if (row["way"], row["patients"]) == each} for each in segmenters]
+    assert of_ways[0] == of_ways[1] and not of_ways[1] & of_ways[2] and not of_ways[2] & of_ways[3]
     printed = capsys.readouterr().out
     mean = np.mean([float(row["dice"]) for row in rows if (row["way"], row["patients"]) == ("any", "0")])
     info, steps = json.loads((first / "model.json").read_text()), load_experiment(Path("experiment.yaml")).train.steps
@@ -147,6 +158,9 @@ def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, t
     made.clear()
     assert run(*options, "--patients", 0, 2) == 0 and not made  # all of it is there
     assert run(*options, "--patients", 99) == 2
+    for option in ("--draws", "--steps"):
+        capsys.readouterr()
+        assert run(*options, option, 0) == 2 and f"{option} of 1 or more" in capsys.readouterr().err
     for one_of in (("--steps", 7), ("--steps", steps)):  # other steps have a curve of their own
         assert run(*options, "--patients", 0, *one_of) == 0
     assert made == [("report", ())]
@@ -172,14 +186,14 @@ def test_what_was_begun_and_not_ended_is_not_written(tmp_path):
         yield {"name": "b", "dice": 1.0}
         raise RuntimeError
 
-    path, columns = tmp_path / "deeper/rows.csv", ("name", "dice")
+    path, columns = tmp_path / "deeper/rows.csv", {"name": str, "dice": tables.number}
     tables.add_rows(path, columns, [], [{"name": "a", "dice": 0.5}])
-    before = tables.rows_of(path, columns, ["dice"])
+    before = tables.rows_of(path, columns)
     with pytest.raises(RuntimeError):
         tables.add_rows(path, columns, before, breaks())
-    assert tables.rows_of(path, columns, ["dice"]) == before == [{"name": "a", "dice": "0.5"}]
+    assert tables.rows_of(path, columns) == before == [{"name": "a", "dice": "0.5"}]
     tables.add_rows(path, columns, before, [{"name": "b", "dice": 1.0}])
-    assert [row["name"] for row in tables.rows_of(path, columns, ["dice"])] == ["a", "b"]
+    assert [row["name"] for row in tables.rows_of(path, columns)] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +205,7 @@ def test_what_was_begun_and_not_ended_is_not_written(tmp_path):
         b"name,dice\na\n",
         b"name,dice\na,1,2\n",
         b"name,dice\na,much\n",
+        b"name,dice\na,nan\n",
         b"name,\xff",
     ],
 )
@@ -198,8 +213,21 @@ def test_a_damaged_table_is_one_sentence_and_stays_as_it_is(tmp_path, content):
     path = tmp_path / "rows.csv"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"Expected a table of name, dice in .*rows\.csv, received"):
-        tables.rows_of(path, ("name", "dice"), ["dice"])
+        tables.rows_of(path, {"name": str, "dice": tables.number})
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("column", "wrong"),
+    [("way", "both"), ("patients", "1.5"), ("draw", ""), ("volume_error_percent", "inf"), ("fat_error_points", "much")],
+)
+def test_a_curves_row_has_what_its_table_and_pictures_need(tmp_path, column, wrong):
+    path, (row, *_) = tmp_path / "volume.csv", rows_of_points(("any", "w", "0", "0", 0.5))
+    tables.add_rows(path, curve.COLUMNS, [], [row, {**row, "fat_error_points": "-0.2"}])
+    assert [each["fat_error_points"] for each in tables.rows_of(path, curve.COLUMNS)] == ["", "-0.2"]
+    tables.add_rows(path, curve.COLUMNS, [row], [{**row, column: wrong}])
+    with pytest.raises(InputError, match=r"Expected a table of scanner, way, .* in .*volume\.csv, received"):
+        tables.rows_of(path, curve.COLUMNS)
 
 
 def rows_of_points(*known: tuple[str, str, str, str, float], error: float | None = 1.0) -> list[dict[str, str]]:
@@ -253,6 +281,36 @@ def test_errors_that_differ_by_rounding_or_not_at_all_are_drawn(tmp_path):
     none = drawn(rows_of_points(("any", "w", "0", "0", 0.5), ("any", "w", "1", "0", 0.5), error=0.0), tmp_path)
     (line,) = none.axes[1].containers
     assert none.axes[1].get_yscale() == "linear" and line.lines[0].get_ydata().tolist() == [0.0, 0.0]
+
+
+def test_draws_of_the_same_patients_make_no_interval_narrower():
+    once = rows_of_points(("any", "w", "3", "0", 0.5))
+    thrice = rows_of_points(*(("any", "w", "3", draw, 0.5) for draw in "012"))
+    (one,), (three,) = points.points(once), points.points(thrice)
+    assert len(three.dice_of_draws) == 3
+    assert three.measures["dice"] == pytest.approx(one.measures["dice"])
+
+
+def test_errors_of_volume_and_fat_are_those_of_a_hand_calculation(monkeypatch, tmp_path):
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    fat = Volume(np.full((2, 4, 4), 10.0, np.float32), affine, metadata={"units": "percent"})
+    fat.voxels[:, :2] = 30.0
+    truth, found, nothing = (np.zeros((2, 4, 4), np.uint8) for _ in range(3))
+    truth[:, 1:3] = 1  # half of it at 30 %, half at 10 %: 20 % in 16 voxels
+    found[:, :3] = 1  # 24 voxels, two thirds at 30 %: 23.33 %
+    answers = iter([found, nothing])
+
+    def segment(image, modality):
+        return SimpleNamespace(mask=image.with_voxels(next(answers)))
+
+    monkeypatch.setattr(curve, "Segmenter", lambda model: SimpleNamespace(segment=segment))
+    monkeypatch.setattr(curve, "read_image", lambda each: fat)
+    monkeypatch.setattr(curve, "read_labels", lambda each, image: fat.with_voxels(truth))
+    scans = [SimpleNamespace(patient=name, card=SimpleNamespace(modality="MR")) for name in ("p1", "p2")]
+    one, other = curve.measured(tmp_path, scans)
+    assert one["dice"] == pytest.approx(2 * 16 / (16 + 24)) and one["volume_error_percent"] == pytest.approx(50)
+    assert one["fat_error_points"] == pytest.approx(70 / 3 - 20)
+    assert other["volume_error_percent"] == pytest.approx(-100) and other["fat_error_points"] == pytest.approx(-20)
 
 
 def test_few_patients_have_no_interval(tmp_path):

@@ -112,6 +112,8 @@ def test_a_run_starts_from_another_model_and_goes_on_without_it(trained, in_stud
         content = json.loads(manifest.read_text())
         started_from = content.get("provenance", content)["started_from"]
         assert started_from["weights_sha256"] == own["weights_sha256"] and started_from["name"] == "small"
+        split = own["provenance"]["split"]
+        assert started_from["split"] == {part: split[part] for part in ("train", "validation")}
     for one, other in zip(weights(run / "model"), weights(trained / "model"), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-8)
 
@@ -123,6 +125,7 @@ def test_a_run_starts_from_another_model_and_goes_on_without_it(trained, in_stud
         (("model.start_from=ENSEMBLE",), "one trained network"),
         (("model.start_from=MODEL", "model.width=2"), "the same network"),
         (("model.start_from=MODEL", "data.test_patients=[a-002, b-002]"), "a-00"),
+        (("model.start_from=GRANDCHILD",), "a-001"),
         (("model.start_from=MODEL", "model.encoder=vgg11"), "encoder_weights=none"),
     ],
 )
@@ -130,7 +133,12 @@ def test_a_model_that_a_run_cannot_start_from_is_a_sentence(trained, in_study, t
     (tmp_path / "several").mkdir()
     (tmp_path / "several/saved_model.pb").touch()
     (tmp_path / "several/model.json").write_text('{"members": []}')
-    places = {"MODEL": str(trained / "model"), "ENSEMBLE": str(tmp_path / "several")}
+    shutil.copytree(trained / "model", tmp_path / "grandchild")
+    info = json.loads((trained / "model/model.json").read_text())
+    info["provenance"]["started_from"] = {"split": {"train": ["a-001"], "validation": []}}  # a test patient here
+    (tmp_path / "grandchild/model.json").write_text(json.dumps(info))
+    places = {"MODEL": str(trained / "model"), "ENSEMBLE": str(tmp_path / "several"),
+              "GRANDCHILD": str(tmp_path / "grandchild")}  # fmt: skip
     settings = [
         functools.reduce(lambda text, name: text.replace(name, places[name]), places, each) for each in settings
     ]

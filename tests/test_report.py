@@ -20,7 +20,6 @@ PROVENANCE = {
     "runs": [{"versions": {"lvseg": "0.1.0"}, "seed": 0}, {"versions": {"lvseg": "0.1.0"}, "seed": 12345}],
     "datasets": [{"name": "set", "citation": "A <b>card</b> & co", "licence": "none", "card_sha256": "cd" * 32}],
     "measured_on": [{"name": "new", "citation": "Another study", "licence": "by hand", "card_sha256": "ef" * 32}],
-    "split": {"train": 20, "validation": 4, "test": 8},
 }
 
 

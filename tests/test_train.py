@@ -250,8 +250,31 @@ def test_evaluation_measures_all_patients_of_a_dataset_that_training_did_not_see
         (arguments, "--out"),
         ([*arguments[:3], "cards/b.yaml", "-o", "none"], "has not seen"),
         (["--model", "nowhere", *arguments[2:], "-o", "none"], "nowhere"),
+        ([*arguments, "cards/outside.yaml", "-o", "none"], "set_outside twice"),
+        ([*arguments, "-o", str(trained / "report")], "the run's own model"),
+        ([*arguments, "--split", "test", "-o", "none"], "--split or --card"),
     ):
         assert evaluate.main(wrong) == 2 and named in capsys.readouterr().err and not (in_study / "none").exists()
+    made = card["provenance"]
+    for provenance, named in (
+        ({**made, "started_from": {"split": {"train": ["o-051"]}}}, "o-051, on whom"),
+        ({**made, "split": {**made["split"], "validation": ["o-052"]}}, "o-052, on whom"),
+        ({}, "says whom"),
+        (None, "says whom"),
+    ):
+        (alone / "model.json").write_text(json.dumps({**card, "provenance": provenance}))
+        assert evaluate.main([*arguments, "-o", "none"]) == 2 and named in capsys.readouterr().err
+    # An ensemble, one of whose members was adapted and corrected: the page names what each was made of.
+    study = {"cards": ["set_c"], "patients": ["c-001", "c-002"], "left_out": ["c-003"]}
+    more = {"datasets": [*made["datasets"], {**made["datasets"][0], "name": "set_c", "citation": "Of set c"}],
+            "adapted": [study], "corrected": [{"foreground_odds": 2.5}]}  # fmt: skip
+    members = [card, {**card, "provenance": {**made, **more}}]
+    (alone / "model.json").write_text(json.dumps({**card, "members": members}))
+    assert evaluate.main([*arguments, "-o", "by_model"]) == 0
+    page = (in_study / "by_model/report.html").read_text()
+    assert page.count("dataset set_a</td>") == 1 and "dataset set_c</td><td>Of set c" in page
+    assert "member 2: run adapted</td><td><code>set_c: 2 patients, 1 left out" in page and "2.5" in page
+    assert "member 1: run adapted" not in page and f"train {len(made['split']['train'])}, validation" in page
 
 
 def test_the_overlay_shows_the_scan_the_answer_and_the_truth(trained, in_study, monkeypatch):
