@@ -112,7 +112,7 @@ def adapt(
     again = {name for study in earlier for name in study["patients"]}
     deciding = {name for study in earlier for name in study["left_out"]}
     fresh = set(chosen) - again - deciding
-    if seen := sorted(fresh & (seen_by(info, "train", "validation") | {*split["test"]})):
+    if seen := sorted(fresh & (seen_by(info, model, "train", "validation") | {*split["test"]})):
         raise InputError(
             "BAD_SPLIT", f"Expected patients that the model does not know, received {', '.join(seen[:5])}."
         )
@@ -127,6 +127,14 @@ def adapt(
             " earlier adaptation and never train a later one.",
         )
     sources = [load_card(path)[0].source for path in cards]
+    for before in earlier:  # which is replayed from its card, or from the one that takes its place
+        gone = {*before["patients"], *before["left_out"]} - set(every.patients)
+        if gone and before["cards"] and set(before["cards"]) <= {source["name"] for source in sources}:
+            raise InputError(
+                "BAD_CONFIG",
+                f"Expected the patients of the earlier adaptation to {before['cards'][0]} in its card, too, received"
+                f" one without {min(gone)}; give another study another name.",
+            )
     study = {
         "cards": [source["name"] for source in sources],
         "paths": [str(path) for path in cards],

@@ -42,8 +42,8 @@ class Data(Keys):
             raise ValueError(f"expected fold below folds, received fold={self.fold} of folds={self.folds}")
         if self.clip_percentiles is not None and self.clip_percentiles[0] >= self.clip_percentiles[1]:
             raise ValueError(f"expected clip_percentiles to rise, received {self.clip_percentiles}")
-        if self.ct_window_hu is not None and self.ct_window_hu[0] >= self.ct_window_hu[1]:
-            raise ValueError(f"expected ct_window_hu to rise, received {self.ct_window_hu}")
+        if self.ct_window_hu is not None and self.ct_window_hu[0] + 1 > self.ct_window_hu[1]:
+            raise ValueError(f"expected ct_window_hu to rise by 1 or more, received {self.ct_window_hu}")
         for percent in self.clip_percentiles or []:
             if abs(percent * 10 - round(percent * 10)) > 1e-6:
                 raise ValueError(f"expected clip_percentiles in tenths of a per cent, received {percent}")
@@ -84,6 +84,12 @@ class Flip(Keys):
 
     rows: Annotated[float, Field(ge=0, le=1)] = 0.0
     columns: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _check(self) -> Flip:
+        if not self.rows and not self.columns:
+            raise ValueError("expected rows or columns above 0 in flip, received 0 for both")
+        return self
 
 
 class Rotate(Chance):
@@ -280,6 +286,21 @@ class Experiment(Keys):
                 f" {multiple.bit_length() - 1} times), received {self.data.size}"
             )
         contrast = self.augment.contrast
+        if contrast is not None and (contrast.kind == "fraction") != (self.task == "fatfraction"):
+            raise ValueError(
+                "expected augment.contrast.kind=fraction for the task fatfraction and only there, whose images are in"
+                f" percent, received {contrast.kind} for {self.task}"
+            )
+        for name in ("table", "arms"):
+            if getattr(self.augment, name) is not None and self.data.axis != "transversal":
+                raise ValueError(
+                    f"expected data.axis=transversal with augment.{name}, which lies below or beside the patient in"
+                    f" such slices, received {self.data.axis}"
+                )
+        if self.augment.thickness is not None and not self.data.neighbours:
+            raise ValueError(
+                "expected data.neighbours of 1 or more with augment.thickness, which mixes them, received 0"
+            )
         if contrast is not None and contrast.kind == "fraction" and self.data.normalise != "none":
             raise ValueError(
                 "expected data.normalise=none with augment.contrast.kind=fraction, which is in percent, received"

@@ -30,7 +30,7 @@ from lvseg.keys import read_json
 from lvseg.postprocess import STEPS
 from lvseg.predict import Segmenter
 from lvseg.prepare import card_scans, dataset_scans, simulated_patients
-from lvseg.split import made_of, seen_by
+from lvseg.split import made_of, seen_by, sources_of
 from lvseg.surfaces import TOLERANCES_MM, surface_distances
 from lvseg.volume import Array, Volume
 
@@ -108,8 +108,6 @@ def open_study(run: Path, split: str, model: Path | None = None, cards: Sequence
     manifest, own = read_json(path), read_json(card)
     if not {"split", "datasets"} <= set(manifest) or split not in manifest["split"]:
         raise InputError("NOT_FOUND", f"Expected split and datasets of a trained run, received none in {path}.")
-    scans = _of_cards(cards, own, run) if cards else _scans(run, split, manifest)
-    patients = {scan.patient for scan in scans}
     segmenter = Segmenter(model or run / "model")
     if model is not None:
         for key in ("task", "labels"):
@@ -118,6 +116,8 @@ def open_study(run: Path, split: str, model: Path | None = None, cards: Sequence
                     "BAD_MODEL",
                     f"Expected a model of the run's {key}, {own[key]}, received {segmenter.info[key]} in {model}.",
                 )
+    scans = _of_cards(cards, segmenter.info, model or run) if cards else _scans(run, split, manifest)
+    patients = {scan.patient for scan in scans}
     check_not_seen(
         segmenter.info, patients, model or run, ("train", "validation") if split == "test" or cards else ("train",)
     )
@@ -128,12 +128,9 @@ def open_model(model: Path, cards: Sequence[Path]) -> Study:
     """Loads a model, whose run need not be there, with the scans of all patients of other datasets.
 
     Raises:
-        InputError: MODEL_UNAVAILABLE; BAD_MODEL for one that does not say whom it was trained on; otherwise as
-            `open_study`.
+        InputError: MODEL_UNAVAILABLE; otherwise as `open_study`.
     """
     segmenter = Segmenter(model)
-    if not all("split" in made for made in made_of(segmenter.info)):
-        raise InputError("BAD_MODEL", f"Expected a model that says whom it was trained on, received {model}.")
     scans = _of_cards(cards, segmenter.info, model)
     check_not_seen(segmenter.info, {scan.patient for scan in scans}, model)
     return Study(model, EXTERNAL, scans, segmenter, {})
@@ -148,9 +145,9 @@ def check_not_seen(
         info: its model.json; model: where it is; parts: of its split.
 
     Raises:
-        InputError: BAD_SPLIT.
+        InputError: BAD_SPLIT; BAD_MODEL for a model that does not say whom it was trained on.
     """
-    if seen := patients & seen_by(info, *parts):
+    if seen := patients & seen_by(info, model, *parts):
         raise InputError(
             "BAD_SPLIT",
             f"Expected patients that the model has not seen, received {min(seen)}, on whom {model} was trained or"
@@ -573,14 +570,13 @@ def _draw(
 def _provenance(study: Study) -> dict[str, Any]:
     """What made the model, or each member of an ensemble, and on what data it was measured."""
     info = study.segmenter.info
-    made = made_of(info)
     others = {scan.card.name: scan.card for scan in study.scans} if study.split == EXTERNAL else {}
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "lvseg": metadata.version("lvseg"),
         "model": {key: info.get(key) for key in ("task", "name", "version", "weights_sha256", "spacing_mm", "size")},
-        "runs": [_shown(own) for own in made],
-        "datasets": list({card["name"]: card for own in made for card in own.get("datasets", [])}.values()),
+        "runs": [_shown(made) for made in made_of(info)],
+        "datasets": sources_of(info),
         "measured_on": [card.source for card in others.values()],
     }
 
@@ -589,7 +585,7 @@ def _shown(made: Mapping[str, Any]) -> dict[str, Any]:
     """What a page says of a provenance: numbers in the place of names of patients."""
     shown = {key: made[key] for key in PROVENANCE if made.get(key) is not None}
     if start := made.get("started_from"):
-        shown["started_from"] = {key: value for key, value in start.items() if key != "split"}
+        shown["started_from"] = {key: start.get(key) for key in ("name", "weights_sha256")}
     if studies := made.get("adapted"):
         shown["adapted"] = "; ".join(
             f"{', '.join(study['cards']) or 'own masks'}: {len(study['patients']) or study.get('own_masks')} patients,"

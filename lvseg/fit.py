@@ -22,7 +22,7 @@ from lvseg.models.vgg import EncoderWeights
 from lvseg.pipeline import Samples
 from lvseg.predict import newest_version
 from lvseg.prepare import ShardSet
-from lvseg.split import Split, seen_by
+from lvseg.split import Split, seen_by, sources_of
 from lvseg.step import INFER_SLICES, Step, network
 
 LOG_EVERY = 25
@@ -227,8 +227,9 @@ class Fit:
                 f"Expected the same network in model.start_from as in model, received another in {folder}.",
             )
         self.step.model.set_weights(weights)
-        seen = {part: sorted(seen_by(info, part)) for part in ("train", "validation")}
-        return {**{key: info.get(key) for key in ("name", "weights_sha256")}, "split": seen}
+        seen = {part: sorted(seen_by(info, folder, part)) for part in ("train", "validation")}
+        which = {key: info.get(key) for key in ("name", "weights_sha256")}
+        return {**which, "split": seen, "datasets": sources_of(info)}
 
     def _agree(self) -> None:
         """InputError BAD_CLUSTER if several machines are not about to do the same: another config, step or folder."""

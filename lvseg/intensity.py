@@ -85,8 +85,9 @@ def smooth(stacks: tf.Tensor, factor: tf.Tensor | float = 1.0, sigma_px: tf.Tens
     # In float32: half the time. A GPU may multiply with 10 bits (TF32), an error far below any scan's noise.
     cosines = tf.constant(_cosines(size).astype(np.float32))
     share = np.arange(size) / size  # 1 is the Nyquist frequency of the present pixels
-    of_coarser = (each + tf.reshape(tf.cast(factor, tf.float64), [-1, 1])) * share
-    window = 0.5 + 0.5 * tf.cos(math.pi * tf.clip_by_value((of_coarser - (1.0 - EDGE)) / EDGE, 0.0, 1.0))
+    factor = each + tf.reshape(tf.cast(factor, tf.float64), [-1, 1])
+    window = 0.5 + 0.5 * tf.cos(math.pi * tf.clip_by_value((factor * share - (1.0 - EDGE)) / EDGE, 0.0, 1.0))
+    window = tf.where(factor > 1.0, window, 1.0)  # the present pixels have been through it
     window *= tf.exp(-0.5 * ((each + tf.reshape(tf.cast(sigma_px, tf.float64), [-1, 1])) * math.pi * share) ** 2)
     matrix = tf.einsum("ki,bkj->bij", cosines, tf.cast(window, tf.float32)[:, :, tf.newaxis] * cosines)
     return tf.einsum("bcj,brjk->brck", matrix, tf.einsum("bri,bijk->brjk", matrix, stacks))

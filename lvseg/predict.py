@@ -138,7 +138,7 @@ def read_scan(path: Path, task: str, series: str | None = None) -> Volume:
     except InputError as error:
         if error.code != "MULTIPLE_SERIES" or task != FAT_FRACTION_TASK:
             raise
-        pair = waterfat.pair_in(path)
+        pair = waterfat.pair_in(path, series)
         if pair is None:
             raise
     return waterfat.from_water_fat(*pair)
@@ -193,7 +193,7 @@ class Segmenter:
             on_progress: called with (slices done, slices in all) after every batch.
             postprocessing: of `postprocess.STEPS`; None for what the model's card says.
             keep: whether to keep what the network saw and answered.
-            modality: "CT" or "MR"; None for what the scan's own metadata say, which those of DICOM alone do.
+            modality: "CT" or "MR", whatever the scan's own metadata say; None for those, which only DICOM has.
 
         Raises:
             InputError: NONFINITE_VOXELS, EMPTY_IMAGE, UNKNOWN_SCALE, DIMS_LIMIT.
@@ -243,6 +243,8 @@ class Segmenter:
             measurements["flags"].append(
                 f"voxels of {padding:g}, far below all others, were taken for padding and not for tissue"
             )
+        if modality not in (None, "MR", "CT"):
+            measurements["flags"].append(f"the file says that it is of modality {modality}; it is taken for an MR")
         if hu_like and not is_ct:
             measurements["flags"].append(LIKE_CT)
         if is_ct and not hu_like:
@@ -396,7 +398,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="which of several DICOM series: its number, description or the end of its UID; and which of its stacks, by"
         " a word of its image type (12/W) or its echo time (12/TE4.6); where it is missing, the error lists them",
     )
-    parser.add_argument("--modality", choices=("mr", "ct"), help="where the scan's file does not tell, as NIfTI")
+    parser.add_argument(
+        "--modality", choices=("mr", "ct"), help="of the scans, whatever their files say; NIfTI says nothing"
+    )
     parser.add_argument("--json", type=Path, help="write the measurements here, a list with an entry a scan")
     return command.run(parser, _segment_scans, argv)
 

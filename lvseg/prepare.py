@@ -318,7 +318,8 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data, root: Path | 
         root: the folder that paths in the metadata are told from, so that a shard does not depend on where it lies.
 
     Raises:
-        InputError: an unreadable file; GEOMETRY_MISMATCH if mask and image do not lie on one grid.
+        InputError: an unreadable file; GEOMETRY_MISMATCH if mask and image do not lie on one grid; EMPTY_IMAGE for a CT
+            without tissue in its window.
     """
     import tensorflow as tf
 
@@ -331,7 +332,10 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data, root: Path | 
     slice_mm, row_mm, column_mm = (canonical.spacing_mm[axis] for axis in permutation)
     spacing_mm = tf.constant([slice_mm, row_mm, column_mm], tf.float32)
     own, _ = preprocess.without_padding(as_float32(voxels, image.source))
-    intensities = tf.constant(preprocess.windowed(own, scan.card.modality, data.ct_window_hu))
+    seen = preprocess.windowed(own, scan.card.modality, data.ct_window_hu)
+    if seen is not own and seen.min() == seen.max():
+        raise InputError("EMPTY_IMAGE", f"Expected tissue within data.ct_window_hu, received none in {image.source}.")
+    intensities = tf.constant(seen)
     statistics = preprocess.statistics(intensities)
     target = data.spacing_mm
 

@@ -50,6 +50,7 @@ IMAGES = ("echo", "suppressed", "water", "fat", "fraction", "t2")
 SHARES = (0.35, 0.2, 0.15, 0.05, 0.1, 0.15)
 FRACTION_SHARES = tuple(float(image == "fraction") for image in IMAGES)
 RANDOM_SHARE = {"physics": 0.0, "mixture": 0.5, "random": 1.0, "fraction": 0.0}
+READOUT_S = 0.001  # after an echo, at least, before the next excitation
 ROUGHEST = {"physics": 0.06, "random": 0.15}  # standard deviation of a tissue's texture, relatively, at most
 TEXTURE_GRID = 32
 BRIGHT_SHARE = 0.02  # of the pixels lie above what is scaled to the bright intensity
@@ -178,15 +179,7 @@ def signals(seeds: tf.Tensor, shares: Sequence[float] | None = None) -> tf.Tenso
     t1 = 1.0 / (1.0 / t1 + RELAXIVITY_L_PER_MMOL_S * amount)
     fat_t1 = np.array(FAT_T1_MS)[0] / 1000.0 + (FAT_T1_MS[1] - FAT_T1_MS[0]) / 1000.0 * at_3t
 
-    # Volumes are excited as a whole with short repetitions, single slices with long ones.
-    is_volume = (drawn[:, 4] < 0.7)[:, tf.newaxis]
-    repetition = tf.where(is_volume, _log_between(0.003, 0.012, drawn[:, 5])[:, tf.newaxis],
-                          _log_between(0.09, 0.25, drawn[:, 5])[:, tf.newaxis])  # fmt: skip
-    flip = tf.where(is_volume, 5.0 + 15.0 * drawn[:, 6, tf.newaxis], 50.0 + 35.0 * drawn[:, 6, tf.newaxis])
-    opposed = 0.5 / (abs(FAT_PPM[4]) * 1e-6 * GYROMAGNETIC_HZ_PER_T * field_t)
-    other = (0.0008 + 0.005 * drawn[:, 8])[:, tf.newaxis]
-    which = drawn[:, 7, tf.newaxis]
-    echo = tf.where(which < 1 / 3, opposed, tf.where(which < 2 / 3, 2.0 * opposed, other))
+    repetition, echo, flip = _timing(drawn, field_t)
     saturated = spoiled_gradient_echo(t1, repetition, flip * (math.pi / 180.0))
     saturated_fat = spoiled_gradient_echo(fat_t1, repetition, flip * (math.pi / 180.0))
     decay = tf.exp(-echo * r2star)
@@ -215,6 +208,20 @@ def signals(seeds: tf.Tensor, shares: Sequence[float] | None = None) -> tf.Tenso
         axis=1,
     )
     return tf.gather(images, _one_of(shares or SHARES, drawn[:, 13]), batch_dims=1)
+
+
+def _timing(drawn: tf.Tensor, field_t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Repetition and echo time in s and flip angle in degrees, [B, 1] each, of gradient echoes."""
+    opposed = 0.5 / (abs(FAT_PPM[4]) * 1e-6 * GYROMAGNETIC_HZ_PER_T * field_t)
+    other = (0.0008 + 0.005 * drawn[:, 8])[:, tf.newaxis]
+    which = drawn[:, 7, tf.newaxis]
+    echo = tf.where(which < 1 / 3, opposed, tf.where(which < 2 / 3, 2.0 * opposed, other))
+    # Volumes are excited as a whole with short repetitions, single slices with long ones; echoes take time to be read.
+    is_volume = (drawn[:, 4] < 0.7)[:, tf.newaxis]
+    repetition = tf.where(is_volume, _log_between(0.003, 0.012, drawn[:, 5])[:, tf.newaxis],
+                          _log_between(0.09, 0.25, drawn[:, 5])[:, tf.newaxis])  # fmt: skip
+    flip = tf.where(is_volume, 5.0 + 15.0 * drawn[:, 6, tf.newaxis], 50.0 + 35.0 * drawn[:, 6, tf.newaxis])
+    return tf.maximum(repetition, echo + READOUT_S), echo, flip
 
 
 def spoiled_gradient_echo(t1_s: tf.Tensor, repetition_s: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:

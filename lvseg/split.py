@@ -26,18 +26,39 @@ class Split:
 
 def made_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The provenance of a model, by its model.json, or of each member of an ensemble."""
-    return [member.get("provenance") or {} for member in info.get("members", [info])]
+    if "members" in info:
+        return [made for member in info["members"] for made in made_of(member)]
+    return [info.get("provenance") or {}]
 
 
-def seen_by(info: Mapping[str, Any], *parts: str) -> set[str]:
+def seen_by(info: Mapping[str, Any], model: Path, *parts: str) -> set[str]:
     """Patients whom a model, a member of an ensemble, or a model that one of them began with was shown.
 
+    Of a pretrained encoder nobody knows whom it was shown.
+
     Args:
-        info: the model's model.json; parts: "train" for those it was trained on, "validation" for those that chose it.
+        info: the model's model.json; model: where it is.
+        parts: "train" for those it was trained on, "validation" for those that chose it.
+
+    Raises:
+        InputError: BAD_MODEL for a model that does not say.
     """
-    began_with = [(made.get("started_from") or {}).get("split", {}) for made in made_of(info)]
-    splits = [made.get("split", {}) for made in made_of(info)] + began_with
-    return {patient for split in splits for part in parts for patient in split.get(part, ())}
+    began_with = [made["started_from"] for made in made_of(info) if made.get("started_from")]
+    seen: set[str] = set()
+    for made in [*made_of(info), *began_with]:
+        if "split" not in made:
+            raise InputError("BAD_MODEL", f"Expected a model that says whom it was trained on, received {model}.")
+        seen.update(patient for part in parts for patient in made["split"].get(part, ()))
+    return seen
+
+
+def sources_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Name, licence and citation of every dataset that a model, a member of an ensemble, or a model that one of them
+    began with was trained on."""
+    began_with = [made.get("started_from") or {} for made in made_of(info)]
+    return list(
+        {card["name"]: card for made in [*began_with, *made_of(info)] for card in made.get("datasets", [])}.values()
+    )
 
 
 def uniform(patient: str, purpose: str) -> float:

@@ -92,9 +92,11 @@ def _train(experiment: Experiment, run: Path, cluster: Cluster) -> None:
 def _check_start(model: Path, split: Split) -> None:
     """InputError BAD_SPLIT if the model to start from was trained on patients that judge this run."""
     info = read_json(newest_version(model) / "model.json")
-    if "split" not in info.get("provenance", {}):
-        raise InputError("BAD_MODEL", f"Expected one trained network in model.start_from, received none in {model}.")
-    trained_on, chosen_on = seen_by(info, "train"), seen_by(info, "validation")
+    if "members" in info:
+        raise InputError(
+            "BAD_MODEL", f"Expected one trained network in model.start_from, received an ensemble in {model}."
+        )
+    trained_on, chosen_on = (seen_by(info, model, part) for part in ("train", "validation"))
     if judged := trained_on & {*split.validation, *split.test} | chosen_on & set(split.test):
         raise InputError(
             "BAD_SPLIT",

@@ -299,17 +299,20 @@ def from_series(series: Volume, scale: float | None = None) -> Volume:
     return _fraction(series, percent, provenance)
 
 
-def pair_in(path: Path) -> tuple[Volume, Volume] | None:
+def pair_in(path: Path, series: str | None = None) -> tuple[Volume, Volume] | None:
     """The water and the fat image of a folder or zip of DICOM files that has one stack of each, else None.
 
     They are known by the word of their image type: W and F, or WATER and FAT.
+
+    Args:
+        series: which series they are of, without a stack; None for any.
 
     Raises:
         InputError: what `read_volume` says of either, other than that there is none.
     """
     for water, fat in (("W", "F"), ("WATER", "FAT")):
         try:
-            return read_volume(path, f"*/{water}"), read_volume(path, f"*/{fat}")
+            return read_volume(path, f"{series or '*'}/{water}"), read_volume(path, f"{series or '*'}/{fat}")
         except InputError as error:
             if error.code != "UNKNOWN_SERIES":
                 raise

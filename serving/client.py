@@ -451,7 +451,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     submit.add_argument("--format", choices=protocol.OUTPUTS, help="of the files in a folder (default: vtk)")
     submit.add_argument("--json", type=Path, metavar="FILE", help="write the measurements here")
-    submit.add_argument("--modality", choices=("mr", "ct"), help="where the scan's file does not tell, as NIfTI")
+    submit.add_argument(
+        "--modality", choices=("mr", "ct"), help="of the scans, whatever their files say; NIfTI says nothing"
+    )
     submit.add_argument("--timeout-s", type=_seconds, default=600.0, metavar="S", help="for each scan (default: 600)")
     submit.add_argument("--at-once", type=_few, default=4, metavar="N", help="scans under way at a time (default: 4)")
     submit.set_defaults(run=_submit)

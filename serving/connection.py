@@ -270,7 +270,7 @@ class Client:
             timeout_s: limit for everything together.
             on_progress: told the stage and how far it is, in bytes while sending and receiving, scans before this one
                 while in the queue, slices or batches while segmenting.
-            modality: "CT" or "MR" where the scan's file does not tell.
+            modality: "CT" or "MR", whatever the scan's file says; "" for that.
 
         Returns:
             The files written, `out` first, then `<out>.json` if the mask is an oblique .vtk; and the measurements.

@@ -252,7 +252,7 @@ class Submit:
 
     `name`: base name for messages, never used on disk but for a suffix in SUFFIXES. `kind`: "file", or "series" for a
     zip of DICOM files whose member names are ignored but for `member_suffix`. `version`: of the model, 0 for the
-    current one. `modality`: "CT" or "MR" where the scan's own file does not tell, else "". `bytes` and `sha256`: of
+    current one. `modality`: "CT" or "MR", whatever the scan's file says, or "" for that. `bytes` and `sha256`: of
     the bytes as sent. `content_bytes`: of what `codec` unpacks them to. `deadline_ms`: give up when not begun by then,
     counted from SUBMIT. The same bytes with the same wishes from the same client are the same job, see `job_key`.
     """

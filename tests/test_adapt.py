@@ -319,6 +319,14 @@ def test_a_later_adaptation_takes_the_same_card_with_more_patients(adapted, new_
     card.write_text(before.replace("raw/c", "raw/more"))
     plan = Plan(steps=5, learning_rate=1e-4, minutes=20)
     try:
+        card.write_text(
+            before.replace("raw/c", "raw/more") + f"patients: [{', '.join(f'c-{n:03d}' for n in range(26, 32))}]"
+        )
+        with pytest.raises(
+            InputError, match=r"earlier adaptation to set_c in its card, too, received one without c-020"
+        ):
+            adapt.adapt(adapted[1] / "1", [card], tmp_path / "none", plan=plan)
+        card.write_text(before.replace("raw/c", "raw/more"))
         adapt.adapt(adapted[1] / "1", [card], tmp_path / "next", plan=plan)  # named otherwise than the first time
     finally:
         card.write_text(before)

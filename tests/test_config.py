@@ -133,9 +133,16 @@ def test_changed_keys_are_named_dotted_and_digest_ignores_order():
         ("model={encoder: vgg11, freeze_encoder_steps: 11}", "freeze_encoder_steps"),
         ("model={encoder: vgg11, norm: instance}", "norm"),
         ("train={deterministic: true, jit_compile: true}", "jit_compile"),
+        ("augment={flip: {rows: 0.0, columns: 0.0}}", "flip"),
+        ("augment={contrast: {kind: fraction}}", "contrast.kind"),
+        ("task=fatfraction; augment={contrast: {kind: mixture}}", "contrast.kind"),
+        ("data={datasets: [x], axis: coronal}; augment={arms: {}}", "arms"),
+        ("data={datasets: [x], axis: sagittal}; augment={table: {}}", "table"),
+        ("data={datasets: [x], neighbours: 0}; augment={thickness: {}}", "neighbours"),
+        ("data={datasets: [x], ct_window_hu: [1000, 1000.00001]}", "ct_window_hu"),
     ],
 )
 def test_a_setting_that_would_do_nothing_or_cannot_be_had_is_refused(tmp_path, override, key):
     path = write(tmp_path, MINIMAL)
     with pytest.raises(InputError, match=key):
-        load_experiment(path, ["train.steps=10", override])
+        load_experiment(path, ["train.steps=10", *override.split("; ")])

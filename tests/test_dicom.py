@@ -838,6 +838,26 @@ def test_what_is_no_pair_of_water_and_fat_stays_a_choice_for_people(tmp_path):
         assert code == "MULTIPLE_SERIES", sentence
 
 
+def test_of_several_series_the_one_that_is_named_makes_the_fat_fraction(tmp_path):
+    datasets = [*dixon()[:6], *dixon()[:6], *dixon()[6:]]
+    for place, dataset in enumerate(datasets):
+        number = 12 + min(place // 6, 2)
+        dataset.SeriesNumber, dataset.SeriesInstanceUID = number, f"{SERIES}.{number}"
+        dataset.SOPInstanceUID = f"{SERIES}.9.{place}"
+        if number == 13:
+            dataset.PixelData = (
+                (np.frombuffer(dataset.PixelData, np.int16) + 500 * (place < 9)).astype(np.int16).tobytes()
+            )
+    path = save(tmp_path / "study", datasets)
+    for number in ("12", "13"):
+        water, fat = (read_volume(path, f"{number}/{word}") for word in "WF")
+        expected = waterfat.from_water_fat(water, fat).voxels
+        np.testing.assert_array_equal(predict.read_scan(path, "fatfraction", number).voxels, expected)
+    assert not np.array_equal(read_volume(path, "12/W").voxels, read_volume(path, "13/W").voxels)
+    for series in (None, "14"):
+        assert error_of(predict.read_scan, path, "fatfraction", series)[0] == "MULTIPLE_SERIES"
+
+
 @pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])
 def test_frames_that_itk_compressed_are_the_same_numbers(tmp_path, compressor):
     """JPEG lossless, which pydicom has no encoder for, from ITK's codec."""

@@ -99,6 +99,13 @@ def test_a_run_that_goes_on_does_not_need_the_weights_it_started_from(in_study, 
 def test_a_run_starts_from_another_model_and_goes_on_without_it(trained, in_study, tmp_path):
     start = tmp_path / "start"
     shutil.copytree(trained / "model", start)
+    own = json.loads((start / "model.json").read_text())
+    older = {
+        "split": {"train": ["z-001"], "validation": ["z-002"]},
+        "datasets": [{"name": "older", "citation": "c", "licence": "l"}],
+    }  # began with it
+    own["provenance"]["started_from"] = older
+    (start / "model.json").write_text(json.dumps(own))
     small = (f"model.start_from={start}", "train.steps=2", "train.validate_every=2", "train.checkpoint_every=1",
              "train.learning_rate=1.0e-12", "train.deterministic=false")  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -107,13 +114,14 @@ def test_a_run_starts_from_another_model_and_goes_on_without_it(trained, in_stud
     shutil.rmtree(start)
     assert run_command(tmp_path / "runs", *small) == 0
     run = tmp_path / "runs/volume/small-fold0"
-    own = json.loads((trained / "model/model.json").read_text())
     for manifest in (run / "manifest.json", run / "model/model.json"):
         content = json.loads(manifest.read_text())
         started_from = content.get("provenance", content)["started_from"]
         assert started_from["weights_sha256"] == own["weights_sha256"] and started_from["name"] == "small"
         split = own["provenance"]["split"]
-        assert started_from["split"] == {part: split[part] for part in ("train", "validation")}
+        for part, grandparents in older["split"].items():
+            assert set(started_from["split"][part]) == {*split[part], *grandparents}
+        assert {each["name"] for each in started_from["datasets"]} == {"set_a", "set_b", "older"}
     for one, other in zip(weights(run / "model"), weights(trained / "model"), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-8)
 
@@ -126,6 +134,7 @@ def test_a_run_starts_from_another_model_and_goes_on_without_it(trained, in_stud
         (("model.start_from=MODEL", "model.width=2"), "the same network"),
         (("model.start_from=MODEL", "data.test_patients=[a-002, b-002]"), "a-00"),
         (("model.start_from=GRANDCHILD",), "a-001"),
+        (("model.start_from=UNKNOWN",), "says whom"),
         (("model.start_from=MODEL", "model.encoder=vgg11"), "encoder_weights=none"),
     ],
 )
@@ -137,8 +146,10 @@ def test_a_model_that_a_run_cannot_start_from_is_a_sentence(trained, in_study, t
     info = json.loads((trained / "model/model.json").read_text())
     info["provenance"]["started_from"] = {"split": {"train": ["a-001"], "validation": []}}  # a test patient here
     (tmp_path / "grandchild/model.json").write_text(json.dumps(info))
+    shutil.copytree(trained / "model", tmp_path / "unknown")
+    (tmp_path / "unknown/model.json").write_text(json.dumps({**info, "provenance": None}))
     places = {"MODEL": str(trained / "model"), "ENSEMBLE": str(tmp_path / "several"),
-              "GRANDCHILD": str(tmp_path / "grandchild")}  # fmt: skip
+              **{name.upper(): str(tmp_path / name) for name in ("grandchild", "unknown")}}  # fmt: skip
     settings = [
         functools.reduce(lambda text, name: text.replace(name, places[name]), places, each) for each in settings
     ]

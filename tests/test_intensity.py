@@ -282,6 +282,14 @@ def test_blur_is_scipys_gaussian():
         np.testing.assert_allclose(own, reference, atol=2e-3 * (HIGH - LOW))
 
 
+def test_a_small_blur_does_not_ring():
+    """Every frequency is damped as a Gaussian damps it, the finest too: a share of 0.9 of the Nyquist frequency."""
+    size, sigma, half_periods = 50, 0.2, 45
+    wave = np.broadcast_to(np.cos(np.pi * half_periods * (np.arange(size) + 0.5) / size), (1, size, size))[..., None]
+    after = intensity.smooth(tf.constant(wave.astype(np.float32)), sigma_px=tf.constant([sigma], tf.float64))
+    np.testing.assert_allclose(after, np.exp(-0.5 * (sigma * np.pi * 0.9) ** 2) * wave, atol=1e-5)
+
+
 def test_thicker_slices_are_means_with_their_neighbours():
     stacks = slices(60, 8, channels=4)
     after = changed(stacks, only("thickness")).astype(np.float64)

@@ -135,6 +135,8 @@ def test_a_window_is_for_ct_alone_and_gets_shards_of_its_own(own_study):
         assert bounds[0][0] < 50 and bounds[0][1] > 150 and bounds[1] == [50, 150]
         image = decoded(after[1], seen).image.numpy()
         assert image.min() == 0  # the fill is the darkest that the window shows
+    with pytest.raises(InputError, match=r"within data\.ct_window_hu, received none in .*raw/a/a-\d+/image"):
+        prepare.prepare(data(datasets=datasets, ct_window_hu=[5000, 6000]))
 
 
 def test_the_same_voxels_under_two_patients_are_refused_with_both_names(own_study):

@@ -165,6 +165,17 @@ def test_a_tissue_is_one_intensity_but_for_its_texture():
         assert np.median(values.std(axis=1) / values.mean(axis=1)) > 0.005
 
 
+def test_no_echo_comes_after_the_next_excitation():
+    drawn = tf.constant(np.random.default_rng(0).uniform(size=(2000, 16)))
+    for field_t in (1.5, 3.0):
+        repetition, echo, flip = (
+            part.numpy() for part in render._timing(drawn, tf.fill([2000, 1], tf.constant(field_t, tf.float64)))
+        )
+        assert (repetition >= echo + 0.001).all() and repetition.max() < 0.26
+        assert 0.0007 < echo.min() < 0.0025 and echo.max() < 0.006
+        assert (flip[repetition > 0.05] > 49).all() and (flip[repetition < 0.05] < 21).all()
+
+
 def test_pixels_of_two_tissues_send_the_sum_of_both_with_its_phase(monkeypatch):
     """Against the same sum in NumPy: complex signals, shared with the four neighbours, then their magnitude."""
     monkeypatch.setattr(render, "ROUGHEST", {"physics": 0.0, "random": 0.0})

@@ -258,12 +258,25 @@ def test_evaluation_measures_all_patients_of_a_dataset_that_training_did_not_see
     made = card["provenance"]
     for provenance, named in (
         ({**made, "started_from": {"split": {"train": ["o-051"]}}}, "o-051, on whom"),
+        ({**made, "started_from": {"name": "before"}}, "says whom"),
         ({**made, "split": {**made["split"], "validation": ["o-052"]}}, "o-052, on whom"),
         ({}, "says whom"),
         (None, "says whom"),
     ):
         (alone / "model.json").write_text(json.dumps({**card, "provenance": provenance}))
         assert evaluate.main([*arguments, "-o", "none"]) == 2 and named in capsys.readouterr().err
+    # Patients that it has seen are not simulated first.
+    of_model = {**made, "split": {**made["split"], "train": ["sim0005-0001"]}}
+    (alone / "model.json").write_text(json.dumps({**card, "provenance": of_model}))
+    write_card(
+        in_study,
+        "made",
+        root="../made",
+        scanner="ge_volume",
+        simulate={"scanner": "ge_volume", "patients": 1, "seed": 5},
+    )
+    assert evaluate.main([*arguments[:3], "cards/made.yaml", "-o", "none"]) == 2
+    assert "sim0005-0001, on whom" in capsys.readouterr().err and not (in_study / "made").exists()
     # An ensemble, one of whose members was adapted and corrected: the page names what each was made of.
     study = {"cards": ["set_c"], "patients": ["c-001", "c-002"], "left_out": ["c-003"]}
     more = {"datasets": [*made["datasets"], {**made["datasets"][0], "name": "set_c", "citation": "Of set c"}],

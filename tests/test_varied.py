@@ -103,6 +103,20 @@ def test_a_resection_takes_one_side_of_the_liver(with_variety, side, sign):
     assert (liver(left_over.tissues(X, Y, Z)) & far).sum() < 0.15 * (liver(usual()) & far).sum()
 
 
+@pytest.mark.parametrize(
+    ("side", "more"),
+    [("left", {"left_length": 1.6}), ("left", {"hangs": True}), ("left", {"wraps": True}), ("right", {"riedel": True})],
+)
+def test_a_resection_leaves_no_lobe_behind_that_hung_on_what_was_cut_off(map_of, side, more):
+    there = liver(map_of(**more)) & ~liver(usual())
+    assert there.sum() > 50
+    left_over = map_of(resected=side, liver=0.55, **more)
+    pieces, _ = ndimage.label(liver(left_over), np.ones((3, 3, 3)))
+    sizes = np.bincount(pieces.ravel())[1:]
+    assert sizes.max() > 0.99 * sizes.sum()
+    assert (liver(left_over) & there).sum() < 0.15 * there.sum()
+
+
 def test_the_gallbladder_is_as_full_as_asked_or_gone(map_of):
     volumes = [(map_of(gallbladder=size) == Tissue.GALLBLADDER).sum() for size in (0.0, 0.6, 1.0, 1.8)]
     assert volumes[0] == 0 and volumes[1] < 0.5 * volumes[2] < 0.5 * volumes[3]
@@ -251,6 +265,8 @@ def test_every_patient_has_a_scanner_of_its_own(task):
     low, high = SLICE_MM[task]
     assert low - 0.06 <= slice_mm.min() < 1.2 * low and 0.85 * high < slice_mm.max() <= high + 0.06
     assert len({scanner.sequence for scanner in scanners}) > 150
+    for sequence in (scanner.sequence for scanner in scanners):
+        assert sequence.echo_times_ms[-1] + 1.0 <= sequence.repetition_ms <= 10.0
     assert {scanner.sequence.field_t for scanner in scanners} == {1.5, 3.0}
     assert len({scanner.flips for scanner in scanners}) == 8
     slabs = [scanner for scanner in scanners if scanner.at is not None]

@@ -9,7 +9,7 @@ Each part of the body draws from a random stream of its own, so a change to one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -313,6 +313,7 @@ def _draw_liver(space: LiverSpace) -> list[Organ]:
     at, halo_mm, frame, variety = hand.at, hand.build.halo_mm, hand.build.frame, hand.variety
     visceral_side = unit((hand.vary(0.55, 0.05), hand.vary(0.26, 0.05), -0.80))
     left = (56 * variety.left_length, 34 * variety.left_thickness, 28 * variety.left_thickness)
+    resection = _draw_resection(space)
     liver = Organ(
         (
             lobe(within(-60, 2, 0), (74, 84, 80), size=variety.right),
@@ -322,7 +323,7 @@ def _draw_liver(space: LiverSpace) -> list[Organ]:
         ),
         ((0.5 * halo_mm, FAT), (0.0, Tissue.LIVER)),
         blend_mm=12.0 * frame,
-        cuts=(Cut(within(-8, 14, -12, 3.0), visceral_side), *_draw_resection(space)),
+        cuts=(Cut(within(-8, 14, -12, 3.0), visceral_side), *resection),
         margin_mm=2.0 + 0.3 * halo_mm,
     )
     fissure = Organ((hand.ellipsoid(within(14, -66, 2), (3.5, 30, 30), (0.0, 15.0, 10.0)),), ((0.0, FAT),))
@@ -332,7 +333,7 @@ def _draw_liver(space: LiverSpace) -> list[Organ]:
         ((min(1.0, variety.halo), FAT), (0.0, Tissue.GALLBLADDER)),
     )
     around = [
-        *_draw_more_lobes(space),
+        *_draw_more_lobes(space, resection),
         *_draw_ascites(space, liver),
         *_draw_fissures(space),
         *([gallbladder] if variety.gallbladder else []),
@@ -365,9 +366,10 @@ def _draw_liver(space: LiverSpace) -> list[Organ]:
     return [liver, *veins, fissure, *around, portal, splenic]
 
 
-def _draw_more_lobes(space: LiverSpace) -> list[Organ]:
+def _draw_more_lobes(space: LiverSpace, resection: Sequence[Cut]) -> list[Organ]:
     """A left lobe that reaches far to the left under the wall of the chest, one whose lower end stands apart from the
-    rest in the slices that show it, one that goes to the spleen and round it, and a right lobe that reaches far down.
+    rest in the slices that show it, one that goes to the spleen and round it, and a right lobe that reaches far down;
+    but for what was cut off.
     """
     variety, within = space.hand.variety, space.within
     lobes: list[tuple[Shape, ...]] = []
@@ -385,7 +387,7 @@ def _draw_more_lobes(space: LiverSpace) -> list[Organ]:
         before = space.lobe(within(66, -46, 20, 4.0), (36, 22, 20))
         lobes.append((before, space.lobe(within(106, -8, 8, 4.0), (18, 46, 24), (0.0, 0.0, -18.0))))
     # Without fat around them, which would divide them from the rest.
-    return [Organ(lobe, ((0.0, Tissue.LIVER),), blend_mm=8.0) for lobe in lobes]
+    return [Organ(lobe, ((0.0, Tissue.LIVER),), blend_mm=8.0, cuts=tuple(resection)) for lobe in lobes]
 
 
 def _draw_resection(space: LiverSpace) -> list[Cut]:

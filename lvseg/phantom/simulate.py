@@ -30,7 +30,7 @@ from lvseg.phantom.patients import patient_id
 from lvseg.phantom.scan import Protocol
 from lvseg.phantom.scanners import SCANNERS, Scanner
 
-PHANTOM_VERSION = 3  # raised whenever the same seed and number give other voxels
+PHANTOM_VERSION = 4  # raised whenever the same seed and number give other voxels
 
 
 PROTOCOLS: dict[str, Protocol] = {**SCANNERS, **varied.PROTOCOLS, **ct.PROTOCOLS}

@@ -23,6 +23,7 @@ SLICE_MM = {VOLUME: (3.0, 9.0), FAT_FRACTION: (4.0, 11.0)}
 COVERED_MM, SLAB_MM, SLAB_SHARE = (200.0, 260.0), (60.0, 120.0), 0.2
 VIEW_MM, PIXEL_MM = (380.0, 480.0), (1.4, 2.4)
 ECHOES = 6
+READOUT_MS = 1.0  # after the last echo, at least, before the next excitation
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,14 @@ def _draw_echo(field_t: float, draw: np.random.Generator) -> Sequence:
     kind, echo_ms, left = float(draw.uniform()), float(draw.uniform(0.9, 5.0)), float(draw.uniform(0.05, 0.35))
     opposed_ms = 1000.0 * opposed_phase_echo_s(field_t)
     if kind < 0.25:
-        return Sequence(field_t, repetition_ms, flip_deg, (opposed_ms, 2.0 * opposed_ms), (0.5, 0.5))
-    return Sequence(field_t, repetition_ms, flip_deg, (echo_ms,), fat_left=left if kind < 0.55 else None)
+        return _in_time(Sequence(field_t, repetition_ms, flip_deg, (opposed_ms, 2.0 * opposed_ms), (0.5, 0.5)))
+    suppressed = left if kind < 0.55 else None
+    return _in_time(Sequence(field_t, repetition_ms, flip_deg, (echo_ms,), fat_left=suppressed))
+
+
+def _in_time(sequence: Sequence) -> Sequence:
+    """The sequence with a repetition that is long enough for its last echo."""
+    return replace(sequence, repetition_ms=max(sequence.repetition_ms, sequence.echo_times_ms[-1] + READOUT_MS))
 
 
 def _in_opposed_phase(sequence: Sequence) -> Sequence:
@@ -115,4 +122,4 @@ def _draw_echoes(field_t: float, draw: np.random.Generator) -> Sequence:
     first_ms = float(draw.uniform(1.0, 1.3))
     apart_ms = float(draw.uniform(*(0.95, 1.15) if field_t < 2 else (0.8, 1.0)))
     times = tuple(first_ms + apart_ms * echo for echo in range(ECHOES))
-    return Sequence(field_t, float(draw.uniform(7.0, 10.0)), float(draw.uniform(3.0, 5.0)), times, ())
+    return _in_time(Sequence(field_t, float(draw.uniform(7.0, 10.0)), float(draw.uniform(3.0, 5.0)), times, ()))
