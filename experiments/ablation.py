@@ -64,7 +64,7 @@ OTHERS: Mapping[str, tuple[Sequence[str], dict[str, Any]]] = {
     "everything": (EVERYTHING, {}),
     "everything_but_contrast": (tuple(name for name in EVERYTHING if name != "contrast"), {}),
     "everything_but_thickness": (tuple(name for name in EVERYTHING if name != "thickness"), {}),
-    "everything_without_neighbours": (EVERYTHING, {"neighbours": 0}),  # nor thickness, which needs them
+    "everything_without_neighbours": (tuple(name for name in EVERYTHING if name != "thickness"), {"neighbours": 0}),
     "everything_with_two_neighbours": (EVERYTHING, {"neighbours": 2}),
     "everything_on_varied_anatomy": (EVERYTHING, {"seen": PECULIAR}),
     "everything_on_varied_scans": (EVERYTHING, {"seen": VARIED}),

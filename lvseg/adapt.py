@@ -376,12 +376,7 @@ def _card(info: dict[str, Any], study: dict[str, Any], measured: dict[str, Any])
     data, provenance = info["experiment"]["data"], info["provenance"]
     split, earlier = provenance["split"], provenance.get("adapted", [])
     # A later adaptation replays this one's datasets, too; a study that grew is there once, wherever its card lay.
-    grown = {
-        path
-        for each in earlier
-        for name, path in zip(each["cards"], each["paths"], strict=True)
-        if name in study["cards"]
-    }
+    grown = {path for each in earlier if set(each["cards"]) <= set(study["cards"]) for path in each["paths"]}
     datasets = list(dict.fromkeys([*(path for path in data["datasets"] if path not in grown), *study["paths"]]))
     sources = {card["name"]: card for card in [*provenance.get("datasets", []), *study.pop("sources")]}
     parent = {key: info.get(key) for key in ("name", "version", "weights_sha256", "measured")}
@@ -521,7 +516,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--card", type=Path, nargs="+", default=[], help="datasets of the new study")
     parser.add_argument("--patients", nargs="+", help="of the cards; all without it")
     parser.add_argument("--unlabelled", type=Path, nargs="+", default=[], metavar="SCAN", help="as lvseg.predict takes")
-    parser.add_argument("--modality", choices=("mr", "ct"), help="of --unlabelled, where files do not tell, as NIfTI")
+    parser.add_argument("--modality", choices=("mr", "ct"), help="of --unlabelled, whatever their files say")
     parser.add_argument("--suggest", type=int, metavar="K", help="name the K of --unlabelled most worth segmenting")
     parser.add_argument("-o", "--out", type=Path, help="models/<task>; the version folder is made in it")
     parser.add_argument("--replay", type=Path, nargs="*", help="cards instead of the model's own; none for no replay")

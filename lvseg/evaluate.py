@@ -570,14 +570,19 @@ def _draw(
 def _provenance(study: Study) -> dict[str, Any]:
     """What made the model, or each member of an ensemble, and on what data it was measured."""
     info = study.segmenter.info
-    others = {scan.card.name: scan.card for scan in study.scans} if study.split == EXTERNAL else {}
+    trained_on = sources_of(info)
+    measured_on = (
+        list({scan.card.name: scan.card.source for scan in study.scans}.values())
+        if study.split == EXTERNAL
+        else [card for card in study.manifest["datasets"] if card["name"] not in {own["name"] for own in trained_on}]
+    )
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "lvseg": metadata.version("lvseg"),
         "model": {key: info.get(key) for key in ("task", "name", "version", "weights_sha256", "spacing_mm", "size")},
         "runs": [_shown(made) for made in made_of(info)],
-        "datasets": sources_of(info),
-        "measured_on": [card.source for card in others.values()],
+        "datasets": trained_on,
+        "measured_on": measured_on,
     }
 
 

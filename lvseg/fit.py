@@ -97,6 +97,12 @@ class Fit:
             validations_since=self.validations_since,
         )
         self.manager = tf.train.CheckpointManager(self.checkpoint, str(run / "checkpoints"), max_to_keep=2)
+        if is_started(run) and "split" not in (manifest.get("started_from") or {"split": None}):
+            raise InputError(  # now, not when all is trained and is to be measured
+                "BAD_CHECKPOINT",
+                f"Expected a run that kept whom the model it began with had seen, received one of an earlier version in"
+                f" {run}; give the experiment another name.",
+            )
         self._restore()
         self.started_from = self._start_from() if not is_started(run) else manifest.get("started_from")
         self._agree()

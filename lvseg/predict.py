@@ -243,7 +243,7 @@ class Segmenter:
             measurements["flags"].append(
                 f"voxels of {padding:g}, far below all others, were taken for padding and not for tissue"
             )
-        if modality not in (None, "MR", "CT"):
+        if modality and modality not in ("MR", "CT"):
             measurements["flags"].append(f"the file says that it is of modality {modality}; it is taken for an MR")
         if hu_like and not is_ct:
             measurements["flags"].append(LIKE_CT)

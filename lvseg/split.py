@@ -43,12 +43,14 @@ def seen_by(info: Mapping[str, Any], model: Path, *parts: str) -> set[str]:
     Raises:
         InputError: BAD_MODEL for a model that does not say.
     """
-    began_with = [made["started_from"] for made in made_of(info) if made.get("started_from")]
     seen: set[str] = set()
-    for made in [*made_of(info), *began_with]:
-        if "split" not in made:
-            raise InputError("BAD_MODEL", f"Expected a model that says whom it was trained on, received {model}.")
-        seen.update(patient for part in parts for patient in made["split"].get(part, ()))
+    for made in made_of(info):
+        for which, each in (("it", made), ("the one it began with", made.get("started_from"))):
+            if each is not None and "split" not in each:
+                raise InputError(
+                    "BAD_MODEL", f"Expected a model that says whom {which} was trained on, received {model}."
+                )
+            seen.update(patient for part in parts for patient in (each or {}).get("split", {}).get(part, ()))
     return seen
 
 

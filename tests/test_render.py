@@ -82,6 +82,7 @@ def test_signals_of_an_average_person_follow_from_the_phantoms_equations(monkeyp
             repetition_s, flip = 0.09 * (0.25 / 0.09) ** u[5], 50 + 35 * u[6]
         opposed = physics.opposed_phase_echo_s(field_t)
         echo_s = opposed if u[7] < 1 / 3 else 2 * opposed if u[7] < 2 / 3 else 0.0008 + 0.005 * u[8]
+        repetition_s = max(repetition_s, echo_s + 0.001)
         phases.add(echo_s / opposed if u[7] < 2 / 3 else 0)
         for tissue in (Tissue.MUSCLE, Tissue.FAT, Tissue.SPLEEN, Tissue.MARROW, Tissue.AIR):
             row = physics.AVERAGE[tissue]

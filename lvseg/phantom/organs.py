@@ -313,17 +313,18 @@ def _draw_liver(space: LiverSpace) -> list[Organ]:
     at, halo_mm, frame, variety = hand.at, hand.build.halo_mm, hand.build.frame, hand.variety
     visceral_side = unit((hand.vary(0.55, 0.05), hand.vary(0.26, 0.05), -0.80))
     left = (56 * variety.left_length, 34 * variety.left_thickness, 28 * variety.left_thickness)
-    resection = _draw_resection(space)
+    lobes = (
+        lobe(within(-60, 2, 0), (74, 84, 80), size=variety.right),
+        lobe(within(-14, -34, 22), (60, 46, 44), (0.0, -8.0, 0.0)),
+        lobe(within(34, -46, 30, 5.0), left, (0.0, hand.vary(-10.0, 6.0), 12.0)),
+        lobe(within(-6, 12, 14), (24, 20, 30), size=variety.caudate),
+    )
+    below, resection = Cut(within(-8, 14, -12, 3.0), visceral_side), _draw_resection(space)
     liver = Organ(
-        (
-            lobe(within(-60, 2, 0), (74, 84, 80), size=variety.right),
-            lobe(within(-14, -34, 22), (60, 46, 44), (0.0, -8.0, 0.0)),
-            lobe(within(34, -46, 30, 5.0), left, (0.0, hand.vary(-10.0, 6.0), 12.0)),
-            lobe(within(-6, 12, 14), (24, 20, 30), size=variety.caudate),
-        ),
+        lobes,
         ((0.5 * halo_mm, FAT), (0.0, Tissue.LIVER)),
         blend_mm=12.0 * frame,
-        cuts=(Cut(within(-8, 14, -12, 3.0), visceral_side), *resection),
+        cuts=(below, *resection),
         margin_mm=2.0 + 0.3 * halo_mm,
     )
     fissure = Organ((hand.ellipsoid(within(14, -66, 2), (3.5, 30, 30), (0.0, 15.0, 10.0)),), ((0.0, FAT),))

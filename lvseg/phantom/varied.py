@@ -43,8 +43,8 @@ class VariedScanner:
     def image(self, seed: int, number: int) -> Scan:
         """Draws a patient with peculiarities and a scanner, and scans."""
         scanner = draw_scanner(self.name, self.task, random_stream(seed, number, f"scanner {self.name}"))
-        if self.opposed:
-            scanner = replace(scanner, sequence=_in_opposed_phase(scanner.sequence))
+        sequence = _in_opposed_phase(scanner.sequence) if self.opposed else scanner.sequence
+        scanner = replace(scanner, sequence=in_time(sequence))
         return image_patient(draw_anatomy(seed, number, varied=True), scanner)
 
 
@@ -101,12 +101,11 @@ def _draw_echo(field_t: float, draw: np.random.Generator) -> Sequence:
     kind, echo_ms, left = float(draw.uniform()), float(draw.uniform(0.9, 5.0)), float(draw.uniform(0.05, 0.35))
     opposed_ms = 1000.0 * opposed_phase_echo_s(field_t)
     if kind < 0.25:
-        return _in_time(Sequence(field_t, repetition_ms, flip_deg, (opposed_ms, 2.0 * opposed_ms), (0.5, 0.5)))
-    suppressed = left if kind < 0.55 else None
-    return _in_time(Sequence(field_t, repetition_ms, flip_deg, (echo_ms,), fat_left=suppressed))
+        return Sequence(field_t, repetition_ms, flip_deg, (opposed_ms, 2.0 * opposed_ms), (0.5, 0.5))
+    return Sequence(field_t, repetition_ms, flip_deg, (echo_ms,), fat_left=left if kind < 0.55 else None)
 
 
-def _in_time(sequence: Sequence) -> Sequence:
+def in_time(sequence: Sequence) -> Sequence:
     """The sequence with a repetition that is long enough for its last echo."""
     return replace(sequence, repetition_ms=max(sequence.repetition_ms, sequence.echo_times_ms[-1] + READOUT_MS))
 
@@ -122,4 +121,4 @@ def _draw_echoes(field_t: float, draw: np.random.Generator) -> Sequence:
     first_ms = float(draw.uniform(1.0, 1.3))
     apart_ms = float(draw.uniform(*(0.95, 1.15) if field_t < 2 else (0.8, 1.0)))
     times = tuple(first_ms + apart_ms * echo for echo in range(ECHOES))
-    return _in_time(Sequence(field_t, float(draw.uniform(7.0, 10.0)), float(draw.uniform(3.0, 5.0)), times, ()))
+    return Sequence(field_t, float(draw.uniform(7.0, 10.0)), float(draw.uniform(3.0, 5.0)), times, ())
