@@ -22,6 +22,7 @@ from scipy import stats
 from lvseg import command, evaluate, quality
 from lvseg.cards import read_image, read_labels
 from lvseg.degrade import KINDS
+from lvseg.study import open_study
 
 BAD_DICE, BAD_SHARE, CHECKED, SETS = 0.9, 0.15, 0.2, 2000
 SEED = 7919  # far from those of the calibration
@@ -29,7 +30,7 @@ SEED = 7919  # far from those of the calibration
 
 def measure(run: Path) -> list[dict[str, object]]:
     """A row a version of a test scan: patient, scanner, kind, Dice, expected Dice, reasons."""
-    study = evaluate.open_study(run, "test")
+    study = open_study(run, "test")
     calibration = evaluate.calibrate(study, evaluate.Options())
     if calibration is None:
         raise SystemExit("Expected enough validation scans for a calibration, received too few.")

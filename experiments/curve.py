@@ -31,10 +31,10 @@ from lvseg.adapt import Plan, adapt, print_measured
 from lvseg.cards import Scan, read_image, read_labels
 from lvseg.config import Experiment
 from lvseg.errors import InputError
-from lvseg.evaluate import check_not_seen
 from lvseg.keys import check_keys, digest, read_json, read_yaml
 from lvseg.predict import Segmenter, newest_version
 from lvseg.prepare import card_scans
+from lvseg.study import check_not_seen
 from lvseg.train import train
 
 DIRECTIONS = {"ge": ("philips",), "philips": ("ge",), "siemens": ("philips", "ge")}  # new scanner: known ones

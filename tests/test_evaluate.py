@@ -195,7 +195,7 @@ def study(tmp_path, monkeypatch):
         for number in range(30)
     ]
     fitted = []
-    monkeypatch.setattr(evaluate, "_scans", lambda run, split, manifest: scans)
+    monkeypatch.setattr(evaluate, "split_scans", lambda run, split, manifest: scans)
     monkeypatch.setattr(evaluate, "read_image", lambda scan: labels().with_voxels(np.full((6, 40, 40), 1, np.int16)))
     monkeypatch.setattr(evaluate, "read_labels", lambda scan, image: labels())
     monkeypatch.setattr(evaluate, "versions", lambda image, truth, kinds, seed: [(image, truth, None)])
