@@ -561,10 +561,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 " the model with the steps chosen and measure that with --model.",
             )
         if arguments.run is None and not (arguments.model and arguments.card):
-            raise InputError(
-                "BAD_ARGUMENT",
-                "Expected --run, or --model with --card, received neither; a model alone has no patients.",
-            )
+            received = "--model alone" if arguments.model else "--card alone" if arguments.card else "none of them"
+            raise InputError("BAD_ARGUMENT", f"Expected --run, or --model with --card, received {received}.")
         for option in ("model", "card"):
             if getattr(arguments, option) and arguments.out is None:
                 raise InputError(

@@ -245,8 +245,8 @@ def test_evaluation_measures_all_patients_of_a_dataset_that_training_did_not_see
     assert "measured on set_outside" in page and "dataset set_a" in page
     capsys.readouterr()
     for wrong, named in (
-        (["--model", str(alone), "-o", "none"], "--run, or --model with --card"),
-        (["--card", "cards/outside.yaml", "-o", "none"], "--run, or --model with --card"),
+        (["--model", str(alone), "-o", "none"], "--run, or --model with --card, received --model alone"),
+        (["--card", "cards/outside.yaml", "-o", "none"], "--run, or --model with --card, received --card alone"),
         (arguments, "--out"),
         ([*arguments[:3], "cards/b.yaml", "-o", "none"], "has not seen"),
         (["--model", "nowhere", *arguments[2:], "-o", "none"], "nowhere"),
