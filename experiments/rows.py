@@ -52,9 +52,9 @@ def rows_of(path: Path, columns: Mapping[str, Callable[[str], object]]) -> list[
             rows = list(table)
             if table.fieldnames != list(columns):
                 raise ValueError(f"the columns {', '.join(table.fieldnames or ['none'])}")
-        for number, row in enumerate(rows, start=1):
+        for line, row in enumerate(rows, start=1):
             if None in row or None in row.values():
-                raise ValueError(f"row {number} of another length")
+                raise ValueError(f"row {line} of another length")
             for name, check in columns.items():
                 check(row[name])
     except (ValueError, csv.Error) as error:
