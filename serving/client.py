@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -37,7 +39,7 @@ EXAMPLE = """examples:
   python -m serving.client submit scan.nii.gz --model volume -o liver.vtk
   python -m serving.client submit patient1/ patient2/ --model volume -o masks --format nii.gz --json volumes.json
   python -m serving.client submit --watch incoming --model volume -o masks
-  python -m serving.client keys new --name site-a --server-key KEY --server tcp://segmentation.example:5557
+  python -m serving.client keys new --name site-a --server-key='KEY' --server tcp://segmentation.example:5557
   python -m serving.client status
 """
 
@@ -72,6 +74,12 @@ def _submit(arguments: argparse.Namespace) -> int:
     check_model(arguments.model)
     if bool(arguments.scans) == bool(arguments.watch):
         raise ClientError("BAD_ARGUMENT", "Expected SCAN or --watch, received both or neither.", EXIT_BAD_INPUT)
+    if arguments.watch and arguments.json:
+        raise ClientError(
+            "BAD_ARGUMENT",
+            "Expected --json without --watch, which writes the measurements of each scan beside its mask.",
+            EXIT_BAD_INPUT,
+        )
     if arguments.watch:
         return _watch(arguments)
     with _from_stdin(arguments.scans) as scans:
@@ -80,19 +88,17 @@ def _submit(arguments: argparse.Namespace) -> int:
         outputs = output_paths(scans, arguments.out, arguments.format)
         check_outputs(scans, outputs, arguments.json)
         with _progress() as show:
-            results, exit_code = _segment_all(arguments, list(zip(scans, outputs, strict=True)), show)
-    if arguments.json:
-        _write_json(arguments.json, results)
-    return exit_code
+            return _segment_all(arguments, list(zip(scans, outputs, strict=True)), show)
 
 
-def _segment_all(
-    arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path]], show: Show
-) -> tuple[list[dict[str, Any]], int]:
+def _segment_all(arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path]], show: Show) -> int:
     """Several scans at once, each over a connection of its own, so that one is sent while another is worked on.
 
+    What is to be said of a scan is written before the server is told that it may delete its result, with what is said
+    already of others, in the order of the scans.
+
     Returns:
-        What is to be said of each scan, in their order; and the exit code.
+        The exit code.
 
     Raises:
         ClientError: what ends all of it: the network, the access, or the one scan there is.
@@ -102,41 +108,57 @@ def _segment_all(
     stop = threading.Event()
     own = threading.local()
     clients: list[Client] = []
+    found: dict[Path, dict[str, Any]] = {}
+    writes = threading.Lock()
 
-    def one(scan: Path, out: Path) -> dict[str, Any]:
+    def keep(scan: Path, result: dict[str, Any]) -> None:
+        with writes:
+            found[scan] = result
+            if arguments.json:
+                _write_json(arguments.json, [found[each] for each, _ in scans if each in found])
+
+    def one(scan: Path, out: Path) -> None:
         if not hasattr(own, "client"):
             own.client = _client(arguments, stop)
             clients.append(own.client)
         try:
-            return _segment(own.client, arguments, scan, out, show)
+            _segment(own.client, arguments, scan, out, show, functools.partial(keep, scan))
         except ClientError as error:
             if len(scans) == 1 or error.exit_code != EXIT_BAD_INPUT:
                 raise
             print(f"serving.client: {error.sentence}", file=sys.stderr)  # one bad scan of many costs that scan alone
-            return _failure(scan, error)
+            keep(scan, _failure(scan, error))
 
     pool = concurrent.futures.ThreadPoolExecutor(min(arguments.at_once, len(scans)))
     try:
         tasks = [pool.submit(one, scan, out) for scan, out in scans]
         for task in concurrent.futures.as_completed(tasks):
             task.result()
-        results = [task.result() for task in tasks]
     finally:
         stop.set()  # after an error, or Ctrl-C, which only the main thread hears
         pool.shutdown(cancel_futures=True)
         for client in clients:
             client.close()
-    return results, EXIT_BAD_INPUT if any("error" in result for result in results) else EXIT_DONE
+    return EXIT_BAD_INPUT if any("error" in result for result in found.values()) else EXIT_DONE
 
 
-def _segment(client: Client, arguments: argparse.Namespace, scan: Path, out: Path, show: Show) -> dict[str, Any]:
-    """One scan; what is to be said of it."""
-    paths, measurements = client.segment(
+def _segment(
+    client: Client,
+    arguments: argparse.Namespace,
+    scan: Path,
+    out: Path,
+    show: Show,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """One scan; what is to be said of it is kept before the server may forget it."""
+    client.segment(
         scan, arguments.model, out, arguments.timeout_s, lambda *news: show(scan.name, *news),
         (arguments.modality or "").upper(),
+        lambda paths, measurements: keep(
+            {"scan": str(scan), "files": [str(path) for path in paths], **measurements}
+        ),
     )  # fmt: skip
     print(out, flush=True)
-    return {"scan": str(scan), "files": [str(path) for path in paths], **measurements}
 
 
 def _failure(scan: Path, error: ClientError) -> dict[str, Any]:
@@ -222,8 +244,7 @@ def _segment_dropped(
     """Segments a scan, or writes down why it cannot be; after anything else it will be found again, a while later."""
     try:
         with _client(arguments, stop) as client:
-            result = _segment(client, arguments, scan, mask, show)
-        _write_json(_result_of(mask), result)
+            _segment(client, arguments, scan, mask, show, functools.partial(_write_json, _result_of(mask)))
     except ClientError as error:
         print(f"serving.client: {error.sentence}", file=sys.stderr)
         if _is_of_scan(error) and _mark(scan) == mark:
@@ -353,7 +374,7 @@ def _new_key(arguments: argparse.Namespace) -> int:
     pair = keys.new_pair()
     keys.write_credentials(path, keys.Credentials(arguments.name, pair, arguments.server_key, arguments.server or ""))
     print(f"Keys written to {path}. The server's operator lets them in with:")
-    print(f"  python -m serving.admin allow-client {arguments.name} '{pair.public}'")
+    print(f"  python -m serving.admin allow-client {shlex.quote(arguments.name)} {shlex.quote(pair.public)}")
     return EXIT_DONE
 
 

@@ -59,6 +59,7 @@ LEFT = frozenset({"BAD_OUTPUT", "UNREACHABLE"})
 OWN_KEY, LOCAL_KEY, HOME_KEY = "LVSEG_KEY", Path("access/local.json"), Path(".config/lvseg/client.json")
 
 OnProgress = Callable[[str, int, int], None]
+OnResult = Callable[[list[Path], dict[str, Any]], None]
 
 
 class Unreachable(ClientError):
@@ -154,6 +155,7 @@ class Client:
         if credentials is None and not insecure:
             credentials = find_credentials()
         self.server = server or (credentials.server if credentials else "") or SERVER
+        self._credentials = credentials
         self._secure = credentials is not None
         self._stop = stop or threading.Event()
         self._broken = 0
@@ -161,7 +163,16 @@ class Client:
         self._connections = self._noticed = 0  # begun, and those of them in which a job was asked for again
         self._asked = False  # for a job's STATUS, which is still to be answered
         self._leaving = False  # while a job is closed, which is to be said even by a client that stops
+        self._behind = False  # answers of a scan that ended badly may still come
         self._context = zmq.Context()
+        self._open_socket()
+        try:
+            self._connect(connect_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_socket(self) -> None:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a server that is not there
@@ -172,18 +183,14 @@ class Client:
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
         self._socket.setsockopt(zmq.RCVHWM, 64)
         self._socket.setsockopt(zmq.SNDHWM, 64)
-        if credentials is not None:
-            self._socket.setsockopt(zmq.CURVE_SERVERKEY, credentials.server_key.encode())
-            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, credentials.pair.public.encode())
-            self._socket.setsockopt(zmq.CURVE_SECRETKEY, credentials.pair.secret.encode())
+        self._socket.setsockopt(zmq.IPV6, "[" in self.server)
+        if self._credentials is not None:
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, self._credentials.server_key.encode())
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, self._credentials.pair.public.encode())
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, self._credentials.pair.secret.encode())
         self._monitor = self._socket.get_monitor_socket(EVENTS)
         self._poller = zmq.Poller()
         self._poller.register(self._monitor, zmq.POLLIN)
-        try:
-            self._connect(connect_s)
-        except BaseException:
-            self.close()
-            raise
 
     def __enter__(self) -> Client:
         return self
@@ -195,10 +202,13 @@ class Client:
 
     def close(self) -> None:
         """Ends the connection."""
+        self._close_socket()
+        self._context.term()
+
+    def _close_socket(self) -> None:
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close()
-        self._context.term()
 
     def welcome(self, limit_s: float = CONNECT_S) -> protocol.Welcome:
         """What the server says of itself: limits, models, whether they are loaded.
@@ -259,6 +269,7 @@ class Client:
         timeout_s: float = 600.0,
         on_progress: OnProgress = lambda stage, done, total: None,
         modality: str = "",
+        on_result: OnResult = lambda paths, measurements: None,
     ) -> tuple[list[Path], dict[str, Any]]:
         """Has one scan segmented. The same call again after whatever went wrong goes on where the server is.
 
@@ -271,6 +282,8 @@ class Client:
             on_progress: told the stage and how far it is, in bytes while sending and receiving, scans before this one
                 while in the queue, slices or batches while segmenting.
             modality: "CT" or "MR", whatever the scan's file says; "" for that.
+            on_result: told what is returned, before the server is told that it may delete the result; where it raises
+                BAD_OUTPUT, the same call finds the result again.
 
         Returns:
             The files written, `out` first, then `<out>.json` if the mask is an oblique .vtk; and the measurements.
@@ -287,6 +300,11 @@ class Client:
         check_readable(scan)
         check_outputs([scan], [out])
         on_progress("pack", 0, 0)
+        if self._behind:  # on a connection of its own no late answer can be taken for one about this scan
+            self._close_socket()
+            self._open_socket()
+            self._connect(min(timeout_s, SILENCE_S))
+        self._behind = True
         self._check_sizes(scan)
         sent = package(scan)
         name, _, version = model.partition("/")
@@ -296,12 +314,20 @@ class Client:
                 sent.name, sent.kind, name, int(version or 0), modality, output, sent.codec, sent.bytes,
                 sent.content_bytes, sent.sha256, DEADLINE_MS_MAX,
             )  # fmt: skip
-            return self._repeat(submit, sent, out, limit, on_progress)
+            answer = self._repeat(submit, sent, out, limit, on_progress, on_result)
+        self._behind = False
+        return answer
 
     # ---- the steps of a job
 
     def _repeat(
-        self, submit: protocol.Submit, sent: Package, out: Path, limit: float, on_progress: OnProgress
+        self,
+        submit: protocol.Submit,
+        sent: Package,
+        out: Path,
+        limit: float,
+        on_progress: OnProgress,
+        on_result: OnResult,
     ) -> tuple[list[Path], dict[str, Any]]:
         """Tries again where the server says that this may help; ends the job, unless the next call is to find it."""
         job, corrupt = b"", 0
@@ -311,7 +337,9 @@ class Client:
                 try:
                     accepted = self._announce(dataclasses.replace(submit, deadline_ms=left_ms), limit)
                     job = accepted.job
-                    return self._run(accepted, submit.output, sent, out, limit, on_progress)
+                    answer = self._run(accepted, submit.output, sent, out, limit, on_progress)
+                    on_result(*answer)
+                    return answer
                 except Refused as refused:
                     corrupt += refused.code == "DIGEST_MISMATCH"
                     wait_s = max(RETRY_S, refused.error.retry_after_ms / 1000)

@@ -482,7 +482,7 @@ class Gate:
             idle_s = now - job.touched
             if job.state is State.WAITING and job.step < crew.PACK and self.was_ready and job.model not in served:
                 self._reassign(job, served, now)
-            elif job.state is State.WAITING and job.step < crew.PACK and now > job.expires:
+            elif job.state is State.WAITING and not job.begun and now > job.expires:
                 text = f"Expected a free worker in time, received none for {job.submit.name}; raise the time limit."
                 self.handlers.fail(job, Refusal("EXPIRED", "queue", text, "access", True), now)
             elif job.state is State.RECEIVING and idle_s > deadlines.upload_idle_s:
@@ -491,7 +491,8 @@ class Gate:
             elif job.state in (State.DONE, State.FAILED) and idle_s > deadlines.result_keep_s:
                 log.info("job %s: nobody closed it", job.label)
                 self.jobs.remove(job)
-        self.replies.forget_silent(now, CLIENT_IDLE_S)
+        waited_for = (job for job in self.jobs if job.state not in (State.DONE, State.FAILED))
+        self.replies.forget_silent(now, CLIENT_IDLE_S, {route for job in waited_for for route in job.routes})
 
     def _reassign(self, job: Job, served: Sequence[protocol.Model], now: float) -> None:
         """What becomes of a job whose version is not served any more: the current one does it, unless it was named."""

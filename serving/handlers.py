@@ -122,6 +122,8 @@ class Handlers:
         if job is None:
             job = self._new_job(key, message, model, owner, now)
             job.sender = route
+        else:
+            self._check_goes_on(job, now)
         job.routes.add(route)
         job.touched = now
         job.expires = max(job.expires, now + message.deadline_ms / 1000)
@@ -176,26 +178,46 @@ class Handlers:
         limits = self.config.limits
         if self.jobs.is_ending(key, owner):
             raise self._busy("The same scan was cancelled just now and is about to end; try again.")
-        coming_in = self.jobs.receiving(now)
-        if self.jobs.queued >= limits.queue or len(coming_in) >= limits.uploads or len(self.jobs) >= limits.jobs:
-            raise self._busy(
-                f"The server is busy: {self.jobs.queued} scans wait, {len(coming_in)} come in; try again later."
-            )
+        if len(self.jobs) >= limits.jobs:
+            raise self._busy(f"The server is busy with {len(self.jobs)} jobs; try again later.")
         own = self.jobs.of_owner(owner)
         if len(own) >= limits.jobs_per_client:
             raise self._busy(f"Expected at most {limits.jobs_per_client} jobs of one client, received one more.")
-        if self.secure:
-            self._check_share(own, coming_in)
+        self._check_comes_in(own, now)
         try:
-            left = shutil.disk_usage(self.spool).free - self.jobs.reserved_bytes(now)
-            if left - message.bytes - message.content_bytes < limits.spool_free_bytes:
-                raise OSError(errno.ENOSPC, "below the mark")
+            self._check_room(message.bytes + message.content_bytes, now)
             job = self.jobs.add(key, message, model, owner, now)
         except OSError as error:
             raise self.storage_failure(error, "submit") from error
         job.until = min(message.bytes, limits.window_bytes)
         log.info("job %s: %s, %d bytes announced by %s", job.label, message.model, message.bytes, self._name(owner))
         return job
+
+    def _check_goes_on(self, job: Job, now: float) -> None:
+        """Whether an upload that stood still, and held no place meanwhile, may go on; it stays where it is if not."""
+        if job.state is not State.RECEIVING or self.jobs.is_coming_in(job, now):
+            return
+        self._check_comes_in(self.jobs.of_owner(job.owner), now)
+        try:
+            self._check_room(job.submit.bytes - job.offset + job.submit.content_bytes, now)
+        except OSError as error:
+            raise self.storage_failure(error, "upload") from error
+
+    def _check_comes_in(self, own: Sequence[Job], now: float) -> None:
+        """Whether one more of an owner, who has these jobs, may be uploaded."""
+        limits, coming_in = self.config.limits, self.jobs.receiving(now)
+        if self.jobs.queued >= limits.queue or len(coming_in) >= limits.uploads:
+            raise self._busy(
+                f"The server is busy: {self.jobs.queued} scans wait, {len(coming_in)} come in; try again later."
+            )
+        if self.secure:
+            self._check_share(own, coming_in)
+
+    def _check_room(self, wanted_bytes: int, now: float) -> None:
+        """OSError ENOSPC where the spool has no room for so many bytes beside what is coming already."""
+        left = shutil.disk_usage(self.spool).free - self.jobs.reserved_bytes(now)
+        if left - wanted_bytes < self.config.limits.spool_free_bytes:
+            raise OSError(errno.ENOSPC, "below the mark")
 
     def _check_share(self, own: Sequence[Job], coming_in: Sequence[Job]) -> None:
         """Leaves the others half of the queue and of the uploads."""
@@ -229,6 +251,7 @@ class Handlers:
                 "access",
                 True,
             )
+        self._check_goes_on(job, now)
         if job.began is None:
             job.began = job.credited = now
         job.touched = now

@@ -95,7 +95,7 @@ class Job:
         folder: its folder in the spool.
         created: seconds since 1970.
         touched: time of the last message or change, from which it ages.
-        expires: time by which it has to run.
+        expires: time by which it has to begin.
         routes: connections that want to hear of it.
         sender: the connection that uploads it.
         step: index in STEPS of what it waits for or is at.
@@ -105,6 +105,7 @@ class Job:
         waits: time since which it waits for a worker.
         queued_s: how long it waited for workers before.
         abandoned: nobody wants it any more; it goes once its worker lets go.
+        begun: it was being segmented since the start, so that its time to begin does not matter any more.
     """
 
     key: bytes
@@ -135,6 +136,7 @@ class Job:
     files: tuple[protocol.ResultFile, ...] = ()
     error: protocol.Error | None = None
     abandoned: bool = False
+    begun: bool = False
 
     @property
     def label(self) -> str:
@@ -187,9 +189,12 @@ class JobTable:
 
     def receiving(self, now: float) -> list[Job]:
         """Those whose upload has gone on lately; others go on when their clients are back, and hold nobody up."""
-        return [
-            job for job in self._jobs.values() if job.state is State.RECEIVING and now - job.touched < UPLOAD_ACTIVE_S
-        ]
+        return [job for job in self._jobs.values() if self.is_coming_in(job, now)]
+
+    @staticmethod
+    def is_coming_in(job: Job, now: float) -> bool:
+        """Whether a job's upload has gone on lately."""
+        return job.state is State.RECEIVING and now - job.touched < UPLOAD_ACTIVE_S
 
     def reserved_bytes(self, now: float) -> int:
         """What is still to be written for scans that come in or wait to be unpacked."""
@@ -329,7 +334,7 @@ class JobTable:
         if job is None:
             return None
         line.remove(job)
-        job.state, job.progress = State.RUNNING, None
+        job.state, job.progress, job.begun = State.RUNNING, None, job.begun or step > 0
         job.queued_s += max(0.0, now - job.waits)
         return job
 
@@ -604,17 +609,19 @@ def _row_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _job_of(row: Mapping[str, Any], folder: Path, now: float) -> Job | None:
-    """A job from its row, or None where the row is none that this version wrote."""
+    """A job from its row, or None where the row is none that this version wrote.
+
+    Its time to begin counts anew: while no server ran, nothing could begin.
+    """
     try:
         submit = protocol.Submit(**json.loads(row["submit"]))
         protocol.encode(submit)
         model = protocol.Model(**json.loads(row["model"]))
         protocol.encode(protocol.Ready((model,)))
         age_s = max(0.0, time.time() - float(row["changed"]))
-        waited_s = max(0.0, time.time() - float(row["created"]))
         job = Job(
             bytes.fromhex(row["key"]), int(row["number"]), str(row["owner"]), submit, model, folder,
-            float(row["created"]), now - age_s, now + max(0.0, submit.deadline_ms / 1000 - waited_s),
+            float(row["created"]), now - age_s, now + submit.deadline_ms / 1000,
             state=State(row["state"]), durable=int(row["offset"]), losses=int(row["losses"]),
         )  # fmt: skip
         job.files = tuple(protocol.ResultFile(**file) for file in json.loads(row["files"]))

@@ -49,9 +49,9 @@ class Credentials:
 
 
 def new_pair() -> KeyPair:
-    """A fresh key pair."""
+    """A fresh key pair; the public key does not begin with a dash, which commands would take for an option."""
     public, secret = zmq.curve_keypair()
-    return KeyPair(public.decode(), secret.decode())
+    return KeyPair(public.decode(), secret.decode()) if not public.startswith(b"-") else new_pair()
 
 
 def is_key(text: object) -> bool:

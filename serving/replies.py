@@ -96,10 +96,13 @@ class Replies:
         box = self._boxes.get(route)
         return box is None or bool(box.waiting)
 
-    def forget_silent(self, now: float, limit_s: float) -> None:
-        """Forgets connections that have said nothing for so long."""
+    def forget_silent(self, now: float, limit_s: float, but: Container[bytes] = ()) -> None:
+        """Forgets connections that have said nothing for so long, but for those that wait to hear of a job.
+
+        One of those that is gone is forgotten once it is sent to.
+        """
         for route, box in list(self._boxes.items()):
-            if now - box.heard > limit_s:
+            if now - box.heard > limit_s and route not in but:
                 del self._boxes[route]
 
     def forget_owners_but(self, owners: Container[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import fcntl
+import ipaddress
 import os
 import resource
 import shutil
@@ -130,8 +131,12 @@ def _serve(arguments: argparse.Namespace, stop_signals: list[int], worker_comman
 
 def local_address(bind: str) -> str:
     """What a client on this computer connects to, or "" where the port is not known beforehand."""
-    port = bind.rpartition(":")[2]
-    return LOOPBACK + port if port.isdigit() and port != "0" else ""
+    host, _, port = bind.rpartition(":")
+    if not port.isdigit() or port == "0":
+        return ""
+    host = host.removeprefix("tcp://")
+    is_any = host == "*" or ipaddress.ip_address(host.strip("[]")).is_unspecified
+    return LOOPBACK + port if is_any else bind
 
 
 def _open_many_files() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -15,9 +16,10 @@ import zmq
 from serving_fixtures import LIMIT_S, Server, running, until
 from test_serving import ROOT, expect_right_mask, scan_file
 
-from serving import access, admin, keys, protocol
+from serving import access, admin, client, keys, protocol
 from serving.connection import Client, ClientError
 from serving.errors import KeyFileError
+from serving.server import local_address
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,37 @@ def refusal(server: Server, credentials: keys.Credentials | None, **how: bool) -
         Client(server.endpoint, credentials, **how)
     assert refused.value.sentence.startswith("Expected ")
     return refused.value.code, refused.value.exit_code, time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    ("bind", "address"),
+    [
+        ("tcp://*:5557", "tcp://127.0.0.1:5557"),
+        ("tcp://0.0.0.0:5557", "tcp://127.0.0.1:5557"),
+        ("tcp://[::]:5557", "tcp://127.0.0.1:5557"),
+        ("tcp://10.0.0.5:5557", "tcp://10.0.0.5:5557"),
+        ("tcp://[::1]:5557", "tcp://[::1]:5557"),
+        ("tcp://10.0.0.5:*", ""),
+        ("tcp://10.0.0.5:0", ""),
+    ],
+)
+def test_a_client_on_this_computer_is_told_where_the_server_listens(bind: str, address: str) -> None:
+    assert local_address(bind) == address
+
+
+def test_a_public_key_is_none_that_a_command_takes_for_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = iter([(b"-" + bytes([65] * 39), bytes([66] * 40)), *(zmq.curve_keypair() for _ in range(2))])
+    monkeypatch.setattr(keys.zmq, "curve_keypair", lambda: next(drawn))
+    server = keys.new_pair()
+    assert not server.public.startswith("-")
+    dashed = "-" + server.public[1:]  # one of an earlier version, as README gives it
+    path = tmp_path / "client.json"
+    assert client.main(["keys", "new", "--name", "site a", f"--server-key={dashed}", "--key", str(path)]) == 0
+    line = shlex.split(capsys.readouterr().out.splitlines()[-1])[3:]
+    assert admin._parser().parse_args(line).key == keys.read_credentials(path).pair.public
+    assert keys.read_credentials(path).server_key == dashed
 
 
 def test_the_keys_that_the_first_start_makes_let_this_user_in(secured: Server, tmp_path: Path) -> None:

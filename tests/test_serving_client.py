@@ -24,6 +24,7 @@ import zmq
 from serving_fixtures import DIGEST, LIMIT_S, until
 
 from serving import connection, protocol, scans
+from serving.client import main
 from serving.connection import Client, ClientError
 from serving.scans import package
 
@@ -31,6 +32,16 @@ ROOT = Path(__file__).parents[1]
 CHUNK = 10_000
 RATE = 400_000  # bytes a second of a slow link
 MASK, MEASURED = b"mask" * 10, b'{"volume_ml": 1}'
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as one:
+        one.bind(("::1", 0))
+        return True
+    return False
+
+
+HOSTS = ["127.0.0.1", *(["[::1]"] if has_ipv6() else [])]
 
 
 def key_of(name: str) -> bytes:
@@ -56,10 +67,15 @@ class Scripted:
         script: given each message, returns what is answered; None for what a server would answer.
         window: bytes that a client may send ahead.
         mask: the result of every job.
+        host: where it listens.
     """
 
     def __init__(
-        self, script: Callable[[Any], Sequence[Any] | None] = lambda _: None, window: int = 10**9, mask: bytes = MASK
+        self,
+        script: Callable[[Any], Sequence[Any] | None] = lambda _: None,
+        window: int = 10**9,
+        mask: bytes = MASK,
+        host: str = "127.0.0.1",
     ) -> None:
         self.script, self.window = script, window
         self.heard: list[Any] = []
@@ -70,10 +86,12 @@ class Scripted:
             for name, content in self.results.items()
         )
         self.problems: list[BaseException] = []
+        self.route = b""  # from which the last message came
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.bind("tcp://127.0.0.1:*")
+        self.socket.setsockopt(zmq.IPV6, "[" in host)
+        self.socket.bind(f"tcp://{host}:*")
         self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self.run)
@@ -94,6 +112,7 @@ class Scripted:
             if not self.socket.poll(20):
                 continue
             route, *frames = self.socket.recv_multipart()
+            self.route = route
             try:
                 message = protocol.decode(frames, protocol.FROM_CLIENT)
                 self.heard.append(message)
@@ -229,6 +248,13 @@ def expect_done(answer: tuple[list[Path], dict[str, Any]], out: Path, mask: byte
 # ---- slow links
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_addresses_of_either_kind_are_reached(tmp_path: Path, host: str) -> None:
+    with Scripted(host=host) as server:
+        assert host in server.endpoint
+        expect_done(segment(server.endpoint, scan_of(tmp_path), tmp_path / "out.vtk"), tmp_path / "out.vtk")
+
+
 def test_over_a_slow_link_every_byte_is_sent_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "ASK_S", 0.05)
     scan, size, window = scan_of(tmp_path, 80 * CHUNK), 80 * CHUNK, 40 * CHUNK
@@ -328,6 +354,35 @@ def test_data_that_was_lost_without_a_sign_is_asked_for_again(tmp_path: Path, mo
 
 
 # ---- servers that are started again
+
+
+def test_a_late_answer_is_not_taken_for_one_about_the_next_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has the first scan already; what it says of that comes only after the second one was announced."""
+    monkeypatch.setattr(connection, "SILENCE_S", 0.5)
+    first, second = scan_of(tmp_path, name="first.nii.gz"), scan_of(tmp_path, name="second.nii.gz")
+    late: list[tuple[bytes, Any]] = []
+
+    def script(message: Any) -> list[Any] | None:
+        if not isinstance(message, protocol.Submit):
+            return None
+        if message.name == first.name:
+            job = server.jobs.setdefault(key_of(first.name), Job(message, message.bytes))
+            job.offset = message.bytes
+            late.extend((server.route, answer) for answer in server.answers(message))
+            return []
+        for route, answer in late:
+            server.socket.send_multipart([route, *protocol.encode(answer)])
+        return None
+
+    with Scripted(script) as server, Client(server.endpoint, insecure=True) as client:
+        with pytest.raises(ClientError) as told:
+            client.segment(first, "bright", tmp_path / "first.vtk")
+        assert told.value.code == "UNREACHABLE"
+        expect_done(client.segment(second, "bright", tmp_path / "second.vtk"), tmp_path / "second.vtk")
+        assert [chunk.job for chunk in server.all(protocol.Chunk)] == [key_of(second.name)] * 3
+        assert {fetch.job for fetch in server.all(protocol.Fetch)} == {key_of(second.name)}
 
 
 def test_an_announcement_that_is_lost_with_a_server_is_made_again(
@@ -486,6 +541,29 @@ def command(server: Scripted, folder: Path, *arguments: object, stdin: Path | No
             process.kill()
     assert "Traceback" not in (folder / "told").read_text()
     assert list((folder / "temporary").iterdir()) == []
+
+
+def test_what_is_said_of_a_scan_is_there_before_the_server_may_forget_it(tmp_path: Path) -> None:
+    scans_there = [scan_of(tmp_path, name=f"{name}.nii.gz") for name in ("one", "two")]
+    table, found = tmp_path / "volumes.json", []
+
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Close):
+            found.append(json.loads(table.read_text()))
+        return [] if isinstance(message, protocol.Submit) and message.name == "two.nii.gz" else None
+
+    with Scripted(script) as server:
+        with command(server, tmp_path, *scans_there, "-o", tmp_path / "masks", "--json", table):
+            until(lambda: found, "one scan is done")
+        (said,) = found[0]
+        assert (said["scan"], said["volume_ml"]) == (str(scans_there[0]), 1)
+        assert json.loads(table.read_text()) == [said]  # after Ctrl-C, too
+
+
+def test_a_watched_folder_has_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--watch", str(tmp_path), "--model", "bright", "-o", str(tmp_path / "masks"), "--json", "v.json"]
+    assert main(["submit", "--insecure", *arguments]) == 2
+    assert "--json without --watch" in capsys.readouterr().err
 
 
 @pytest.fixture

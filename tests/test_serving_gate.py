@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from serving_fixtures import LIMIT_S, STUCK, make_models, make_version, running, until
@@ -21,7 +22,7 @@ from serving.config import ServerConfig
 from serving.connection import Client
 from serving.crew import Generation
 from serving.errors import ClientError
-from serving.gate import Gate
+from serving.gate import CLIENT_IDLE_S, Gate
 from serving.handlers import CREDIT_EVERY_S
 from serving.jobs import RESULT, UPLOAD, JobTable, State
 from serving.replies import Outbox, Refusal
@@ -91,15 +92,16 @@ def test_a_worker_that_is_started_again_gets_the_device_of_the_one_lost(tmp_path
         one._follow_lists()
         one.workers.start_missing(0.0)
 
-        def devices() -> dict[str, crew.Worker]:
-            return {device_of(worker): worker for worker in one.workers if worker.step == crew.SEGMENT}
+        def both() -> dict[str, crew.Worker] | None:
+            found = {device_of(worker): worker for worker in one.workers if worker.step == crew.SEGMENT}
+            return found if set(found) == {"5", "7"} else None  # one that is just being started says nothing yet
 
         for lost in ("5", "7", "5"):
-            worker = until(lambda: set(devices()) == {"5", "7"} and devices(), "both are there")[lost]
+            worker = until(both, "both are there")[lost]
             worker.ready = True
             one._lose(worker, 1.0)
             one.workers.start_missing(2.0)
-        until(lambda: set(devices()) == {"5", "7"}, "both are there")
+        until(both, "both are there")
 
 
 def test_a_command_that_cannot_be_started_is_tried_again_and_ends_nothing(tmp_path: Path) -> None:
@@ -250,6 +252,79 @@ def test_an_upload_whose_client_is_gone_holds_no_place_and_no_room(tmp_path: Pat
     later = jobs.UPLOAD_ACTIVE_S + 1.0
     assert (table.receiving(later), table.reserved_bytes(later)) == ([], 0)
     table.close()
+
+
+def test_an_upload_that_stood_still_goes_on_only_where_there_is_place_and_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later, route = jobs.UPLOAD_ACTIVE_S + 1.0, b"route"
+    with gate(tmp_path, ("sleep", "1000"), limits={"uploads": 1, **LIMITS}) as one:
+        still, other = (
+            one.jobs.add(protocol.job_key("", submit, MODEL.sha256), submit, MODEL, "", began)
+            for submit, began in ((submit_of(b"x" * 1000), 0.0), (submit_of(b"y" * 1000), later))
+        )
+        for job in (still, other):
+            job.until, job.sender = 1000, route
+        with pytest.raises(Refusal) as told:  # the other one has its place
+            one.handlers._chunk(route, protocol.Chunk(still.key, 0, b"x" * 10), "", later)
+        assert (told.value.code, still.offset, still.state) == ("BUSY", 0, State.RECEIVING)
+        one.jobs.remove(other)
+        monkeypatch.setattr(one.handlers, "_check_submit", lambda _: MODEL)  # no worker has it
+        free = SimpleNamespace(free=999)
+        monkeypatch.setattr("serving.handlers.shutil.disk_usage", lambda _: free)
+        with pytest.raises(Refusal) as told:
+            one.handlers._submit(route, still.submit, "", later)
+        assert (told.value.code, still.state) == ("STORAGE_FULL", State.RECEIVING)
+        free.free = 10**9
+        one.handlers._chunk(route, protocol.Chunk(still.key, 0, b"x" * 10), "", later)
+        assert still.offset == 10
+        free.free = 0  # for one that goes on, room was kept
+        one.handlers._chunk(route, protocol.Chunk(still.key, 10, b"x" * 10), "", later + 1.0)
+        assert still.offset == 20
+
+
+def test_only_a_scan_that_was_never_being_segmented_is_given_up_for_its_time(tmp_path: Path) -> None:
+    with gate(tmp_path, ("sleep", "1000")) as one:
+        begun, waiting = (
+            one.jobs.add(protocol.job_key("", submit, MODEL.sha256), submit, MODEL, "", 0.0)
+            for submit in (submit_of(b"one"), submit_of(b"two"))
+        )
+        for job, content in ((begun, b"one"), (waiting, b"two")):
+            one.jobs.write(job, content)
+            assert one.jobs.stored(job, 0.0)
+        assert one.jobs.next(0, 1.0) is begun
+        one.jobs.advance(begun, 2.0)
+        assert one.jobs.next(1, 3.0) is begun
+        late = begun.submit.deadline_ms / 1000 + 1.0
+        assert one.jobs.again(begun, late)  # its worker was lost
+        one._expire(late)
+        assert (begun.state, waiting.state) == (State.WAITING, State.FAILED)
+        assert waiting.error is not None and waiting.error.code == "EXPIRED"
+
+
+def test_what_waited_while_no_server_ran_has_its_time_anew(tmp_path: Path) -> None:
+    table, (job,) = table_with(tmp_path, "scan")
+    table.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / jobs.DATABASE, isolation_level=None)) as database:
+        database.execute("UPDATE jobs SET created = created - 1e6, changed = changed - 1e6")  # or a clock set wrongly
+    again = JobTable(tmp_path, 100.0)
+    (taken,) = again
+    assert taken.state is State.WAITING and taken.expires == 100.0 + job.submit.deadline_ms / 1000
+    again.close()
+
+
+def test_a_quiet_connection_is_kept_as_long_as_it_waits_to_hear_of_a_job(tmp_path: Path) -> None:
+    with gate(tmp_path, ("sleep", "1000")) as one:
+        submit = submit_of(b"one")
+        job = one.jobs.add(protocol.job_key("", submit, MODEL.sha256), submit, MODEL, "", 0.0)
+        for route in (b"waits", b"idle"):
+            one.handlers.replies.heard(route, "", 0.0)
+        job.routes.add(b"waits")
+        one._expire(CLIENT_IDLE_S + 1.0)
+        assert b"waits" in one.handlers.replies and b"idle" not in one.handlers.replies
+        one.jobs.remove(job)
+        one._expire(CLIENT_IDLE_S + 1.0)
+        assert b"waits" not in one.handlers.replies
 
 
 def test_only_waiting_counts_as_the_queue(tmp_path: Path) -> None:
