@@ -759,6 +759,38 @@ def test_a_zip_that_no_one_should_unpack_is_refused(tmp_path, monkeypatch, fault
     assert is_one_sentence_naming(sentence, path)
 
 
+@pytest.mark.parametrize("moved", [50, -50, 2**31], ids=["later", "earlier", "far away"])
+def test_a_zip_whose_directory_lies_elsewhere_than_it_says_is_corrupt(tmp_path, moved):
+    path = zipped(tmp_path / "scan.zip", members_of(tmp_path, [slice_of(index) for index in range(2)]))
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\x05\x06") + 16
+    directory = int.from_bytes(content[at : at + 4], "little")
+    content[at : at + 4] = max(0, directory + moved).to_bytes(4, "little")
+    path.write_bytes(content)
+    code, sentence = error_of(read_volume, path)
+    assert code == "INPUT_CORRUPT" and is_one_sentence_naming(sentence, path)
+
+
+@pytest.mark.parametrize("zeros", [[5], [1, 3, 5], range(6)], ids=["last", "every second", "all"])
+def test_a_slice_that_says_it_has_no_frames_is_a_slice(tmp_path, zeros):
+    slices = [slice_of(index) for index in range(6)]
+    for index in zeros:
+        slices[index].NumberOfFrames = 0
+    np.testing.assert_array_equal(read_volume(save(tmp_path / "scan", slices)).voxels, pixels_of(6))
+
+
+@pytest.mark.parametrize("where", ["pydicom.dcmread", "lvseg.formats.dicom_file.get_decoder"])
+def test_want_of_memory_is_not_blamed_on_the_file(tmp_path, monkeypatch, where):
+    folder = save(tmp_path / "scan", [slice_of(index) for index in range(2)])
+
+    def without_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(where, without_memory)
+    with pytest.raises(MemoryError):
+        read_volume(folder)
+
+
 @pytest.mark.parametrize("name", ["a.dcm", "A.IMA", "IM0001", "1.2.840.3", "x.000", "notes.txt", "._IM1", ".dcm", "é"])
 def test_the_server_and_the_library_keep_the_same_of_a_members_name(name):
     assert archive.kept_suffix(name) == protocol.member_suffix(name)

@@ -1,5 +1,6 @@
 """Masks as DICOM segmentations: the voxels, places, references and names in them, as other readers find them."""
 
+import copy
 import io
 import itertools
 import json
@@ -190,6 +191,22 @@ def test_slices_that_are_neither_quite_even_nor_quite_straight_keep_their_own_po
     np.testing.assert_array_equal(own.voxels, mask.voxels)
     np.testing.assert_allclose(own.affine, scan.affine, rtol=0, atol=1e-6)
     expect_each_frame_to_lie_on_its_image(mask, seg, sources)
+
+
+@pytest.mark.parametrize("distance_mm", [8.25, 6.33, 7.15])
+def test_positions_rounded_to_a_tenth_of_a_millimetre_have_a_place_each(tmp_path, distance_mm):
+    """So that gaps differ by a tenth, within what images may, and their error would add up along the stack."""
+    first = series(np.eye(3))[0]
+    sources = [copy.deepcopy(first) for _ in range(30)]
+    for index, source in enumerate(sources):
+        source.SOPInstanceUID = f"1.2.3.{index + 1}"
+        source.ImagePositionPatient = [0, 0, round(index * distance_mm, 1)]
+        source.SliceThickness = distance_mm
+    scan = read_volume(save(tmp_path / "scan", sources))
+    mask, _ = written(scan, tmp_path / "seg.dcm", LIVER)
+    own = read_volume(tmp_path / "seg.dcm")
+    np.testing.assert_array_equal(own.voxels, mask.voxels)
+    np.testing.assert_allclose(own.affine, scan.affine, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("algorithm", [LIVER, THREE], ids=["one class", "three classes"])

@@ -32,6 +32,7 @@ FORMATS: dict[str, tuple[Reader, Writer | None]] = {
     ".zip": (dicom.read, None),
 }
 SEGMENTATION = ".dcm"  # a mask's suffix as a DICOM segmentation
+DATA_FILES = {".nhdr": nrrd.data_file, ".mhd": metaimage.data_file}  # of headers whose voxels may lie beside them
 
 
 def read_volume(path: Path | str | Sequence[Path | str], series: str | None = None) -> Volume:
@@ -145,6 +146,17 @@ def stem(path: Path) -> str:
     if path.is_dir():
         return path.resolve().name
     return path.name[: len(path.name) - len(_suffix(path))]
+
+
+def files_of(path: Path) -> list[Path]:
+    """What of a scan or mask lies in which file: itself, and the data file beside it where it is a header alone.
+
+    Raises:
+        InputError: as `read_volume`, of a header.
+    """
+    find = DATA_FILES.get("" if path.is_dir() else _suffix(path))
+    data = find(path) if find is not None else None
+    return [path] if data is None else [path, data]
 
 
 def _read(path: Path | str | Sequence[Path | str], series: str | None, on: Volume | None) -> Volume:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import struct
 import zipfile
@@ -81,7 +82,9 @@ def unzip(source: Path, folder: Path, content_bytes: int, members: int, name: st
                 names[kept] = name_in_zip
     except InputError:
         raise
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a place before the file's first byte is
+            raise
         raise InputError(
             "INPUT_CORRUPT", f"Expected a sound zip of DICOM files, received one that breaks off in {name}."
         ) from error

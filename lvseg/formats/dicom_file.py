@@ -96,9 +96,10 @@ class DicomFile:
 
     @property
     def frames(self) -> int:
+        """How many; some writers say 0 in files of one image, and a slice must not be passed over."""
         if self.header.get("NumberOfFrames") is None:
             return 1
-        return whole(self.header, "NumberOfFrames", self.path)
+        return whole(self.header, "NumberOfFrames", self.path) or 1
 
 
 @contextlib.contextmanager
@@ -174,6 +175,8 @@ def read_header(path: Path) -> DicomFile:
             for keyword in HEADER_KEYWORDS:
                 header.get(keyword)  # pydicom finds out only now whether it can be read
             ends_early = _ends_early(header, file_bytes)
+        except MemoryError:  # it is not the file's fault
+            raise
         except Exception as error:  # pydicom raises whatever its parser meets first
             raise damaged(path) from error
     order: Literal["little", "big"] = "little" if syntax.is_little_endian else "big"
@@ -244,7 +247,7 @@ def with_pixels(file: DicomFile) -> pydicom.Dataset:
         ends_at = pixels.value_tell + len(pixels.value)
         compressed = file.syntax.is_encapsulated
         frames = list(generate_frames(dataset.PixelData, number_of_frames=file.frames)) if compressed else []
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # pydicom raises whatever its parser meets first
         raise damaged(file.path) from error
@@ -265,6 +268,8 @@ def decoded(dataset: pydicom.Dataset, frame: int, size: tuple[int, int], path: P
             # More pixels than the header's sizes say: one of the two lies.
             warnings.filterwarnings("error", message="The decoded RLE segment contains")
             plane, _ = decoder.as_array(dataset, index=frame, raw=True)
+    except MemoryError:
+        raise
     except Exception as error:  # each codec raises its own
         raise damaged(path) from error
     if plane.shape != size:
@@ -300,6 +305,8 @@ def functional_groups(file: DicomFile) -> list[list[pydicom.Dataset]]:
     try:
         of_all = _items(shared)
         return [_items([own]) + of_all for own in frames]
+    except MemoryError:
+        raise
     except Exception as error:  # pydicom parses nested items when they are first looked at
         raise damaged(file.path) from error
 

@@ -158,8 +158,11 @@ def _step_mm(heights: npt.NDArray[np.float64], plane: Plane, path: Path) -> floa
             raise
     if not gaps.size:
         return said_mm
-    for step_mm in (said_mm, float(gaps.min())):
-        if step_mm <= UNEVEN_MM or step_mm > gaps.min() + UNEVEN_MM:
+    # As uneven as images may be, and their positions rounded: the mean of the single steps is the distance.
+    smallest_mm = float(gaps.min())
+    uneven_mm = max(UNEVEN_MM, UNEVEN_FRACTION * smallest_mm)
+    for step_mm in (said_mm, smallest_mm, float(gaps[gaps <= smallest_mm + uneven_mm].mean())):
+        if step_mm <= UNEVEN_MM or step_mm > smallest_mm + uneven_mm:
             continue
         steps = apart / step_mm
         # The whole stack is taken at once: an error that grows from slice to slice would place the last one wrongly.

@@ -123,14 +123,25 @@ def read(path: Path) -> Volume:
             )
         count = voxel_bytes(sizes, int(code[1:]), path)
         affine = _affine(header, path)
-        if header["ElementDataFile"].upper() == "LOCAL":
+        data_path = _data_file(header, path)
+        if data_path is None:
             voxels = _voxels(file, header, code, count, path)
         else:
-            with beside(path, header["ElementDataFile"]).open("rb") as data:
+            with data_path.open("rb") as data:
                 voxels = _voxels(data, header, code, count, path)
     directions = "TransformMatrix" if "TransformMatrix" in header else ASSUMED
     metadata = {"format": "MetaImage", "directions": directions}
     return Volume(voxels.reshape(reverse(sizes)), affine, source=str(path), metadata=metadata)
+
+
+def data_file(path: Path) -> Path | None:
+    """The file beside a header that holds its voxels, or None where they follow it; InputError as `read`."""
+    with path.open("rb") as file:
+        return _data_file(_header(file, path), path)
+
+
+def _data_file(header: dict[str, str], path: Path) -> Path | None:
+    return None if header["ElementDataFile"].upper() == "LOCAL" else beside(path, header["ElementDataFile"])
 
 
 def write(volume: Volume, path: Path) -> None:

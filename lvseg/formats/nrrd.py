@@ -92,14 +92,25 @@ def read(path: Path) -> Volume:
         sizes, spatial = _sizes(header, path)
         count = voxel_bytes(sizes, int(code[1:]), path)
         affine = _affine(header, spatial, path)
-        data_name = header.get("data file", header.get("datafile"))
-        if data_name is None:
+        data_path = _data_file(header, path)
+        if data_path is None:
             voxels = _voxels(file, header, code, count, path)
         else:
-            with beside(path, str(data_name)).open("rb") as data:
+            with data_path.open("rb") as data:
                 voxels = _voxels(data, header, code, count, path)
     shape = [sizes[axis] for axis in reversed(spatial)]
     return Volume(voxels.reshape(shape), affine, source=str(path), metadata={"format": "NRRD"})
+
+
+def data_file(path: Path) -> Path | None:
+    """The file beside a header that holds its voxels, or None where they follow it; InputError as `read`."""
+    with path.open("rb") as file:
+        return _data_file(_header(file, path), path)
+
+
+def _data_file(header: dict[str, Any], path: Path) -> Path | None:
+    name = header.get("data file", header.get("datafile"))
+    return None if name is None else beside(path, str(name))
 
 
 def write(volume: Volume, path: Path) -> None:
