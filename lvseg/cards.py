@@ -108,6 +108,11 @@ class Card(Keys):
                 "expected image, or water and fat, or in_phase and opposed_phase,"
                 f" received {' and '.join(given) or 'none of them'}"
             )
+        if (self.kind == "fat_fraction") != (self.task == "fatfraction"):
+            raise ValueError(
+                "expected kind: fat_fraction for the task fatfraction and only there, whose networks see percent,"
+                f" received kind={self.kind} for {self.task}"
+            )
         if len(given) == 2 and self.kind != "fat_fraction":
             raise ValueError(f"expected kind: fat_fraction beside {given[0]} and {given[1]}, received kind={self.kind}")
         if self.scale is not None and (self.kind != "fat_fraction" or len(given) == 2):
@@ -253,27 +258,28 @@ def survey(card: Card, root: Path) -> tuple[list[Scan], list[Path]]:
 
     Raises:
         InputError: NOT_FOUND if there are none, a scan lacks a file, or a patient that the card names has none;
-            AMBIGUOUS_PATH if a pattern finds several files for one patient and study.
+            AMBIGUOUS_PATH if a pattern finds several files for one patient and study, or one file for two.
     """
     key, pattern = next(iter(card.images.items()))
     found = _images(card, root, key, pattern)
     scans, unlabelled = [], []
+    owners: dict[tuple[str, Path], tuple[str, str]] = {}  # of files beside the images
     for (patient, study), path in sorted(found.items()):
         images = {key: path}
         for other, its_pattern in list(card.images.items())[1:]:
-            images[other] = _beside(card, root, other, its_pattern, patient, study, path)
+            images[other] = _beside(card, root, other, its_pattern, patient, study, path, owners)
         masks: dict[str, Path] = {}
         for name, its_pattern in card.masks.items():
             mask_key = "mask" if name == "mask" and isinstance(card.mask, str) else f"mask.{name}"
             if card.unlabelled == "skip" and not _matches(root, its_pattern, patient, study):
                 break
-            masks[name] = _beside(card, root, mask_key, its_pattern, patient, study, path)
+            masks[name] = _beside(card, root, mask_key, its_pattern, patient, study, path, owners)
         if len(masks) < len(card.masks):
             unlabelled.append(path)
             continue
         tissues = None
         if card.tissues is not None:
-            tissues = _beside(card, root, "tissues", card.tissues, patient, study, path)
+            tissues = _beside(card, root, "tissues", card.tissues, patient, study, path, owners)
         scans.append(Scan(card, card.patient_prefix + patient, study, images, masks, tissues))
     if not scans:
         what = f"{len(unlabelled)} without masks" if unlabelled else "no such files"
@@ -391,7 +397,7 @@ def _matching(
     for path in sorted(root.glob(_glob(pattern, patient="*", study="*"))):
         relative = path.relative_to(root)
         match = re.fullmatch(expression, relative.as_posix())
-        if match is None or any(part.startswith(".") for part in relative.parts):
+        if match is None or _is_hidden(relative):
             continue
         groups = {"study": "1", **match.groupdict()}
         if any("\ud800" <= letter <= "\udfff" for letter in relative.as_posix()):
@@ -423,15 +429,35 @@ def _expression(pattern: str) -> str:
 def _glob(pattern: str, patient: str, study: str) -> str:
     """The pattern for pathlib's glob: literal but for * and ?, with the placeholders filled in."""
     literal = re.sub(r"\[", "[[]", pattern)
-    return literal.replace("{patient}", patient).replace("{study}", study)
+    filled = literal.replace("{patient}", patient).replace("{study}", study)
+    return re.sub(r"\*+", "*", filled)  # one beside a placeholder that stands for any is no ** of glob's
 
 
 def _matches(root: Path, pattern: str, patient: str, study: str) -> list[Path]:
-    return sorted(root.glob(_glob(pattern, glob.escape(patient), glob.escape(study))))
+    found = root.glob(_glob(pattern, glob.escape(patient), glob.escape(study)))
+    return sorted(path for path in found if not _is_hidden(path.relative_to(root)))
 
 
-def _beside(card: Card, root: Path, key: str, pattern: str, patient: str, study: str, image: Path) -> Path:
-    """The one file or folder of a key that belongs to an image."""
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _beside(
+    card: Card,
+    root: Path,
+    key: str,
+    pattern: str,
+    patient: str,
+    study: str,
+    image: Path,
+    owners: dict[tuple[str, Path], tuple[str, str]],
+) -> Path:
+    """The one file or folder of a key that belongs to an image.
+
+    Args:
+        owners: patient and study whose each file is, by key; whose this one is joins them. Behind a placeholder * also
+            finds what is of a patient whose id begins alike.
+    """
     paths = _matches(root, pattern, patient, study)
     if not paths:
         wanted = root / pattern.replace("{patient}", patient).replace("{study}", study)
@@ -439,6 +465,13 @@ def _beside(card: Card, root: Path, key: str, pattern: str, patient: str, study:
             "NOT_FOUND", f"Expected {wanted} beside {image}, received no such file (key {key} of card {card.name})."
         )
     _check_one(card, key, patient, study, paths)
+    whose = (patient, study if "{study}" in pattern else "")
+    if (owner := owners.setdefault((key, paths[0]), whose)) != whose:
+        raise InputError(
+            "AMBIGUOUS_PATH",
+            f"Expected a file or folder for each patient and study, received {paths[0]} for both"
+            f" {'/'.join(filter(None, owner))} and {'/'.join(filter(None, whose))} (key {key} of card {card.name}).",
+        )
     return paths[0]
 
 
@@ -477,7 +510,7 @@ def _listed(card: Card, root: Path) -> set[str] | None:
     if wanted.pattern is not None:
         matches = [(entry, re.search(wanted.pattern, entry)) for entry in entries]
         for entry, match in matches:
-            if match is None:
+            if match is None or match[1] is None:
                 raise InputError(
                     "BAD_CONFIG",
                     f"Expected patients.pattern to match every entry, received {entry!r} in {path} {where}.",

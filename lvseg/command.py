@@ -106,9 +106,12 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".partial-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         yield temporary
-        if temporary.is_dir() and path.is_dir():
-            shutil.rmtree(path)
-        temporary.replace(path)
+        if temporary.is_dir() and path.is_dir():  # which is whole under one name or the other until the new one is
+            replaced = path.rename(path.with_name(f".partial-{uuid.uuid4().hex[:8]}-{path.name}"))
+            temporary.replace(path)
+            shutil.rmtree(replaced)
+        else:
+            temporary.replace(path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

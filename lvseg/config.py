@@ -239,6 +239,13 @@ class Train(Keys):
                 f"expected decay_steps with schedule=step and only there, received schedule={self.schedule} and"
                 f" decay_steps={self.decay_steps}"
             )
+        for key, setting, only in (("focal_gamma", "loss", "focal"), ("decay_factor", "schedule", "step")):
+            usual = type(self).model_fields[key].default  # which the config of every run states
+            if getattr(self, setting) != only and getattr(self, key) != usual:
+                raise ValueError(
+                    f"expected {key} with {setting}={only} only, received {getattr(self, key)} with"
+                    f" {setting}={getattr(self, setting)}"
+                )
         if self.loss == "dice" and self.class_weights is not None:
             raise ValueError("expected no class_weights with loss=dice, which counts the classes alike as it is")
         if self.decay_steps != sorted(set(self.decay_steps)):

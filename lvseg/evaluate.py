@@ -159,7 +159,7 @@ def _check_output(out: Path, run: Path | None) -> None:
     is_own = run is not None and place == (run / REPORT).resolve()
     if place.name == REPORT and (place.parent / "manifest.json").is_file() and not is_own:
         raise InputError("BAD_OUTPUT", f"Expected another folder than {out}, which is of the run's own model.")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if not out.name or out.name == ".." or out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError("BAD_OUTPUT", f"Expected --out to be a folder or nothing yet, received {out}.")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     others = sorted(name for name in names - mine if not name.endswith((".png", ".svg")))

@@ -39,7 +39,6 @@ UNLIKE_CT = (
 # Voxels brighter than this share of the scan's range (minimum to 99th percentile) count as tissue when the crop cuts.
 TISSUE_SHARE = 0.15
 # Every slice becomes one of the network's size, however small it is: no scanner makes more, but a small file may.
-SLICES_MAX = 4096
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ class Segmenter:
         """
         import tensorflow as tf
 
-        from lvseg.preprocess import AXIS_PERMUTATIONS, windowed, without_padding
+        from lvseg.preprocess import AXIS_PERMUTATIONS, SLICES_MAX, windowed, without_padding
 
         image = waterfat.from_series(scan) if self.info["task"] == FAT_FRACTION_TASK else scan
         canonical = image.canonical()

@@ -24,9 +24,10 @@ from typing import Any
 from urllib.parse import quote
 
 from lvseg import cards, command, workers
-from lvseg.cards import Card, Scan, find_scans, load_card, survey
+from lvseg.cards import Card, Scan, load_card, survey
 from lvseg.config import Data, add_experiment_arguments, load_experiment
 from lvseg.errors import InputError
+from lvseg.formats import files_of
 from lvseg.keys import digest
 from lvseg.split import Split, split_patients
 from lvseg.volume import Volume, as_float32
@@ -149,7 +150,7 @@ def split(data: Data, sets: Sequence[ShardSet]) -> Split:
 
 def dataset_scans(data: Data) -> list[Scan]:
     """Every scan of an experiment's cards, for evaluation on the scans' own grids."""
-    return [scan for path in data.datasets for scan in find_scans(*load_card(Path(path)))]
+    return [scan for path in data.datasets for scan in _survey(*load_card(Path(path)))[0]]
 
 
 def _made_by(card: Card, data: Data) -> dict[str, Any]:
@@ -179,7 +180,14 @@ def card_scans(path: Path) -> list[Scan]:
     """All scans of a card, simulated first where it says so and they are not there yet."""
     card, root = load_card(path)
     simulate_missing(card, root)
-    return find_scans(card, root)
+    return _survey(card, root)[0]
+
+
+def _survey(card: Card, root: Path) -> tuple[list[Scan], list[Path]]:
+    """As `cards.survey`; of simulated patients those of the card alone, whoever else was left in its folder."""
+    scans, unlabelled = survey(card, root)
+    own = simulated_patients(card, root)
+    return [scan for scan in scans if not own or scan.patient in own], unlabelled
 
 
 def simulate_missing(card: Card, root: Path, jobs: int = -1, only: Collection[str] | None = None) -> None:
@@ -205,7 +213,7 @@ def simulated_patients(card: Card, root: Path) -> dict[str, bool]:
 
 
 def _prepare_card(card: Card, root: Path, data: Data, engine: Engine) -> ShardSet:
-    scans, unlabelled = survey(card, root)
+    scans, unlabelled = _survey(card, root)
     if unlabelled:
         print(
             f"{card.name}: {len(unlabelled)} of {len(scans) + len(unlabelled)} scans have no mask and are left out, the"
@@ -306,7 +314,10 @@ def _shard_path(scan: Scan, folder: Path) -> Path:
 
 
 def _sources(scan: Scan) -> tuple[str, ...]:
-    return tuple(_sha256(path) for path in scan.files)
+    return tuple(
+        hashlib.sha256("\0".join(each).encode()).hexdigest() if len(each) > 1 else each[0]
+        for each in ([_sha256(path) for path in files_of(file)] for file in scan.files)
+    )
 
 
 def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data, root: Path | None = None) -> Any:
@@ -318,8 +329,8 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data, root: Path | 
         root: the folder that paths in the metadata are told from, so that a shard does not depend on where it lies.
 
     Raises:
-        InputError: an unreadable file; GEOMETRY_MISMATCH if mask and image do not lie on one grid; EMPTY_IMAGE for a CT
-            without tissue in its window.
+        InputError: an unreadable file; GEOMETRY_MISMATCH if mask and image do not lie on one grid; EMPTY_IMAGE for an
+            image of one value or a CT without tissue in its window; DIMS_LIMIT.
     """
     import tensorflow as tf
 
@@ -331,9 +342,17 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data, root: Path | 
     voxels = canonical.voxels.transpose(permutation)
     slice_mm, row_mm, column_mm = (canonical.spacing_mm[axis] for axis in permutation)
     spacing_mm = tf.constant([slice_mm, row_mm, column_mm], tf.float32)
+    if len(voxels) > preprocess.SLICES_MAX:
+        raise InputError(
+            "DIMS_LIMIT", f"Expected at most {preprocess.SLICES_MAX} slices, received {len(voxels)} in {image.source}."
+        )
     own, _ = preprocess.without_padding(as_float32(voxels, image.source))
+    if own.min() == own.max():
+        raise InputError(
+            "EMPTY_IMAGE", f"Expected an image, received one value, {own.min()}, everywhere in {image.source}."
+        )
     seen = preprocess.windowed(own, scan.card.modality, data.ct_window_hu)
-    if seen is not own and seen.min() == seen.max():
+    if seen.min() == seen.max():
         raise InputError("EMPTY_IMAGE", f"Expected tissue within data.ct_window_hu, received none in {image.source}.")
     intensities = tf.constant(seen)
     statistics = preprocess.statistics(intensities)

@@ -189,7 +189,7 @@ def fat_study(folder: Path, patients: int, swapped: Collection[int] = ()) -> Non
             write_nifti(home / f"{name}.nii.gz", voxels)
     write_card(
         folder, "fat", root="../raw/fat", image=None, water="{patient}/water.nii.gz", fat="{patient}/fat.nii.gz",
-        kind="fat_fraction", mask="{patient}/mask.nii.gz", labels={"organ": [1]},
+        task="fatfraction", kind="fat_fraction", mask="{patient}/mask.nii.gz", labels={"organ": [1]},
     )  # fmt: skip
 
 

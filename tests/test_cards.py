@@ -13,7 +13,7 @@ import yaml
 from small_study import ROOT, command, scan, write_card
 
 from lvseg import prepare
-from lvseg.cards import Card, find_scans, load_card, read_image, read_labels, survey
+from lvseg.cards import Card, find_scans, load_card, masks_without_scans, read_image, read_labels, survey
 from lvseg.config import Data, load_experiment
 from lvseg.errors import InputError
 from lvseg.formats import write_volume
@@ -147,6 +147,9 @@ def two_patients(folder: Path, image: str = "image.nii.gz", mask: str = "mask.ni
         write_volume(mask_volume, folder / patient / mask)
 
 
+FAT = {"task": "fatfraction", "kind": "fat_fraction"}
+
+
 def card_of(tmp_path, **changes):
     keys = {"root": "../raw", "mask": "{patient}/mask.nii.gz", "labels": {"organ": [1]}}
     return load_card(write_card(tmp_path, "a", **{**keys, **changes}))
@@ -256,6 +259,7 @@ def test_a_file_names_the_patients(tmp_path, name, text, keys):
         ("who.json", "{", {}, ("who.json",)),
         ("who.xlsx", "p1", {}, ("who.xlsx", ".csv")),
         ("who.txt", "p1\n", {"pattern": r"(\d\d)"}, ("p1", "patients.pattern")),
+        ("who.txt", "p\n", {"pattern": r"p(\d)?"}, ("'p'", "patients.pattern")),
         ("who.txt", "", {}, ("none", "who.txt")),
         ("who.csv", "site,id\nA,p1\nB\n", {"column": "id"}, ("line 3", "who.csv")),
     ],
@@ -323,8 +327,8 @@ def test_one_of_several_series_is_read_where_the_card_says_which(tmp_path):
         read_image(found)
     (found,) = find_scans(*card_of(tmp_path, image="{patient}/dicom", series="fat"))
     np.testing.assert_array_equal(read_image(found).canonical().voxels, 2 * image)
-    (found,) = find_scans(*card_of(tmp_path, image=None, water="{patient}/dicom", fat="{patient}/dicom",
-                                   kind="fat_fraction", series={"water": "7", "fat": "8"}))  # fmt: skip
+    (found,) = find_scans(*card_of(tmp_path, image=None, water="{patient}/dicom", fat="{patient}/dicom", **FAT,
+                                   series={"water": "7", "fat": "8"}))  # fmt: skip
     np.testing.assert_allclose(read_image(found).canonical().voxels[image > 0], 200 / 3, atol=0.01)
 
 
@@ -332,7 +336,7 @@ def test_a_fat_fraction_series_is_scaled_as_the_card_says(tmp_path):
     image, liver, _ = trees.body(2)
     trees.write_nifti(tmp_path / "raw/p1/image.nii.gz", image)  # up to 700: tenths of a percent
     trees.write_nifti(tmp_path / "raw/p1/mask.nii.gz", liver.astype(np.uint8))
-    (found,) = find_scans(*card_of(tmp_path, kind="fat_fraction", scale=0.1))
+    (found,) = find_scans(*card_of(tmp_path, **FAT, scale=0.1))
     np.testing.assert_allclose(read_image(found).canonical().voxels, image / 10, atol=1e-4)
 
 
@@ -340,7 +344,40 @@ def test_half_a_pair_is_refused(tmp_path):
     two_patients(tmp_path / "raw", image="water.nii.gz")
     shutil.copy(tmp_path / "raw/p1/water.nii.gz", tmp_path / "raw/p1/fat.nii.gz")
     refused(tmp_path, "p2/fat.nii.gz", "key fat of card set_a", code="NOT_FOUND", image=None,
-            water="{patient}/water.nii.gz", fat="{patient}/fat.nii.gz", kind="fat_fraction")  # fmt: skip
+            water="{patient}/water.nii.gz", fat="{patient}/fat.nii.gz", **FAT)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "unlabelled"), [("p1", "error"), ("p1", "skip"), ("V1", "error")])
+def test_a_mask_of_one_whose_name_begins_alike_is_not_taken(tmp_path, name, unlabelled):
+    """Of P1 or of visit V1, whose own is not there, * behind the placeholder finds that of P10 or V10."""
+    is_patient = name == "p1"
+    image, mask = scan("a", 1)
+    for each in (name, f"{name}0"):
+        place = f"{each}/V" if is_patient else f"p/{each}"
+        write_volume(image, tmp_path / f"raw/img/{place}.nii.gz")
+    folder = tmp_path / f"raw/seg/{'' if is_patient else 'p/'}{name}0_x"
+    folder.mkdir(parents=True)
+    write_volume(mask, folder / "mask.nii.gz")
+    pattern = "seg/{patient}*/mask.nii.gz" if is_patient else "seg/{patient}/{study}*/mask.nii.gz"
+    refused(tmp_path, "mask.nii.gz for both", name, f"{name}0", code="AMBIGUOUS_PATH", unlabelled=unlabelled,
+            image="img/{patient}/{study}.nii.gz", mask=pattern)  # fmt: skip
+
+
+def test_hidden_files_beside_a_mask_are_no_masks(tmp_path):
+    two_patients(tmp_path / "raw")
+    (tmp_path / "raw/p1/._mask.nii.gz").write_bytes(b"notes")
+    found = find_scans(*card_of(tmp_path, mask="{patient}/*mask.nii.gz"))
+    assert [each.mask.name for each in found] == ["mask.nii.gz"] * 2
+
+
+def test_a_star_may_stand_beside_a_placeholder(tmp_path):
+    for patient in ("p1", "p2"):
+        two_patients(tmp_path / patient)
+        for kind in ("image", "mask"):
+            (tmp_path / f"raw/{kind}").mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / patient / f"p1/{kind}.nii.gz", tmp_path / f"raw/{kind}/{patient}.nii.gz")
+    card, root = card_of(tmp_path, image="image/{patient}.nii.gz", mask="mask/{patient}*.nii.gz")
+    assert [each.patient for each in find_scans(card, root)] == ["p1", "p2"] and masks_without_scans(card, root) == []
 
 
 @pytest.mark.parametrize(
@@ -349,6 +386,8 @@ def test_half_a_pair_is_refused(tmp_path):
         ({"water": "{patient}/w"}, ("image and water",)),
         ({"image": None}, ("image, or water and fat",)),
         ({"image": None, "water": "{patient}/w", "fat": "{patient}/f"}, ("kind: fat_fraction",)),
+        ({"task": "fatfraction"}, ("kind: fat_fraction for the task fatfraction", "kind=intensity")),
+        ({"kind": "fat_fraction"}, ("only there", "received kind=fat_fraction for volume")),
         ({"scale": 0.1}, ("scale", "fat_fraction")),
         ({"series": {"fat": "3"}}, ("series", "fat")),
         ({"image": "../{patient}"}, ("image", "below root")),

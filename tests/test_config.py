@@ -130,6 +130,8 @@ def test_changed_keys_are_named_dotted_and_digest_ignores_order():
         ("train={steps: 10, schedule: step, decay_steps: [5, 10]}", "decay_steps"),
         ("train={steps: 10, profile_steps: [9, 11]}", "profile_steps"),
         ("train={steps: 10, class_weights: [0.0, 0.0]}", "class_weights"),
+        ("train={steps: 10, focal_gamma: 3.0}", "focal_gamma with loss=focal only"),
+        ("train={steps: 10, decay_factor: 0.5}", "decay_factor with schedule=step only"),
         ("model={encoder: vgg11, freeze_encoder_steps: 11}", "freeze_encoder_steps"),
         ("model={encoder: vgg11, norm: instance}", "norm"),
         ("train={deterministic: true, jit_compile: true}", "jit_compile"),

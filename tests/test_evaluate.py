@@ -3,12 +3,13 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from lvseg import evaluate
+from lvseg import command, evaluate
 from lvseg.errors import InputError
 from lvseg.export import publish
 from lvseg.predict import Segmentation
@@ -153,6 +154,32 @@ def test_a_report_replaces_nothing_but_a_report(tmp_path, what):
             (out / "report.html").write_text("x")
     with pytest.raises(InputError, match="Expected --out to be"):
         evaluate._check_output(out, None)
+
+
+@pytest.mark.parametrize("out", [".", ".."])
+def test_a_report_needs_a_folder_with_a_name(tmp_path, monkeypatch, out):
+    (tmp_path / "here/below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here/below")
+    with pytest.raises(InputError, match="Expected --out to be"):
+        evaluate._check_output(Path(out), None)
+
+
+def test_a_folder_is_whole_under_one_name_or_another_while_it_is_replaced(tmp_path, monkeypatch):
+    """Whenever a kill comes: the old one is moved, never deleted file by file in its place."""
+    out, seen, remove = tmp_path / "report", [], shutil.rmtree
+
+    def look(path):
+        seen.append([[(each / name).read_text() for name in ("one", "two")] for each in (out, path)])
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", look)
+    for content in ("old", "new"):
+        with command.atomic(out) as folder:
+            folder.mkdir()
+            for name in ("one", "two"):
+                (folder / name).write_text(content)
+    assert seen == [[["new"] * 2, ["old"] * 2]]
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
 def test_a_report_replaces_an_earlier_one_but_not_the_runs_own_for_another_model(report, tmp_path):

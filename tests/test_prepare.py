@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +114,50 @@ def test_a_scan_that_changed_is_prepared_anew(own_study):
     after = prepare.prepare(data(), jobs=1)[0].rows
     assert [one == other for one, other in zip(before, after, strict=True)].count(False) == 1
     assert before[2]["voxels_sha256"] != after[2]["voxels_sha256"]
+
+
+@pytest.mark.parametrize("kind", ["mhd", "nhdr"])
+def test_a_mask_that_changed_in_the_file_beside_its_header_is_prepared_anew(own_study, kind):
+    write_card(own_study, "a", mask=f"{{patient}}/organs.{kind}")
+    for home in (own_study / "raw/a").iterdir():
+        mask = read_volume(home / "organs.nii.gz").canonical()
+        (home / "organs.raw").write_bytes(np.ascontiguousarray(mask.voxels.astype(np.uint8)).tobytes())
+        sizes, spacing = (" ".join(map(str, reversed(each))) for each in (mask.shape, mask.spacing_mm))
+        origin = " ".join(f"{value:.9g}" for value in mask.affine[:3, 3])
+        columns = [mask.affine[:3, axis] / mask.spacing_mm[axis] for axis in (2, 1, 0)]
+        lines = {
+            "mhd": [
+                "ObjectType = Image", "NDims = 3", f"DimSize = {sizes}", f"ElementSpacing = {spacing}",
+                f"TransformMatrix = {' '.join(f'{value:.9g}' for each in columns for value in each)}",
+                f"Offset = {origin}", "ElementType = MET_UCHAR", "ElementDataFile = organs.raw",
+            ],
+            "nhdr": [
+                "NRRD0004", "type: uchar", "dimension: 3", "space: left-posterior-superior", f"sizes: {sizes}",
+                "space directions: " + " ".join(
+                    "(" + ",".join(f"{value:.9g}" for value in mask.affine[:3, axis]) + ")" for axis in (2, 1, 0)),
+                f"space origin: ({origin.replace(' ', ',')})", "encoding: raw", "data file: organs.raw", "",
+            ],
+        }[kind]  # fmt: skip
+        (home / f"organs.{kind}").write_text("\n".join(lines) + "\n")
+    before = prepare.prepare(data(), jobs=1)[0].rows
+    raw = own_study / "raw/a/a-002/organs.raw"
+    raw.write_bytes(bytes(len(raw.read_bytes())))
+    after = prepare.prepare(data(), jobs=1)[0].rows
+    assert [one == other for one, other in zip(before, after, strict=True)].count(False) == 1
+
+
+@pytest.mark.parametrize(("shape", "code"), [((4, 20, 20), "EMPTY_IMAGE"), ((4097, 2, 2), "DIMS_LIMIT")])
+def test_a_scan_that_no_network_answers_is_not_prepared(own_study, shape, code):
+    """Or a run would be trained whose own report could never be made."""
+    affine = np.array([[0, 0, 2, 0], [0, 2, 0, 0], [0.5, 0, 0, 0], [0, 0, 0, 1.0]])
+    image, mask = (Volume(np.zeros(shape, dtype), affine) for dtype in (np.int16, np.uint8))
+    if code == "DIMS_LIMIT":
+        image.voxels[:, 0, 0] = 1
+    write_volume(image, own_study / "raw/a/a-002/image.nii.gz")
+    write_volume(mask, own_study / "raw/a/a-002/organs.nii.gz")
+    with pytest.raises(InputError, match=r"a-002/image\.nii\.gz") as told:
+        prepare.prepare(data(), jobs=1)
+    assert told.value.code == code
 
 
 def test_other_spacing_gets_shards_of_its_own(own_study):
@@ -352,6 +397,17 @@ def test_studies_of_one_patient_are_told_apart(tmp_path):
     )
     found = find_scans(*load_card(path))
     assert [(each.patient, each.study) for each in found] == [("p1", "week0"), ("p1", "week12")]
+
+
+def test_of_simulated_patients_only_those_of_the_card_are_read(tmp_path, monkeypatch):
+    """Whoever an earlier version of the card left in the folder."""
+    monkeypatch.chdir(tmp_path)
+    keys = {"root": "../raw", "scanner": "ge_volume", "mask": "{patient}/mask.nii.gz", "labels": {"liver": [1]}}
+    for seed, count in ((5, 2), (5, 1), (6, 1)):
+        write_card(tmp_path, "c", **keys, simulate={"scanner": "ge_volume", "patients": count, "seed": seed})
+        expected = [f"sim{seed:04d}-{number + 1:04d}" for number in range(count)]
+        assert [each.patient for each in prepare.card_scans(Path("cards/c.yaml"))] == expected
+    assert len(list((tmp_path / "raw").glob("sim*"))) == 3
 
 
 def test_cards_that_simulate_make_their_patients_first(tmp_path, monkeypatch):
