@@ -28,7 +28,7 @@ from rows import add_rows, number, number_or_none, one_of, rows_of
 
 from lvseg import biomarkers, command, metrics, waterfat
 from lvseg.adapt import Plan, adapt, print_measured
-from lvseg.cards import Scan, read_image, read_labels
+from lvseg.cards import Scan, check_classes, read_image, read_labels
 from lvseg.config import Experiment
 from lvseg.errors import InputError
 from lvseg.keys import check_keys, digest, read_json, read_yaml
@@ -155,14 +155,17 @@ def run(arguments: argparse.Namespace) -> None:
     known = rows_of(path, COLUMNS)
     model = None if arguments.model is None else newest_version(arguments.model)  # another may come while this goes on
     made_of = what_it_is_made_of(task, model, arguments.steps)
+    info = {} if model is None else read_json(model / "model.json")
+    if info:
+        for scanner in arguments.only:
+            check_classes(card_of(task, scanner), info["task"], info["labels"])
     scans_of = {scanner: card_scans(card_of(task, scanner)) for scanner in arguments.only}
     parts_of = {scanner: parts(scans) for scanner, scans in scans_of.items()}
     most = min(len(pool) for pool, _ in parts_of.values())
     if not 0 <= min(arguments.patients) <= max(arguments.patients) <= most:
         raise InputError("BAD_ARGUMENT", f"Expected --patients from 0 to {most}, received {arguments.patients}.")
     if model is not None and "any" in arguments.ways:
-        new = {scan.patient for scans in scans_of.values() for scan in scans}
-        check_not_seen(read_json(model / "model.json"), new, model)
+        check_not_seen(info, {scan.patient for scans in scans_of.values() for scan in scans}, model)
     for row in known:
         if row["scanner"] in parts_of and row["patient"] not in parts_of[row["scanner"]][1]:
             raise InputError(

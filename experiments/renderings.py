@@ -26,6 +26,9 @@ COLOURS = 64
 
 def renderings(arguments: argparse.Namespace) -> None:
     """Draws the picture: the experiment's augmentation, spatial and of contrast, of the largest slice of the liver."""
+    for option, bits in (("seed", draws.SEED_BITS), ("number", draws.INDEX_BITS), ("step", draws.STEP_BITS)):
+        if not 0 <= (value := getattr(arguments, option)) < 2**bits:
+            raise InputError("BAD_ARGUMENT", f"Expected --{option} from 0 to 2**{bits} - 1, received {value}.")
     experiment = load_experiment(arguments.cfg, arguments.set)
     settings, data = experiment.augment.model_dump(), experiment.data
     if settings["contrast"] is None:

@@ -20,9 +20,9 @@ import numpy as np
 
 from lvseg import agreement, command, figures, metrics
 from lvseg.cards import read_image, read_labels
+from lvseg.errors import InputError
 from lvseg.postprocess import postprocess
-from lvseg.predict import Segmenter
-from lvseg.prepare import card_scans
+from lvseg.study import open_model
 from lvseg.volume import Array, Volume
 
 Change = Callable[[Array, Array, float, tuple[float, float, float], np.random.Generator], tuple[Array, Array, float]]
@@ -102,19 +102,20 @@ def changed(image: Volume, truth: Volume, name: str, value: float, seed: int) ->
 
 def measure(model: Path, cards: Sequence[Path], scans: int, out: Path) -> list[dict[str, object]]:
     """Writes and returns a row a scan and change."""
-    segmenter, rows = Segmenter(model), []
-    chosen = [scan for path in cards for scan in card_scans(path)[:scans]]
+    out.mkdir(parents=True, exist_ok=True)
+    study, rows = open_model(model, cards), []
+    names = dict.fromkeys(scan.card.name for scan in study.scans)
+    chosen = [scan for name in names for scan in [scan for scan in study.scans if scan.card.name == name][:scans]]
     for seed, scan in enumerate(command.progress(chosen, "measuring")):
         image = read_image(scan)
         truth = read_labels(scan, image)
         for name, (_, values) in CHANGES.items():
             for value in values:
                 own, true = changed(image, truth, name, value, seed)
-                mask = segmenter.segment(own, postprocessing=[], modality=scan.card.modality).mask.voxels
+                mask = study.segmenter.segment(own, postprocessing=[], modality=scan.card.modality).mask.voxels
                 row = {"patient": scan.patient, "change": name, "value": value, "dice": metrics.dice(mask, true.voxels)}
                 largest = postprocess(mask, ["largest_component"])
                 rows.append(row | {"dice_largest_component": metrics.dice(largest, true.voxels)})
-    out.mkdir(parents=True, exist_ok=True)
     with command.atomic(out / "robustness.csv") as temporary, temporary.open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
@@ -156,6 +157,8 @@ def main() -> int:
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/robustness"))
 
     def body(arguments: argparse.Namespace) -> None:
+        if arguments.scans < 1:
+            raise InputError("BAD_ARGUMENT", f"Expected --scans of 1 or more, received {arguments.scans}.")
         rows = measure(arguments.model, arguments.card, arguments.scans, arguments.out)
         draw(rows, arguments.out)
         for name, (_, values) in CHANGES.items():

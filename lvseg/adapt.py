@@ -35,7 +35,7 @@ from lvseg.keys import check_keys
 from lvseg.predict import CARD_KEYS, Segmenter, newest_version, version_of
 from lvseg.prepare import prepare
 from lvseg.quality import least_trust, mirrors
-from lvseg.replay import CHECKED, Volumes, check_not_known, known, left_out, owners, spread
+from lvseg.replay import CHECKED, Volumes, check_not_known, known, left_out, owners
 from lvseg.split import seen_by
 from lvseg.suggest import agreement_with_itself, look, suggest, write_own_masks
 
@@ -98,6 +98,8 @@ def adapt(
     _check_out(out)
     for path in cards:
         check_classes(path, info["task"], info["labels"])
+    _check_replay(info, plan)
+    sources = _sources(info, cards)
     cluster, experiment = _cluster(info), _experiment(info, cards, plan)
     weights = _weights(model)
     every = Volumes.of_sets(prepare(experiment.data))
@@ -126,7 +128,6 @@ def adapt(
             f"Expected patients to learn from, received {', '.join(spared[:5]) or 'nobody'} alone, who decided about an"
             " earlier adaptation and never train a later one.",
         )
-    sources = [load_card(path)[0].source for path in cards]
     for before in earlier:  # which is replayed from its card, or from the one that takes its place
         gone = {*before["patients"], *before["left_out"]} - set(every.patients)
         if gone and before["cards"] and set(before["cards"]) <= {source["name"] for source in sources}:
@@ -160,6 +161,7 @@ def adapt_to_own_masks(
     plan, model = plan or Plan(), newest_version(model)
     info = _info(model)
     _check_out(out)
+    _check_replay(info, plan)
     cluster, least = _cluster(info), least_trust(info)
     weights = _weights(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -176,6 +178,35 @@ def adapt_to_own_masks(
         study = {**nothing, "sources": [], "own_masks": len(trusted)}
         sources = {f"own-{number:04d}": path for number, path in enumerate(trusted)}
         return _adapt(weights, info, experiment, cluster, new, Volumes(), study, out, plan, sources)
+
+
+def _check_replay(info: dict[str, Any], plan: Plan) -> None:
+    """Whether what is to be replayed is there, and of the model's classes."""
+    named = info["experiment"]["data"]["datasets"] if plan.replay is None else plan.replay
+    if missing := [path for path in named if not Path(path).is_file()]:
+        raise InputError(
+            "NOT_FOUND",
+            f"Expected the cards that the model was trained on, to replay them, received none at {missing[0]}; name"
+            " others with --replay, or none to do without, which forgets.",
+        )
+    for path in plan.replay or ():
+        check_classes(path, info["task"], info["labels"])
+
+
+def _sources(info: dict[str, Any], cards: Sequence[Path]) -> list[dict[str, str]]:
+    """What to say of the new study's datasets, none of which has the name of another one that the model was shown."""
+    provenance, own = info["provenance"], info["experiment"]["data"]["datasets"]
+    shown = {source["name"] for source in provenance.get("datasets", [])}
+    shown -= {name for study in provenance.get("adapted", []) for name in study["cards"]}  # they may grow
+    sources = [load_card(path)[0].source for path in cards]
+    for path, source in zip(cards, sources, strict=True):
+        if source["name"] in shown and path.resolve() not in {Path(each).resolve() for each in own}:
+            raise InputError(
+                "BAD_CONFIG",
+                f"Expected a study with a name of its own, received {source['name']} in {path}, as a dataset is named"
+                " that the model was trained on.",
+            )
+    return sources
 
 
 def _check_out(out: Path) -> None:
@@ -296,8 +327,8 @@ def _adapt(
     reading = _reading(experiment, info, (*new.patients, *spared.patients, *replayed.patients, *judging.patients))
 
     groups = {"left_out": spared, "adapted_on": new, "known": judging}
-    # Those of each group that a check reads.
-    read = {name: group.of(set(spread(group.patients, CHECKED))) for name, group in groups.items()}
+    # Of each group the scans that a check reads: many patients, or visits, take no longer than one.
+    read = {name: group.spread(CHECKED) for name, group in groups.items()}
     own_masks = "own_masks" in study
     measure = functools.partial(agreement_with_itself, mirrored=mirrors(info)) if own_masks else None
 
@@ -364,21 +395,36 @@ def _adapt(
     if not best:
         return {**measured, "version": None}
     made_by = {"seed": plan.seed, "interpolation": interpolation}  # between old and trained weights
-    card = _card(info, {**study, **made_by}, measured)
+    shown = {"train": replayed.patients, "validation": judging.patients}
+    card = _card(info, {**study, **made_by}, measured, shown, plan.replay or ())
     adapted = network(experiment, len(info["labels"]), step.offset, step.scale, "float32")
     adapted.set_weights(kept)
     folder = export.write_version(out, functools.partial(export.export_model, adapted, card))
     return {**measured, "version": str(folder)}
 
 
-def _card(info: dict[str, Any], study: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-    """What the new version's model.json says, from the old one's."""
+def _card(
+    info: dict[str, Any],
+    study: dict[str, Any],
+    measured: dict[str, Any],
+    shown: dict[str, list[str]],
+    replay: Sequence[Path],
+) -> dict[str, Any]:
+    """What the new version's model.json says, from the old one's.
+
+    Args:
+        shown: known patients, or others of the cards named for `replay`, by the part of the split that others join.
+    """
     data, provenance = info["experiment"]["data"], info["provenance"]
     split, earlier = provenance["split"], provenance.get("adapted", [])
     # A later adaptation replays this one's datasets, too; a study that grew is there once, wherever its card lay.
-    grown = {path for each in earlier if set(each["cards"]) <= set(study["cards"]) for path in each["paths"]}
-    datasets = list(dict.fromkeys([*(path for path in data["datasets"] if path not in grown), *study["paths"]]))
-    sources = {card["name"]: card for card in [*provenance.get("datasets", []), *study.pop("sources")]}
+    named = {name: path for each in earlier for name, path in zip(each["cards"], each["paths"], strict=True)}
+    again = {Path(path).resolve() for path in (*study["paths"], *map(named.get, set(named) & set(study["cards"])))}
+    datasets = [path for path in data["datasets"] if Path(path).resolve() not in again] + study["paths"]
+    others = [load_card(path)[0].source for path in replay]
+    sources = {card["name"]: card for card in [*others, *provenance.get("datasets", []), *study.pop("sources")]}
+    known_before = {*split["train"], *split["validation"]}
+    strangers = {part: set(names) - known_before for part, names in shown.items()}
     parent = {key: info.get(key) for key in ("name", "version", "weights_sha256", "measured")}
     return {
         **{key: value for key, value in info.items() if key not in ("weights_sha256", "version", "quality")},
@@ -389,8 +435,8 @@ def _card(info: dict[str, Any], study: dict[str, Any], measured: dict[str, Any])
             "datasets": list(sources.values()),
             "split": {
                 **split,
-                "train": sorted({*split["train"], *study["patients"]}),
-                "validation": sorted({*split["validation"], *study["left_out"]}),
+                "train": sorted({*split["train"], *study["patients"], *strangers["train"]}),
+                "validation": sorted({*split["validation"], *study["left_out"], *strangers["validation"]}),
             },
             "adapted": [*earlier, {**study, "from": parent}],
         },
@@ -535,21 +581,8 @@ def _body(arguments: argparse.Namespace) -> None:
     modality = arguments.modality and arguments.modality.upper()
     if modality and arguments.card:
         raise InputError("BAD_ARGUMENT", "Expected --modality with --unlabelled only; cards say their own.")
-    if arguments.suggest is not None:
-        if not arguments.unlabelled or not 1 <= arguments.suggest <= len(arguments.unlabelled):
-            raise InputError(
-                "BAD_ARGUMENT",
-                f"Expected --suggest of 1 to as many as --unlabelled, {len(arguments.unlabelled)}, received"
-                f" {arguments.suggest}.",
-            )
-        if arguments.out is not None:
-            raise InputError("BAD_ARGUMENT", "Expected --suggest or --out, received both: nothing is adapted to yet.")
-        looked = look(Segmenter(arguments.model), arguments.unlabelled, modality)
-        for place in suggest(looked, min(arguments.suggest, len(looked))):
-            print(f"{looked[place].scan}  (doubt {looked[place].doubt:.3f})")
-        return
-    if arguments.out is None:
-        raise InputError("BAD_ARGUMENT", "Expected --out, where the next version goes, received none.")
+    if arguments.patients and not arguments.card:
+        raise InputError("BAD_ARGUMENT", "Expected --patients with --card only.")
     for name, what, right in (
         ("steps", "of at least 1", arguments.steps >= 1),
         ("minutes", "above 0", arguments.minutes > 0),
@@ -559,13 +592,29 @@ def _body(arguments: argparse.Namespace) -> None:
         if not right:
             option, value = name.replace("_", "-"), getattr(arguments, name)
             raise InputError("BAD_ARGUMENT", f"Expected --{option} {what}, received {value}.")
+    if arguments.suggest is not None:
+        if not arguments.unlabelled or not 1 <= arguments.suggest <= len(arguments.unlabelled):
+            raise InputError(
+                "BAD_ARGUMENT",
+                f"Expected --suggest of 1 to as many as --unlabelled, {len(arguments.unlabelled)}, received"
+                f" {arguments.suggest}.",
+            )
+        for option in ("out", "replay"):
+            if getattr(arguments, option) is not None:
+                raise InputError(
+                    "BAD_ARGUMENT", f"Expected --suggest or --{option}, received both: nothing is adapted to yet."
+                )
+        looked = look(Segmenter(arguments.model), arguments.unlabelled, modality)
+        for place in suggest(looked, min(arguments.suggest, len(looked))):
+            print(f"{looked[place].scan}  (doubt {looked[place].doubt:.3f})")
+        return
+    if arguments.out is None:
+        raise InputError("BAD_ARGUMENT", "Expected --out, where the next version goes, received none.")
     replay = None if arguments.replay is None else tuple(arguments.replay)
     plan = Plan(arguments.steps, arguments.minutes, arguments.learning_rate, replay, arguments.seed)
     if arguments.card:
         measured = adapt(arguments.model, arguments.card, arguments.out, arguments.patients, plan)
     else:
-        if arguments.patients:
-            raise InputError("BAD_ARGUMENT", "Expected --patients with --card only.")
         measured = adapt_to_own_masks(arguments.model, arguments.unlabelled, arguments.out, plan, modality)
     print_measured(measured, own_masks=not arguments.card)
 

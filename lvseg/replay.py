@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from lvseg.config import Data
 from lvseg.errors import InputError
 from lvseg.prepare import ShardSet, prepare, simulated_patients
 
-REPLAYED, CHECKED = 24, 12  # patients of those that the model was trained on, and of those that a check reads
+T = TypeVar("T")
+REPLAYED, CHECKED = 24, 12  # patients that are replayed, and that tell what is forgotten; scans that a check reads
 LEAST_TO_LEAVE_OUT, LEFT_OUT_SHARE = 4, 0.25
 
 
@@ -44,6 +45,10 @@ class Volumes:
                 for row in shards.rows
             )
         )
+
+    def spread(self, most: int) -> Volumes:
+        """At most so many scans, evenly spread over the patients."""
+        return Volumes(tuple(spread(sorted(self.rows, key=lambda row: row.patient), most)))
 
     def of(self, patients: set[str]) -> Volumes:
         """Those of some patients."""
@@ -77,12 +82,12 @@ def left_out(patients: Sequence[str], others: int = 0, deciding: int = 0) -> lis
     return sorted(ordered[: max(0, min(count, len(patients) - 1))])
 
 
-def spread(names: Sequence[str], most: int) -> list[str]:
+def spread(each: Sequence[T], most: int) -> list[T]:
     """At most so many of them, evenly spread."""
-    if most <= 0 or not names:
+    if most <= 0 or not each:
         return []
-    places = np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int))
-    return [names[place] for place in places]
+    places = np.unique(np.linspace(0, len(each) - 1, min(most, len(each))).round().astype(int))
+    return [each[place] for place in places]
 
 
 def known(
@@ -100,17 +105,11 @@ def known(
         new: patients of the new study, who are among neither.
 
     Raises:
-        InputError: NOT_FOUND for cards or patients that are not there; what preparation says.
+        InputError: NOT_FOUND for patients that are not there; what preparation says.
     """
     named = trained_on.datasets if cards is None else [str(path) for path in cards]
     if not named:
         return Volumes(), Volumes(), Volumes()
-    if missing := [path for path in named if not Path(path).is_file()]:
-        raise InputError(
-            "NOT_FOUND",
-            f"Expected the cards that the model was trained on, to replay them, received none at {missing[0]}; name"
-            " others with --replay, or none to do without, which forgets.",
-        )
     split, studies = provenance["split"], provenance.get("adapted", [])
     replayed, checked = set(split["train"]), set(split["validation"])
     simulated = {path: simulated_patients(*load_card(Path(path))) for path in named}

@@ -21,7 +21,8 @@ from lvseg.formats import read_volume, write_volume
 from lvseg.pipeline import volume_samples
 from lvseg.predict import Segmenter
 from lvseg.prepare import prepare
-from lvseg.replay import LEAST_TO_LEAVE_OUT, Volumes, known, left_out
+from lvseg.replay import LEAST_TO_LEAVE_OUT, Shard, Volumes, known, left_out
+from lvseg.study import open_model
 from lvseg.suggest import Look, look, suggest, write_own_masks
 from lvseg.volume import Volume
 
@@ -222,6 +223,30 @@ def test_other_cards_than_the_models_can_be_replayed(trained, new_study, monkeyp
     assert all(name.startswith("a-") for name in replayed.patients)
 
 
+def test_whom_other_cards_replay_is_remembered(trained, new_study, monkeypatch, tmp_path):
+    """They trained the new version, or told what it forgot, so it is neither measured on them nor adapted to them."""
+    monkeypatch.chdir(new_study)
+    for name, value in {"CHECK_EVERY": 5, "LEAST_STEPS": 5, "ENOUGH": -1.0, "MOST_FORGOTTEN": 1.0}.items():
+        monkeypatch.setattr(adapt, name, value)
+    text, ids = (new_study / "cards/c.yaml").read_text(), [f"c-{number:03d}" for number in range(20, 26)]
+    cards = {"mine": ids[:2], "others": ids[2:]}
+    for name, patients in cards.items():
+        own = text.replace("set_c", name) + f"patients: [{', '.join(patients)}]\n"
+        (new_study / f"cards/{name}.yaml").write_text(own)
+    plan = Plan(steps=5, learning_rate=1e-4, minutes=20, replay=(Path("cards/others.yaml"),))
+    adapt.adapt(trained / "model", [Path("cards/mine.yaml")], tmp_path / "out", plan=plan)
+    provenance = json.loads((tmp_path / "out/1/model.json").read_text())["provenance"]
+    split, before = provenance["split"], json.loads((trained / "model/model.json").read_text())["provenance"]["split"]
+    told = set(split["validation"]) - set(before["validation"])
+    assert set(split["train"]) - set(before["train"]) == set(ids) - told
+    assert len(told) == 1 and told <= set(cards["others"])
+    assert {"mine", "others", "set_a", "set_b"} == {source["name"] for source in provenance["datasets"]}
+    with pytest.raises(InputError, match="has not seen, received c-022"):
+        open_model(tmp_path / "out/1", [Path("cards/others.yaml")])
+    with pytest.raises(InputError, match="does not know, received c-022"):
+        adapt.adapt(tmp_path / "out/1", [Path("cards/c.yaml")], tmp_path / "next", plan=QUICK)
+
+
 def test_a_scan_of_the_models_datasets_is_refused_under_another_name(trained, new_study, monkeypatch, tmp_path):
     monkeypatch.chdir(new_study)
     known_as = new_study / "raw/c/c-099"
@@ -278,6 +303,17 @@ def test_a_check_reads_a_few_evenly_spread_slices_of_each_scan(trained, new_stud
     two = Volumes(every.rows[:2])
     adapt._check(OnlyTheFirstHalfRight(), {"known": two}, reading)
     assert [len(slices) for slices in read[4:]] == [1, 1]  # of a group, however many scans it has
+
+
+@pytest.mark.parametrize(("patients", "visits"), [(48, 4), (3, 6), (12, 1), (5, 2)])
+def test_a_check_reads_a_dozen_scans_of_as_many_patients(patients, visits):
+    """So that with many visits some slices of each are read, and not its ends alone, where no organ is."""
+    rows = [Shard(f"p{number:02d}", Path(f"{number}-{visit}"), 55, "") for visit in range(visits)
+            for number in range(patients)]  # fmt: skip
+    read = Volumes(tuple(rows)).spread(12)
+    assert len(read.rows) == len(set(read.rows)) == min(12, patients * visits)
+    assert len(read.patients) == min(12, patients)
+    assert min(adapt._slices_a_scan(name, read, own_masks=False) for name in ("left_out", "known")) >= 10
 
 
 def test_of_a_network_that_forgets_too_much_half_the_way_is_taken(trained, new_study, monkeypatch, tmp_path):
@@ -551,6 +587,18 @@ def test_patients_that_can_be_simulated_are_so_only_to_be_replayed(trained, in_s
         (["--card", "cards/c.yaml", "-o", "x", "--steps", "0"], ("--steps of at least 1", "received 0")),
         (["--card", "cards/c.yaml", "-o", "x", "--minutes", "0"], ("--minutes above 0", "received 0")),
         (["--card", "cards/other.yaml", "-o", "x"], ("background, spleen", "cards/other.yaml")),
+        (["--card", "cards/c.yaml", "-o", "x", "--replay", "cards/other.yaml"], ("background, spleen", "other.yaml")),
+        (["--card", "cards/namesake.yaml", "-o", "x"], ("a name of its own", "set_a in cards/namesake.yaml")),
+        (
+            ["--unlabelled", "raw/c/c-020/image.nii.gz", "-o", "x", "--replay", "cards/other.yaml"],
+            ("background, spleen", "other.yaml"),
+        ),
+        (
+            ["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "1", "--replay", "cards/c.yaml"],
+            ("--suggest or --replay", "both"),
+        ),
+        (["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "1", "--seed", "-1"], ("--seed", "received -1")),
+        (["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "1", "--patients", "c-020"], ("--patients",)),
         (["--card", "cards/c.yaml", "-o", "x", "--modality", "ct"], ("--modality", "--unlabelled")),
         (["--unlabelled", "cards/c.yaml", "--suggest", "1"], ("can be read", "none of 1")),
         (["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "2"], ("--suggest", "received 2")),
@@ -562,6 +610,8 @@ def test_wrong_use_is_one_sentence(trained, new_study, monkeypatch, capsys, argu
     monkeypatch.chdir(new_study)
     other = (new_study / "cards/c.yaml").read_text().replace("organ:", "spleen:")
     (new_study / "cards/other.yaml").write_text(other)
+    namesake = (new_study / "cards/c.yaml").read_text().replace("set_c", "set_a")
+    (new_study / "cards/namesake.yaml").write_text(namesake)
     assert adapt.main(["--model", str(trained / "model"), *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("lvseg.adapt: Expected") and all(word in error for word in words)

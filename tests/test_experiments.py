@@ -16,7 +16,7 @@ from PIL import Image
 from small_study import ROOT, scan
 
 from lvseg import command, metrics
-from lvseg.cards import find_scans, load_card
+from lvseg.cards import find_scans, load_card, read_image
 from lvseg.config import load_experiment
 from lvseg.errors import InputError
 from lvseg.export import publish
@@ -106,6 +106,14 @@ def test_a_model_that_has_seen_the_new_scanner_is_refused(known_and_new, trained
         assert run("--task", "volume", "--model", model, "--only", "b", "--patients", 0) == 2
         assert patient in capsys.readouterr().err
     assert not (known_and_new / "volume.csv").exists()
+
+
+def test_a_model_of_other_classes_is_refused_before_anything_is_measured(known_and_new, trained, tmp_path, capsys):
+    model = model_that_knows({"nobody"}, trained / "model", tmp_path)
+    info = json.loads((model / "model.json").read_text())
+    (model / "model.json").write_text(json.dumps({**info, "labels": ["background", "spleen"]}))
+    assert run("--task", "volume", "--model", model, "--only", "b", "--patients", 0, "--ways", "any") == 2
+    assert "background, spleen" in capsys.readouterr().err and not (known_and_new / "volume.csv").exists()
 
 
 def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, tmp_path, monkeypatch, capsys):
@@ -397,9 +405,21 @@ def test_a_slab_is_a_stretch_of_the_liver():
 def test_robustness_writes_a_row_a_scan_and_change_and_draws(trained, in_study, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(robustness, "CHANGES", {name: (change, values[-2:]) for name, (change, values)
                                                 in robustness.CHANGES.items()})  # fmt: skip
-    monkeypatch.setattr("sys.argv", ["robustness", "--model", str(trained / "model"), "--card", "cards/a.yaml",
-                                     "--scans", "2", "-o", str(tmp_path)])  # fmt: skip
-    assert robustness.main() == 0
+    model = model_that_knows({"nobody"}, trained / "model", tmp_path)
+
+    def measure(*arguments):
+        monkeypatch.setattr("sys.argv", ["robustness", "-o", str(tmp_path), *map(str, arguments)])
+        return robustness.main()
+
+    monkeypatch.setattr(robustness, "read_image", lambda scan: pytest.fail("something is measured"))
+    for arguments, words in (
+        (("--model", model, "--card", "cards/a.yaml", "--scans", 0), "--scans of 1 or more, received 0"),
+        (("--model", trained / "model", "--card", "cards/a.yaml"), "patients that the model has not seen"),
+        (("--model", model, "--card", "cards/a.yaml", "-o", "cards/a.yaml"), "cards/a.yaml"),
+    ):
+        assert measure(*arguments) == 2 and words in capsys.readouterr().err
+    monkeypatch.setattr(robustness, "read_image", read_image)
+    assert measure("--model", model, "--card", "cards/a.yaml", "--scans", 2) == 0
     rows = (tmp_path / "robustness.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * sum(len(values) for _, values in robustness.CHANGES.values())
     assert (tmp_path / "robustness.png").stat().st_size > 10_000 and (tmp_path / "robustness.svg").is_file()
@@ -509,7 +529,7 @@ def test_the_ablation_goes_on_and_gives_differences_to_nothing_of_the_same_seed(
     assert ablate("--only", "blur")[0] == 2 and len(made) == 4
 
 
-def test_forty_renderings_are_drawn_and_an_experiment_without_them_is_refused(tmp_path, study):
+def test_forty_renderings_are_drawn_and_an_experiment_without_them_is_refused(tmp_path, study, capsys):
     experiment = yaml.safe_load((ROOT / "experiments/anyscanner_volume_cpu.yaml").read_text())
     experiment["data"] |= {"size": 48, "spacing_mm": [9.0, 9.0]}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(experiment))
@@ -525,3 +545,7 @@ def test_forty_renderings_are_drawn_and_an_experiment_without_them_is_refused(tm
             "sys.argv", ["renderings", "--cfg", str(study / "experiment.yaml"), "-o", str(tmp_path / "q.png")]
         )
         assert drawing.main() == 2 and not (tmp_path / "q.png").exists()
+        for option, value in (("--seed", "-1"), ("--number", "-1"), ("--step", str(2**31))):
+            patch.setattr("sys.argv", ["renderings", "--cfg", str(tmp_path / "small.yaml"), option, value,
+                                       "-o", str(tmp_path / "q.png")])  # fmt: skip
+            assert drawing.main() == 2 and f"{option} from 0" in capsys.readouterr().err
