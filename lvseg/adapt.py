@@ -29,7 +29,7 @@ import numpy as np
 
 from lvseg import command
 from lvseg.cards import check_classes, load_card
-from lvseg.config import Experiment
+from lvseg.config import Experiment, Train
 from lvseg.errors import InputError, RunError
 from lvseg.keys import check_keys
 from lvseg.predict import CARD_KEYS, Segmenter, newest_version, version_of
@@ -128,9 +128,16 @@ def adapt(
             f"Expected patients to learn from, received {', '.join(spared[:5]) or 'nobody'} alone, who decided about an"
             " earlier adaptation and never train a later one.",
         )
-    for before in earlier:  # which is replayed from its card, or from the one that takes its place
+    for before in earlier:  # which is replayed from its cards, or from those that take their place
+        names, again_named = set(before["cards"]), {source["name"] for source in sources} & set(before["cards"])
+        if again_named and names != again_named:
+            raise InputError(
+                "BAD_CONFIG",
+                f"Expected all cards of the earlier adaptation to {' and '.join(before['cards'])}, received"
+                f" {min(again_named)} without {min(names - again_named)}; give another study another name.",
+            )
         gone = {*before["patients"], *before["left_out"]} - set(every.patients)
-        if gone and before["cards"] and set(before["cards"]) <= {source["name"] for source in sources}:
+        if gone and again_named:
             raise InputError(
                 "BAD_CONFIG",
                 f"Expected the patients of the earlier adaptation to {before['cards'][0]} in its card, too, received"
@@ -282,6 +289,7 @@ def _experiment(info: dict[str, Any], cards: Sequence[Path], plan: Plan, shards:
             "schedule": "cosine",
             "warmup_steps": 0,
             "decay_steps": [],
+            "decay_factor": Train.model_fields["decay_factor"].default,
             "early_stopping": None,
             "profile_steps": None,
         },

@@ -435,7 +435,29 @@ def _glob(pattern: str, patient: str, study: str) -> str:
 
 def _matches(root: Path, pattern: str, patient: str, study: str) -> list[Path]:
     found = root.glob(_glob(pattern, glob.escape(patient), glob.escape(study)))
-    return sorted(path for path in found if not _is_hidden(path.relative_to(root)))
+    expression = _expression_of(pattern, {"patient": patient, "study": study})
+    relative = ((path, path.relative_to(root)) for path in found)
+    return sorted(
+        path for path, own in relative if not _is_hidden(own) and re.fullmatch(expression, own.as_posix()) is not None
+    )
+
+
+def _expression_of(pattern: str, values: Mapping[str, str]) -> str:
+    """The pattern of one patient and study; behind an id, * and ? do not go on with its number or word.
+
+    So that P1* finds P1_2025 and P1a, but not what is of P10.
+    """
+    parts = []
+    for token in re.split(r"(\{\w+\}|\*|\?)", pattern):
+        if token.startswith("{"):
+            value = values[token[1:-1]]
+            parts.append(
+                re.escape(value)
+                + (r"(?!\d)" if value[-1:].isdigit() else r"(?![^\W\d_])" if value[-1:].isalpha() else "")
+            )
+        else:
+            parts.append({"*": "[^/]*", "?": "[^/]"}.get(token, re.escape(token)))
+    return "".join(parts)
 
 
 def _is_hidden(relative: Path) -> bool:

@@ -108,7 +108,11 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         if temporary.is_dir() and path.is_dir():  # which is whole under one name or the other until the new one is
             replaced = path.rename(path.with_name(f".partial-{uuid.uuid4().hex[:8]}-{path.name}"))
-            temporary.replace(path)
+            try:
+                temporary.replace(path)
+            except BaseException:
+                replaced.rename(path)
+                raise
             shutil.rmtree(replaced)
         else:
             temporary.replace(path)

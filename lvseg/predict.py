@@ -38,7 +38,6 @@ UNLIKE_CT = (
 )
 # Voxels brighter than this share of the scan's range (minimum to 99th percentile) count as tissue when the crop cuts.
 TISSUE_SHARE = 0.15
-# Every slice becomes one of the network's size, however small it is: no scanner makes more, but a small file may.
 
 
 @dataclass(frozen=True)

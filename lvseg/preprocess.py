@@ -24,6 +24,7 @@ Normalisation = Literal["none", "slice", "patient", "global"]
 AXIS_PERMUTATIONS = {"transversal": (0, 1, 2), "coronal": (1, 0, 2), "sagittal": (2, 0, 1)}
 # Percentiles kept of every scan, in percent: a table every clipping choice is read from without seeing the scan again.
 PERCENTILE_STEPS = 1000
+# Every slice becomes one of the network's size, however small it is: no scanner makes more, but a small file may.
 SLICES_MAX = 4096
 LEAST_PADDED = 0.01  # of all voxels, for a value far below 0 to be padding
 _BLOCK_SLICES = 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,11 @@ class Volumes:
         )
 
     def spread(self, most: int) -> Volumes:
-        """At most so many scans, evenly spread over the patients."""
-        return Volumes(tuple(spread(sorted(self.rows, key=lambda row: row.patient), most)))
+        """At most so many scans: of patients evenly spread a scan each, then a second one, as far as it goes."""
+        own = {patient: [row for row in self.rows if row.patient == patient] for patient in spread(self.patients, most)}
+        in_turn = [row for visit in itertools.zip_longest(*own.values()) for row in visit if row is not None]
+        chosen = set(in_turn[:most])
+        return Volumes(tuple(row for row in self.rows if row in chosen))
 
     def of(self, patients: set[str]) -> Volumes:
         """Those of some patients."""

@@ -94,8 +94,8 @@ def _submit(arguments: argparse.Namespace) -> int:
 def _segment_all(arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path]], show: Show) -> int:
     """Several scans at once, each over a connection of its own, so that one is sent while another is worked on.
 
-    What is to be said of a scan is written before the server is told that it may delete its result, with what is said
-    already of others, in the order of the scans.
+    What is to be said of a scan is written before the server is told that it may delete its result, with what was said
+    of others, now or by an earlier call, in the order of the scans.
 
     Returns:
         The exit code.
@@ -108,14 +108,20 @@ def _segment_all(arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path
     stop = threading.Event()
     own = threading.local()
     clients: list[Client] = []
-    found: dict[Path, dict[str, Any]] = {}
-    writes = threading.Lock()
+    found: dict[str, dict[str, Any]] = {}
+    earlier = _said_earlier(arguments.json)  # of scans whose turn has not come yet, it stays
+    writes, not_written = threading.Lock(), []
 
     def keep(scan: Path, result: dict[str, Any]) -> None:
         with writes:
-            found[scan] = result
-            if arguments.json:
-                _write_json(arguments.json, [found[each] for each, _ in scans if each in found])
+            found[str(scan)] = result
+            said = {**earlier, **found}
+            try:
+                if arguments.json:
+                    _write_json(arguments.json, [said[str(each)] for each, _ in scans if str(each) in said])
+            except ClientError as error:
+                not_written.append(error)
+                raise
 
     def one(scan: Path, out: Path) -> None:
         if not hasattr(own, "client"):
@@ -124,10 +130,13 @@ def _segment_all(arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path
         try:
             _segment(own.client, arguments, scan, out, show, functools.partial(keep, scan))
         except ClientError as error:
+            if error in not_written:  # the result stays with the server; other scans go on
+                return
             if len(scans) == 1 or error.exit_code != EXIT_BAD_INPUT:
                 raise
             print(f"serving.client: {error.sentence}", file=sys.stderr)  # one bad scan of many costs that scan alone
-            keep(scan, _failure(scan, error))
+            with contextlib.suppress(ClientError):
+                keep(scan, _failure(scan, error))
 
     pool = concurrent.futures.ThreadPoolExecutor(min(arguments.at_once, len(scans)))
     try:
@@ -139,7 +148,16 @@ def _segment_all(arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path
         pool.shutdown(cancel_futures=True)
         for client in clients:
             client.close()
+    if not_written:
+        raise not_written[0]
     return EXIT_BAD_INPUT if any("error" in result for result in found.values()) else EXIT_DONE
+
+
+def _said_earlier(path: Path | None) -> dict[str, dict[str, Any]]:
+    """What a table of an earlier call says, by scan; nothing where there is none, or the file is another one."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return {each["scan"]: each for each in json.loads(path.read_bytes())} if path else {}
+    return {}
 
 
 def _segment(

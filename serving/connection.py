@@ -304,7 +304,7 @@ class Client:
             self._close_socket()
             self._open_socket()
             self._connect(min(timeout_s, SILENCE_S))
-        self._behind = True
+            self._behind = False
         self._check_sizes(scan)
         sent = package(scan)
         name, _, version = model.partition("/")
@@ -314,6 +314,7 @@ class Client:
                 sent.name, sent.kind, name, int(version or 0), modality, output, sent.codec, sent.bytes,
                 sent.content_bytes, sent.sha256, DEADLINE_MS_MAX,
             )  # fmt: skip
+            self._behind = True
             answer = self._repeat(submit, sent, out, limit, on_progress, on_result)
         self._behind = False
         return answer

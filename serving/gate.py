@@ -479,10 +479,10 @@ class Gate:
         deadlines = self.config.deadlines
         served = self.handlers.models()
         for job in self.jobs:
-            idle_s = now - job.touched
+            idle_s = now - max(job.touched, job.turned_away)
             if job.state is State.WAITING and job.step < crew.PACK and self.was_ready and job.model not in served:
                 self._reassign(job, served, now)
-            elif job.state is State.WAITING and not job.begun and now > job.expires:
+            elif job.state is State.WAITING and job.step < crew.PACK and not job.losses and now > job.expires:
                 text = f"Expected a free worker in time, received none for {job.submit.name}; raise the time limit."
                 self.handlers.fail(job, Refusal("EXPIRED", "queue", text, "access", True), now)
             elif job.state is State.RECEIVING and idle_s > deadlines.upload_idle_s:

@@ -197,6 +197,7 @@ class Handlers:
         """Whether an upload that stood still, and held no place meanwhile, may go on; it stays where it is if not."""
         if job.state is not State.RECEIVING or self.jobs.is_coming_in(job, now):
             return
+        job.turned_away = now  # if it is: it was heard of
         self._check_comes_in(self.jobs.of_owner(job.owner), now)
         try:
             self._check_room(job.submit.bytes - job.offset + job.submit.content_bytes, now)

@@ -95,6 +95,7 @@ class Job:
         folder: its folder in the spool.
         created: seconds since 1970.
         touched: time of the last message or change, from which it ages.
+        turned_away: time at which its upload, which had stood still, last found no place to go on.
         expires: time by which it has to begin.
         routes: connections that want to hear of it.
         sender: the connection that uploads it.
@@ -105,7 +106,6 @@ class Job:
         waits: time since which it waits for a worker.
         queued_s: how long it waited for workers before.
         abandoned: nobody wants it any more; it goes once its worker lets go.
-        begun: it was being segmented since the start, so that its time to begin does not matter any more.
     """
 
     key: bytes
@@ -129,6 +129,7 @@ class Job:
     losses: int = 0
     received_ms: int = 0
     began: float | None = None
+    turned_away: float = 0.0
     credited: float = 0.0
     waits: float = 0.0
     queued_s: float = 0.0
@@ -136,7 +137,6 @@ class Job:
     files: tuple[protocol.ResultFile, ...] = ()
     error: protocol.Error | None = None
     abandoned: bool = False
-    begun: bool = False
 
     @property
     def label(self) -> str:
@@ -188,7 +188,7 @@ class JobTable:
         return sum(job.state is State.RUNNING and job.step == 0 for job in self._jobs.values())
 
     def receiving(self, now: float) -> list[Job]:
-        """Those whose upload has gone on lately; others go on when their clients are back, and hold nobody up."""
+        """Those whose upload has gone on lately; others hold nobody up, and go on where there is place and room."""
         return [job for job in self._jobs.values() if self.is_coming_in(job, now)]
 
     @staticmethod
@@ -334,7 +334,7 @@ class JobTable:
         if job is None:
             return None
         line.remove(job)
-        job.state, job.progress, job.begun = State.RUNNING, None, job.begun or step > 0
+        job.state, job.progress = State.RUNNING, None
         job.queued_s += max(0.0, now - job.waits)
         return job
 

@@ -305,6 +305,30 @@ def test_a_check_reads_a_few_evenly_spread_slices_of_each_scan(trained, new_stud
     assert [len(slices) for slices in read[4:]] == [1, 1]  # of a group, however many scans it has
 
 
+def test_a_patient_of_many_visits_takes_no_other_ones_place():
+    visits = {f"p{number:02d}": 100 if number == 5 else 1 + number % 3 for number in range(12)}
+    rows = [Shard(name, Path(f"{name}-{visit}"), 55, "") for name, count in visits.items() for visit in range(count)]
+    assert [row.patient for row in Volumes(tuple(rows)).spread(12).rows] == sorted(visits)
+    assert len(Volumes(tuple(rows)).spread(15).rows) == 15
+
+
+def test_a_model_trained_by_steps_of_its_rate_can_be_adapted(trained, in_study):
+    info = json.loads((trained / "model/model.json").read_text())
+    info["experiment"]["train"] |= {"schedule": "step", "decay_steps": [5], "decay_factor": 0.5}
+    assert adapt._experiment(info, [Path("cards/a.yaml")], QUICK).train.schedule == "cosine"
+
+
+def test_one_of_two_cards_of_an_earlier_study_is_refused(adapted, new_study, monkeypatch, tmp_path):
+    """Or the patients of the other one, or those of its namesake, would no longer be replayed, without a word."""
+    monkeypatch.chdir(new_study)
+    shutil.copytree(adapted[1] / "1", tmp_path / "1")
+    card = json.loads((tmp_path / "1/model.json").read_text())
+    card["provenance"]["adapted"][0] |= {"cards": ["set_c", "set_d"], "paths": ["cards/c.yaml", "cards/d.yaml"]}
+    (tmp_path / "1/model.json").write_text(json.dumps(card))
+    with pytest.raises(InputError, match="set_c and set_d, received set_c without set_d"):
+        adapt.adapt(tmp_path / "1", [Path("cards/c.yaml")], tmp_path / "out", plan=QUICK)
+
+
 @pytest.mark.parametrize(("patients", "visits"), [(48, 4), (3, 6), (12, 1), (5, 2)])
 def test_a_check_reads_a_dozen_scans_of_as_many_patients(patients, visits):
     """So that with many visits some slices of each are read, and not its ends alone, where no organ is."""

@@ -359,8 +359,16 @@ def test_a_mask_of_one_whose_name_begins_alike_is_not_taken(tmp_path, name, unla
     folder.mkdir(parents=True)
     write_volume(mask, folder / "mask.nii.gz")
     pattern = "seg/{patient}*/mask.nii.gz" if is_patient else "seg/{patient}/{study}*/mask.nii.gz"
-    refused(tmp_path, "mask.nii.gz for both", name, f"{name}0", code="AMBIGUOUS_PATH", unlabelled=unlabelled,
-            image="img/{patient}/{study}.nii.gz", mask=pattern)  # fmt: skip
+    keys = {"image": "img/{patient}/{study}.nii.gz", "mask": pattern, "unlabelled": unlabelled}
+    if unlabelled == "skip":
+        scans, left = survey(*card_of(tmp_path, **keys))
+        assert [each.patient for each in scans] == ["p10"] and [path.parent.name for path in left] == ["p1"]
+    else:
+        refused(tmp_path, f"{name}*/mask.nii.gz", "no such file", code="NOT_FOUND", **keys)
+    (folder.parent / f"{name}_x").mkdir()
+    write_volume(mask, folder.parent / f"{name}_x/mask.nii.gz")
+    masks = [each.mask.parent.name for each in find_scans(*card_of(tmp_path, **keys))]
+    assert masks == [f"{name}_x", f"{name}0_x"]
 
 
 def test_hidden_files_beside_a_mask_are_no_masks(tmp_path):

@@ -116,7 +116,7 @@ def test_a_scan_that_changed_is_prepared_anew(own_study):
     assert before[2]["voxels_sha256"] != after[2]["voxels_sha256"]
 
 
-@pytest.mark.parametrize("kind", ["mhd", "nhdr"])
+@pytest.mark.parametrize("kind", ["mhd", "nhdr", "mha", "nrrd"])
 def test_a_mask_that_changed_in_the_file_beside_its_header_is_prepared_anew(own_study, kind):
     write_card(own_study, "a", mask=f"{{patient}}/organs.{kind}")
     for home in (own_study / "raw/a").iterdir():
@@ -137,7 +137,7 @@ def test_a_mask_that_changed_in_the_file_beside_its_header_is_prepared_anew(own_
                     "(" + ",".join(f"{value:.9g}" for value in mask.affine[:3, axis]) + ")" for axis in (2, 1, 0)),
                 f"space origin: ({origin.replace(' ', ',')})", "encoding: raw", "data file: organs.raw", "",
             ],
-        }[kind]  # fmt: skip
+        }[{"mha": "mhd", "nrrd": "nhdr"}.get(kind, kind)]  # fmt: skip
         (home / f"organs.{kind}").write_text("\n".join(lines) + "\n")
     before = prepare.prepare(data(), jobs=1)[0].rows
     raw = own_study / "raw/a/a-002/organs.raw"

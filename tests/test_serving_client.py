@@ -560,6 +560,43 @@ def test_what_is_said_of_a_scan_is_there_before_the_server_may_forget_it(tmp_pat
         assert json.loads(table.read_text()) == [said]  # after Ctrl-C, too
 
 
+def test_a_table_keeps_what_an_earlier_call_said_until_a_scan_is_done_again(tmp_path: Path) -> None:
+    """So that a call that comes to nothing costs no measurements, whose results are gone from the server."""
+    done, cut = (scan_of(tmp_path, name=f"{name}.nii.gz") for name in ("done", "cut"))
+    table = tmp_path / "volumes.json"
+    old = [{"scan": str(each), "volume_ml": 7} for each in (tmp_path / "other", done, cut)]
+    table.write_text(json.dumps(old))
+
+    def script(message: Any) -> list[Any] | None:
+        return [] if isinstance(message, protocol.Submit) and message.name == cut.name else None
+
+    given = (done, cut, "-o", tmp_path / "masks", "--json", table)
+    with Scripted(script) as server, command(server, tmp_path, *given):
+        until(lambda: server.all(protocol.Close), "one scan is done")
+    assert [(each["scan"], each["volume_ml"]) for each in json.loads(table.read_text())] == [
+        (str(done), 1),
+        (str(cut), 7),
+    ]
+
+
+def test_a_table_that_cannot_be_written_costs_no_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every mask is made, the results stay with the server for the same call again, and it is said."""
+    scans_there = [scan_of(tmp_path, name=f"{name}.nii.gz") for name in ("one", "two", "three")]
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with Scripted() as server:
+        arguments = ["--insecure", "--server", server.endpoint, "--model", "bright", "-o", str(tmp_path / "masks")]
+        code = main(["submit", *map(str, scans_there), *arguments, "--json", str(tmp_path / "volumes.json")])
+        assert server.all(protocol.Close) == []
+    assert code != 0 and "volumes.json" in capsys.readouterr().err
+    assert len(list((tmp_path / "masks").glob("*.vtk"))) == 3
+
+
 def test_a_watched_folder_has_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--watch", str(tmp_path), "--model", "bright", "-o", str(tmp_path / "masks"), "--json", "v.json"]
     assert main(["submit", "--insecure", *arguments]) == 2

@@ -32,7 +32,8 @@ FORMATS: dict[str, tuple[Reader, Writer | None]] = {
     ".zip": (dicom.read, None),
 }
 SEGMENTATION = ".dcm"  # a mask's suffix as a DICOM segmentation
-DATA_FILES = {".nhdr": nrrd.data_file, ".mhd": metaimage.data_file}  # of headers whose voxels may lie beside them
+# Of headers whose voxels may lie beside them, whatever they are called.
+DATA_FILES = dict.fromkeys((".nhdr", ".nrrd"), nrrd.data_file) | dict.fromkeys((".mhd", ".mha"), metaimage.data_file)
 
 
 def read_volume(path: Path | str | Sequence[Path | str], series: str | None = None) -> Volume:

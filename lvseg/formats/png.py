@@ -123,7 +123,7 @@ def _read(path: Path, size: tuple[int, int]) -> Array:
                 depth = file.read(DEPTH_AT + 1)[DEPTH_AT]
             with Image.open(path, formats=["PNG"]) as image:
                 pixels = np.asarray(image)
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # each of its parsers raises its own
         with path.open("rb") as file:
