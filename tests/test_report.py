@@ -64,20 +64,30 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_two_visits_of_one_patient_have_a_page_without_the_intervals_that_want_several(tmp_path):
-    rows = [{**row(index, 0.9), "patient": "p", "study": str(index), "picture": "p.jpg"} for index in range(2)]
-    PIL.Image.new("RGB", (40, 16)).save(tmp_path / "p.jpg")
+def page_of(folder, rows):
+    """The page of a few scans, and what was summed up of them."""
+    PIL.Image.new("RGB", (40, 16)).save(folder / "p.jpg")
     options = evaluate.Options()
     parts = evaluate.summarise(rows, options)
-    assert parts["steatosis_grades"]["intervals"]["share_equal"] is None
     summary = {
         "task": "fatfraction", "name": "best", "split": "test", "class": "liver", "postprocessing": [],
-        "grades_percent": options.grades_percent, "palette": "colour_blind", **parts,
-        "by_scanner": {"ge": parts},
+        "grades_percent": options.grades_percent, "palette": "colour_blind", **parts, "by_scanner": {"ge": parts},
         "quality": {"mean_absolute_error": 0.01, "scans": 36, "patients": 4, "left_out_mean_absolute_error": 0.03},
     }  # fmt: skip
-    report.write(tmp_path, summary, rows, PROVENANCE)
-    assert "100.0 % of the scans are in their true class.</p>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    report.write(folder, summary, [{**each, "picture": "p.jpg"} for each in rows], PROVENANCE)
+    return (folder / "report.html").read_text(encoding="utf-8"), summary
+
+
+def test_two_visits_of_one_patient_have_a_page_without_the_intervals_that_want_several(tmp_path):
+    page, summary = page_of(tmp_path, [{**row(index, 0.9), "patient": "p", "study": str(index)} for index in range(2)])
+    assert summary["steatosis_grades"]["intervals"]["share_equal"] is None
+    assert "100.0 % of the scans are in their true class.</p>" in page
+    assert "<b>2</b>scans of 1 patient</div>" in page
+
+
+def test_one_scan_has_a_page_without_limits_of_agreement(tmp_path):
+    page, _ = page_of(tmp_path, [row(0, 0.9)])
+    assert "<b>1</b>scan of 1 patient</div>" in page and "- to -" not in page
 
 
 def test_the_page_needs_nothing_else(folder):
