@@ -1,14 +1,16 @@
 """Dataset cards, `data/*.yaml`: where the scans of a dataset lie, whose they are and what their labels mean.
 
 A card's paths are patterns below its root. `{patient}` and `{study}` stand for any part of a file's or folder's name,
-`*` and `?` for what differs from patient to patient and means nothing; everything else is literal. What a pattern finds
-for one patient and study must be one file or folder: two are an error, never a choice made silently.
+`*` and `?` for what differs from patient to patient and means nothing; everything else is literal. Behind an id they do
+not go on with its number or word, so that `{patient}*` of P1 finds nothing of P10. What a pattern finds for one patient
+and study must be one file or folder: two are an error, never a choice made silently.
 """
 
 from __future__ import annotations
 
 import csv
 import glob
+import itertools
 import json
 import os
 import re
@@ -447,16 +449,12 @@ def _expression_of(pattern: str, values: Mapping[str, str]) -> str:
 
     So that P1* finds P1_2025 and P1a, but not what is of P10.
     """
-    parts = []
-    for token in re.split(r"(\{\w+\}|\*|\?)", pattern):
-        if token.startswith("{"):
-            value = values[token[1:-1]]
-            parts.append(
-                re.escape(value)
-                + (r"(?!\d)" if value[-1:].isdigit() else r"(?![^\W\d_])" if value[-1:].isalpha() else "")
-            )
-        else:
-            parts.append({"*": "[^/]*", "?": "[^/]"}.get(token, re.escape(token)))
+    tokens, parts = [token for token in re.split(r"(\{\w+\}|\*|\?)", pattern) if token], []
+    for token, after in itertools.zip_longest(tokens, tokens[1:]):
+        value = values[token[1:-1]] if token.startswith("{") else ""
+        parts.append(re.escape(value) if value else {"*": "[^/]*", "?": "[^/]"}.get(token, re.escape(token)))
+        if after in ("*", "?"):
+            parts.append(r"(?!\d)" if value[-1:].isdigit() else r"(?![^\W\d_])" if value[-1:].isalpha() else "")
     return "".join(parts)
 
 
@@ -477,8 +475,7 @@ def _beside(
     """The one file or folder of a key that belongs to an image.
 
     Args:
-        owners: patient and study whose each file is, by key; whose this one is joins them. Behind a placeholder * also
-            finds what is of a patient whose id begins alike.
+        owners: patient and study whose each file is, by key; whose this one is joins them.
     """
     paths = _matches(root, pattern, patient, study)
     if not paths:

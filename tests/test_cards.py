@@ -371,6 +371,16 @@ def test_a_mask_of_one_whose_name_begins_alike_is_not_taken(tmp_path, name, unla
     assert masks == [f"{name}_x", f"{name}0_x"]
 
 
+@pytest.mark.parametrize(("name", "ending"), [("p1", "0"), ("ab", "mask"), ("p1", "_x0")])
+def test_what_a_pattern_says_behind_an_id_may_go_on_with_its_number_or_word(tmp_path, name, ending):
+    image, mask = scan("a", 1)
+    (tmp_path / "raw").mkdir()
+    write_volume(image, tmp_path / f"raw/{name}.nii.gz")
+    write_volume(mask, tmp_path / f"raw/{name}{ending}.vti")
+    found = find_scans(*card_of(tmp_path, image="{patient}.nii.gz", mask=f"{{patient}}{ending}.vti"))
+    assert [(each.patient, each.mask.name) for each in found] == [(name, f"{name}{ending}.vti")]
+
+
 def test_hidden_files_beside_a_mask_are_no_masks(tmp_path):
     two_patients(tmp_path / "raw")
     (tmp_path / "raw/p1/._mask.nii.gz").write_bytes(b"notes")
