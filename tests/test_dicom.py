@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import tracemalloc
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -789,6 +790,30 @@ def test_want_of_memory_is_not_blamed_on_the_file(tmp_path, monkeypatch, where):
     monkeypatch.setattr(where, without_memory)
     with pytest.raises(MemoryError):
         read_volume(folder)
+
+
+@pytest.mark.parametrize("keyword", ["FileMetaInformationVersion", "ExtendedOffsetTable"])
+def test_no_more_memory_is_asked_for_than_the_file_could_fill(tmp_path, keyword):
+    """A damaged length of 2 GB would otherwise end the process, or wait on swap, before it is found out."""
+    slices = [slice_of(index) for index in range(2)]
+    for dataset in slices:
+        dataset.ExtendedOffsetTable = bytes(8)
+    folder = save(tmp_path / "scan", slices)
+    path = min(folder.iterdir())
+    content = bytearray(path.read_bytes())
+    tag = pydicom.datadict.tag_for_keyword(keyword)
+    start = content.index((tag >> 16).to_bytes(2, "little") + (tag & 0xFFFF).to_bytes(2, "little") + b"O")
+    content[start + 8 : start + 12] = (0x7FFFFFF0).to_bytes(4, "little")
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        code, sentence = error_of(read_volume, folder)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert code in ("INPUT_TRUNCATED", "NO_PIXELS", "UNSUPPORTED_TRANSFER_SYNTAX")
+    assert is_one_sentence_naming(sentence, path)
+    assert peak_bytes < 20e6
 
 
 @pytest.mark.parametrize("name", ["a.dcm", "A.IMA", "IM0001", "1.2.840.3", "x.000", "notes.txt", "._IM1", ".dcm", "é"])

@@ -21,7 +21,7 @@ import pydicom
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import generate_frames
 from pydicom.filebase import DicomBytesIO
-from pydicom.filereader import read_file_meta_info
+from pydicom.filereader import read_dataset, read_preamble
 from pydicom.filewriter import write_file_meta_info
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
@@ -42,6 +42,7 @@ PREAMBLE_BYTES = 132
 SNIFFED_BYTES = 4096
 UNDEFINED_LENGTH = 0xFFFFFFFF
 DELIMITER_BYTES = 8
+META_GROUP = 0x0002
 # The standard's name is in its 2024 edition; pydicom has none for it yet.
 LABEL_MAP_STORAGE = UID("1.2.840.10008.5.1.4.1.1.66.7")
 SEGMENTATIONS = (SegmentationStorage, LABEL_MAP_STORAGE)
@@ -100,6 +101,22 @@ class DicomFile:
         if self.header.get("NumberOfFrames") is None:
             return 1
         return whole(self.header, "NumberOfFrames", self.path) or 1
+
+
+class _BoundedReader(io.BufferedReader):
+    """Reads no more at once than is left of the file.
+
+    pydicom asks for as many bytes as a damaged element says that it has, and Python would allocate all of them first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.open("rb", buffering=0))
+        self._file_bytes = self.seek(0, io.SEEK_END)
+        self.seek(0)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(self._file_bytes - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 @contextlib.contextmanager
@@ -382,7 +399,11 @@ def _items(groups: Sequence[pydicom.Dataset]) -> list[pydicom.Dataset]:
 def _meta(path: Path) -> FileMetaDataset:
     """The file's meta information."""
     try:
-        return read_file_meta_info(path)
+        with _BoundedReader(path) as file:
+            read_preamble(file, force=False)
+            return FileMetaDataset(read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != META_GROUP))
+    except MemoryError:
+        raise
     except Exception as error:  # pydicom raises whatever its parser meets first
         raise damaged(path) from error
 
@@ -390,7 +411,7 @@ def _meta(path: Path) -> FileMetaDataset:
 def _open(path: Path, syntax: UID) -> IO[bytes]:
     """The file, inflated within limits if its transfer syntax says deflated: pydicom would inflate whatever comes."""
     if syntax != DeflatedExplicitVRLittleEndian:
-        return path.open("rb")
+        return _BoundedReader(path)
     meta = _meta(path)
     group_bytes = number_or_none([meta], "FileMetaInformationGroupLength")
     if group_bytes is None:
