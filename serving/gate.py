@@ -356,7 +356,7 @@ class Gate:
         self._stage_over(worker, now)
         self.workers.release(worker)
         if isinstance(message, protocol.Failed):
-            retryable = message.code in ("STORAGE_FULL", "OUT_OF_MEMORY")
+            retryable = message.code in ("STORAGE_FULL", "STORAGE_FAILED", "OUT_OF_MEMORY")
             wait_ms = 10 * BUSY_MS if retryable else 0
             self.handlers.fail(
                 job, Refusal(message.code, message.stage, message.text, message.fault, retryable, wait_ms), now

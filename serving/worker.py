@@ -555,6 +555,8 @@ def _explained(error: Exception, work: protocol.Work, folder: Path, spool: Path,
     """Code, fault and sentence for the client: the scan by the client's name for it, no path of the server."""
     if isinstance(error, Cancelled):
         return "CANCELLED", "access", "The job was closed before it was done."
+    if isinstance(error, InputError) and error.code == "NOT_READABLE" and isinstance(error.__cause__, OSError):
+        error = error.__cause__  # the scan came whole: it is the spool that cannot be read
     if isinstance(error, InputError):
         stem = _stem(work)
         place = folder / WORK
@@ -575,6 +577,13 @@ def _explained(error: Exception, work: protocol.Work, folder: Path, spool: Path,
     # Without the error's own text, which may name a file or a patient; the frames say where.
     where = "".join(traceback.format_tb(error.__traceback__))
     log.error("job %s failed at %s with %s\n%s", work.job.hex()[:12], stage, type(error).__name__, where)
+    if isinstance(error, OSError) and error.errno is not None:
+        return (
+            "STORAGE_FAILED",
+            "server",
+            f"Expected a spool that can be read and written, received '{os.strerror(error.errno)}' for {work.name};"
+            " tell the server's operator.",
+        )
     return (
         "INTERNAL",
         "server",

@@ -1,5 +1,6 @@
 """DICOM series in: synthesised ones with every trap, and the real ones where they are."""
 
+import errno
 import itertools
 import json
 import os
@@ -781,15 +782,20 @@ def test_a_slice_that_says_it_has_no_frames_is_a_slice(tmp_path, zeros):
 
 
 @pytest.mark.parametrize("where", ["pydicom.dcmread", "lvseg.formats.dicom_file.get_decoder"])
-def test_want_of_memory_is_not_blamed_on_the_file(tmp_path, monkeypatch, where):
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, os.strerror(errno.EIO))], ids=["memory", "disk"])
+def test_want_of_memory_and_a_disk_that_fails_are_not_blamed_on_the_file(tmp_path, monkeypatch, where, error):
     folder = save(tmp_path / "scan", [slice_of(index) for index in range(2)])
 
-    def without_memory(*_, **__):
-        raise MemoryError
+    def fail(*_, **__):
+        raise error
 
-    monkeypatch.setattr(where, without_memory)
-    with pytest.raises(MemoryError):
-        read_volume(folder)
+    monkeypatch.setattr(where, fail)
+    if isinstance(error, OSError):
+        code, sentence = error_of(read_volume, folder)
+        assert (code, "Input/output error" in sentence) == ("NOT_READABLE", True)
+    else:
+        with pytest.raises(MemoryError):
+            read_volume(folder)
 
 
 @pytest.mark.parametrize("keyword", ["FileMetaInformationVersion", "ExtendedOffsetTable"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from test_serving import Raw, expect_right_mask, expect_serving, scan_file, send
 from lvseg.formats import write_volume
 from serving import protocol
 from serving.connection import ClientError
-from serving.jobs import STEPS
+from serving.jobs import STEPS, UPLOAD, WORK
 
 DISK_MIB = 12
 SHAPE = (100, 100, 100)
@@ -223,6 +224,32 @@ def test_a_spool_that_cannot_be_written_to_is_told_and_used_again_afterwards(
         client.segment(scan, "bright", tmp_path / "mask.nii.gz", LIMIT_S)
         expect_right_mask(scan, tmp_path / "mask.nii.gz")
         assert server.process.poll() is None
+
+
+@pytest.mark.parametrize("kind", ["unpack", "segment"])
+def test_a_spool_that_cannot_be_read_is_not_blamed_on_the_scan(tmp_path: Path, kind: str) -> None:
+    scan = write_volume(volume(), tmp_path / "scan.nii")[0]
+    with running(tmp_path, limits=LIMITS) as server:
+        for pid in server.workers(kind):
+            os.kill(pid, signal.SIGSTOP)
+        with Raw(server.endpoint) as peer:
+            job = send_all(peer, scan.read_bytes(), name="scan.nii")
+            folder = server.spool / job.hex()
+            file = folder / UPLOAD if kind == "unpack" else folder / WORK / "scan.npy"
+            if kind == "unpack":
+                until(lambda: file.exists() and file.stat().st_size == scan.stat().st_size, "the scan is there")
+            else:
+                until((folder / WORK / "scan.json").exists, "the scan is unpacked")
+            file.unlink()
+            file.symlink_to("/proc/self/mem")  # a plain file that says EIO where nothing is mapped, as at its start
+            for pid in server.workers(kind):
+                os.kill(pid, signal.SIGCONT)
+            error = peer.take_until(protocol.Error)
+            assert (error.job, error.code, error.fault, error.retryable) == (job, "STORAGE_FAILED", "server", True)
+            assert "Input/output error" in error.text and "scan.nii" in error.text and str(tmp_path) not in error.text
+            assert peer.ask(protocol.Close(job)) == protocol.Closed(job)
+        assert server.spooled() == []
+        expect_serving(server, tmp_path)
 
 
 @pytest.mark.parametrize("error_name", ["MemoryError", "ResourceExhaustedError"])

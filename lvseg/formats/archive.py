@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import struct
 import zipfile
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from lvseg.errors import InputError
+from lvseg.formats.checks import is_of_machine
 
 PIECE_BYTES = 1024 * 1024
 MEMBERS_MAX = 20_000
@@ -83,7 +83,7 @@ def unzip(source: Path, folder: Path, content_bytes: int, members: int, name: st
     except InputError:
         raise
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a place before the file's first byte is
+        if is_of_machine(error):
             raise
         raise InputError(
             "INPUT_CORRUPT", f"Expected a sound zip of DICOM files, received one that breaks off in {name}."

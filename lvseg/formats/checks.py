@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import stat
 from collections.abc import Sequence
@@ -118,6 +119,13 @@ def read_exactly(stream: IO[bytes], count: int, path: Path) -> bytearray:
             "DECOMPRESS_LIMIT", f"Expected {count} bytes of voxels as the header's sizes say, received more in {path}."
         )
     return data
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Whether an error while a file was read says nothing of the file: want of memory, or a disk that fails."""
+    if isinstance(error, OSError):  # without a number a parser's own; EINVAL is a place before the file's first byte
+        return error.errno not in (None, errno.EINVAL)
+    return isinstance(error, MemoryError)
 
 
 def beside(path: Path, name: str) -> Path:

@@ -36,7 +36,7 @@ from pydicom.uid import (
 from lvseg.errors import InputError
 from lvseg.formats import checks
 from lvseg.formats.archive import SUFFIXES, is_nameless
-from lvseg.formats.checks import DEFLATE_RATIO, truncated
+from lvseg.formats.checks import DEFLATE_RATIO, is_of_machine, truncated
 
 PREAMBLE_BYTES = 132
 SNIFFED_BYTES = 4096
@@ -173,6 +173,17 @@ def damaged(path: Path) -> InputError:
     return InputError("INPUT_TRUNCATED", f"Expected a whole DICOM file, received a damaged or cut short one in {path}.")
 
 
+@contextlib.contextmanager
+def _no_damage(path: Path) -> Iterator[None]:
+    """Within the block whatever pydicom's parser or a codec meets first, and raises, means a damaged file."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or is_of_machine(error):
+            raise
+        raise damaged(path) from error
+
+
 def read_header(path: Path) -> DicomFile:
     """Everything before the pixels.
 
@@ -185,17 +196,13 @@ def read_header(path: Path) -> DicomFile:
     with _open(path, syntax) as file:
         file_bytes = file.seek(0, io.SEEK_END)
         file.seek(0)
-        try:
+        with _no_damage(path):
             header = pydicom.dcmread(file, stop_before_pixels=True)
             start = file.read(12)
             pixels_at = file.tell()
             for keyword in HEADER_KEYWORDS:
                 header.get(keyword)  # pydicom finds out only now whether it can be read
             ends_early = _ends_early(header, file_bytes)
-        except MemoryError:  # it is not the file's fault
-            raise
-        except Exception as error:  # pydicom raises whatever its parser meets first
-            raise damaged(path) from error
     order: Literal["little", "big"] = "little" if syntax.is_little_endian else "big"
     group, element = (int.from_bytes(start[at : at + 2], order) for at in (0, 2))
     if (group, element) != (0x7FE0, 0x0010):
@@ -257,17 +264,13 @@ def with_pixels(file: DicomFile) -> pydicom.Dataset:
     Raises:
         InputError: INPUT_TRUNCATED or INCONSISTENT_SERIES.
     """
-    try:
+    with _no_damage(file.path):
         with _open(file.path, file.syntax) as content:
             dataset = pydicom.dcmread(content)
         pixels: Any = dataset.get_item("PixelData")
         ends_at = pixels.value_tell + len(pixels.value)
         compressed = file.syntax.is_encapsulated
         frames = list(generate_frames(dataset.PixelData, number_of_frames=file.frames)) if compressed else []
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # pydicom raises whatever its parser meets first
-        raise damaged(file.path) from error
     if compressed and (ends_at + DELIMITER_BYTES > file.file_bytes or len(frames) != file.frames):
         raise damaged(file.path)
     for frame in frames:
@@ -277,18 +280,13 @@ def with_pixels(file: DicomFile) -> pydicom.Dataset:
 
 def decoded(dataset: pydicom.Dataset, frame: int, size: tuple[int, int], path: Path) -> npt.NDArray[Any]:
     """Stored values of one frame [row, column], overlays in unused bits taken off."""
-    try:
+    with _no_damage(path), warnings.catch_warnings():
         if dataset.BitsAllocated == 1 and not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
             return _bits(dataset.PixelData, frame, size)
         decoder = get_decoder(dataset.file_meta.TransferSyntaxUID)
-        with warnings.catch_warnings():
-            # More pixels than the header's sizes say: one of the two lies.
-            warnings.filterwarnings("error", message="The decoded RLE segment contains")
-            plane, _ = decoder.as_array(dataset, index=frame, raw=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # each codec raises its own
-        raise damaged(path) from error
+        # More pixels than the header's sizes say: one of the two lies.
+        warnings.filterwarnings("error", message="The decoded RLE segment contains")
+        plane, _ = decoder.as_array(dataset, index=frame, raw=True)
     if plane.shape != size:
         raise damaged(path)
     return plane
@@ -319,13 +317,9 @@ def functional_groups(file: DicomFile) -> list[list[pydicom.Dataset]]:
             f" {len(frames)} in {file.path}.",
         )
     # Each macro is a sequence of one item, in the frame's own groups or in those that all frames share.
-    try:
-        of_all = _items(shared)
+    with _no_damage(file.path):
+        of_all = _items(shared)  # pydicom parses nested items when they are first looked at
         return [_items([own]) + of_all for own in frames]
-    except MemoryError:
-        raise
-    except Exception as error:  # pydicom parses nested items when they are first looked at
-        raise damaged(file.path) from error
 
 
 def numbers(
@@ -398,14 +392,9 @@ def _items(groups: Sequence[pydicom.Dataset]) -> list[pydicom.Dataset]:
 
 def _meta(path: Path) -> FileMetaDataset:
     """The file's meta information."""
-    try:
-        with _BoundedReader(path) as file:
-            read_preamble(file, force=False)
-            return FileMetaDataset(read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != META_GROUP))
-    except MemoryError:
-        raise
-    except Exception as error:  # pydicom raises whatever its parser meets first
-        raise damaged(path) from error
+    with _no_damage(path), _BoundedReader(path) as file:
+        read_preamble(file, force=False)
+        return FileMetaDataset(read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != META_GROUP))
 
 
 def _open(path: Path, syntax: UID) -> IO[bytes]:
@@ -430,10 +419,8 @@ def _open(path: Path, syntax: UID) -> IO[bytes]:
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     inflated = DicomBytesIO(bytes(128) + b"DICM")
     inflated.seek(PREAMBLE_BYTES)
-    try:
+    with _no_damage(path):  # what was read may be nothing that can be written
         write_file_meta_info(inflated, meta, enforce_standard=False)
-    except Exception as error:  # what was read may be nothing that can be written
-        raise damaged(path) from error
     return io.BytesIO(inflated.getvalue() + dataset)
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lvseg.errors import InputError
-from lvseg.formats.checks import DEFLATE_RATIO, beside, read_exactly, storable, truncated, voxel_bytes
+from lvseg.formats.checks import DEFLATE_RATIO, beside, is_of_machine, read_exactly, storable, truncated, voxel_bytes
 from lvseg.formats.text import rest_as_numbers
 from lvseg.volume import Volume
 
@@ -260,7 +260,7 @@ def _voxels(file: IO[bytes], header: dict[str, Any], code: str, count: int, path
         else:
             data = read_exactly(file, count, path)
     except (EOFError, zlib.error, gzip.BadGzipFile, OSError, ValueError) as error:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError) or is_of_machine(error):
             raise
         raise InputError(
             "INPUT_TRUNCATED", f"Expected a whole {encoding} stream, received one cut short or damaged in {path}."

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from lvseg.errors import InputError
+from lvseg.formats.checks import is_of_machine
 from lvseg.formats.grid import as_labels
 from lvseg.volume import Array, Volume
 
@@ -123,9 +124,9 @@ def _read(path: Path, size: tuple[int, int]) -> Array:
                 depth = file.read(DEPTH_AT + 1)[DEPTH_AT]
             with Image.open(path, formats=["PNG"]) as image:
                 pixels = np.asarray(image)
-    except (InputError, MemoryError):
-        raise
     except Exception as error:  # each of its parsers raises its own
+        if isinstance(error, InputError) or is_of_machine(error):
+            raise
         with path.open("rb") as file:
             is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
         raise InputError(
