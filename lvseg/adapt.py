@@ -68,7 +68,7 @@ class Plan:
     steps: int = STEPS
     minutes: float = MOST_MINUTES
     learning_rate: float = LEARNING_RATE
-    replay: tuple[Path, ...] | None = None
+    replay: Sequence[Path] | None = None
     seed: int = 0
 
 
@@ -574,12 +574,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--suggest", type=int, metavar="K", help="name the K of --unlabelled most worth segmenting")
     parser.add_argument("-o", "--out", type=Path, help="models/<task>; the version folder is made in it")
     parser.add_argument("--replay", type=Path, nargs="*", help="cards instead of the model's own; none for no replay")
-    parser.add_argument("--steps", type=int, default=STEPS, help="at most (default: %(default)s)")
-    parser.add_argument(
-        "--minutes", type=float, default=MOST_MINUTES, help="of training and checks, at most (default: %(default)s)"
-    )
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, help=f"at most (default: {Plan.steps})")
+    parser.add_argument("--minutes", type=float, help=f"of training and checks, at most (default: {Plan.minutes})")
+    parser.add_argument("--learning-rate", type=float, help=f"(default: {Plan.learning_rate})")
+    parser.add_argument("--seed", type=int, help=f"(default: {Plan.seed})")
     return command.run(parser, _body, argv)
 
 
@@ -591,15 +589,17 @@ def _body(arguments: argparse.Namespace) -> None:
         raise InputError("BAD_ARGUMENT", "Expected --modality with --unlabelled only; cards say their own.")
     if arguments.patients and not arguments.card:
         raise InputError("BAD_ARGUMENT", "Expected --patients with --card only.")
+    given = {name: getattr(arguments, name) for name in ("steps", "minutes", "learning_rate", "seed", "replay")}
+    plan = Plan(**{name: value for name, value in given.items() if value is not None})
     for name, what, right in (
-        ("steps", "of at least 1", arguments.steps >= 1),
-        ("minutes", "above 0", arguments.minutes > 0),
-        ("learning_rate", "above 0", arguments.learning_rate > 0),
-        ("seed", "of at least 0", arguments.seed >= 0),
+        ("steps", "of at least 1", plan.steps >= 1),
+        ("minutes", "above 0", plan.minutes > 0),
+        ("learning_rate", "above 0", plan.learning_rate > 0),
+        ("seed", "of at least 0", plan.seed >= 0),
     ):
         if not right:
-            option, value = name.replace("_", "-"), getattr(arguments, name)
-            raise InputError("BAD_ARGUMENT", f"Expected --{option} {what}, received {value}.")
+            option = name.replace("_", "-")
+            raise InputError("BAD_ARGUMENT", f"Expected --{option} {what}, received {given[name]}.")
     if arguments.suggest is not None:
         if not arguments.unlabelled or not 1 <= arguments.suggest <= len(arguments.unlabelled):
             raise InputError(
@@ -607,8 +607,9 @@ def _body(arguments: argparse.Namespace) -> None:
                 f"Expected --suggest of 1 to as many as --unlabelled, {len(arguments.unlabelled)}, received"
                 f" {arguments.suggest}.",
             )
-        for option in ("out", "replay"):
-            if getattr(arguments, option) is not None:
+        for name, value in {"out": arguments.out, **given}.items():
+            if value is not None:
+                option = name.replace("_", "-")
                 raise InputError(
                     "BAD_ARGUMENT", f"Expected --suggest or --{option}, received both: nothing is adapted to yet."
                 )
@@ -618,8 +619,6 @@ def _body(arguments: argparse.Namespace) -> None:
         return
     if arguments.out is None:
         raise InputError("BAD_ARGUMENT", "Expected --out, where the next version goes, received none.")
-    replay = None if arguments.replay is None else tuple(arguments.replay)
-    plan = Plan(arguments.steps, arguments.minutes, arguments.learning_rate, replay, arguments.seed)
     if arguments.card:
         measured = adapt(arguments.model, arguments.card, arguments.out, arguments.patients, plan)
     else:

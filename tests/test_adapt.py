@@ -622,6 +622,7 @@ def test_patients_that_can_be_simulated_are_so_only_to_be_replayed(trained, in_s
             ("--suggest or --replay", "both"),
         ),
         (["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "1", "--seed", "-1"], ("--seed", "received -1")),
+        (["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "1", "--learning-rate", "1"], ("--learning-rate",)),
         (["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "1", "--patients", "c-020"], ("--patients",)),
         (["--card", "cards/c.yaml", "-o", "x", "--modality", "ct"], ("--modality", "--unlabelled")),
         (["--unlabelled", "cards/c.yaml", "--suggest", "1"], ("can be read", "none of 1")),
