@@ -19,7 +19,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,27 +29,17 @@ import numpy as np
 from lvseg import command
 from lvseg.cards import check_classes, load_card
 from lvseg.config import Experiment, Train
-from lvseg.errors import InputError, RunError
+from lvseg.errors import InputError
 from lvseg.keys import check_keys
 from lvseg.predict import CARD_KEYS, Segmenter, newest_version, version_of
 from lvseg.prepare import prepare
 from lvseg.quality import least_trust, mirrors
-from lvseg.replay import CHECKED, Volumes, check_not_known, known, left_out, owners
+from lvseg.replay import Volumes, check_not_known, known, left_out, owners
 from lvseg.split import seen_by
 from lvseg.suggest import agreement_with_itself, look, suggest, write_own_masks
 
 if TYPE_CHECKING:
     from lvseg.devices import Cluster
-    from lvseg.step import Step
-
-STEPS, CHECK_EVERY, PATIENCE = 150, 50, 2
-LEAST_STEPS = 25  # after which a version may be written, however little time there is
-LEARNING_RATE = 3.0e-4
-MOST_MINUTES = 4.5  # with start and reading, five
-# Slices that a check reads of a group of patients, at most, evenly spread over each scan, and before and after alike.
-# Of scans with own masks, each slice is looked at three times or four.
-CHECKED_SLICES = {"left_out": 128, "adapted_on": 128, "own_masks": 48, "known": 192}
-ENOUGH, MOST_FORGOTTEN = 0.001, 0.01  # Dice that a check has to gain, and that known patients may lose
 
 
 @dataclass(frozen=True)
@@ -65,9 +54,9 @@ class Plan:
         seed: of order, augmentation and dropout.
     """
 
-    steps: int = STEPS
-    minutes: float = MOST_MINUTES
-    learning_rate: float = LEARNING_RATE
+    steps: int = 150
+    minutes: float = 4.5  # with start and reading, five
+    learning_rate: float = 3.0e-4
     replay: Sequence[Path] | None = None
     seed: int = 0
 
@@ -313,6 +302,7 @@ def _adapt(
     import tensorflow as tf
 
     from lvseg import export
+    from lvseg.finetune import fine_tune, reading_of
     from lvseg.models.vgg import EncoderWeights
     from lvseg.step import Step, network
 
@@ -325,90 +315,27 @@ def _adapt(
         new = _without_known(new, every, sources)
         study = {**study, "own_masks": len(new.rows)}
     check_not_known(Volumes((*new.rows, *spared.rows)), every)
-    train, scaling = experiment.train, info["input_scaling"]
+    scaling = info["input_scaling"]
     weights_of_encoder = info["provenance"].get("encoder_weights")
     step = Step(
         experiment, cluster, len(info["labels"]), scaling["dark"], scaling["bright"],
         weights_of_encoder and EncoderWeights(**weights_of_encoder),
     )  # fmt: skip
     step.model.set_weights(weights)
-    reading = _reading(experiment, info, (*new.patients, *spared.patients, *replayed.patients, *judging.patients))
+    reading = reading_of(experiment, info, (*new.patients, *spared.patients, *replayed.patients, *judging.patients))
 
     groups = {"left_out": spared, "adapted_on": new, "known": judging}
-    # Of each group the scans that a check reads: many patients, or visits, take no longer than one.
-    read = {name: group.spread(CHECKED) for name, group in groups.items()}
-    own_masks = "own_masks" in study
-    measure = functools.partial(agreement_with_itself, mirrored=mirrors(info)) if own_masks else None
-
-    def check() -> dict[str, float]:
-        return _check(step, read, reading, measure)
-
-    def has_forgotten() -> bool:
-        return bool(judging.rows) and checks[-1]["known"] < checks[0]["known"] - MOST_FORGOTTEN
-
-    started, done = time.monotonic(), 0
-    checks = [check()]
-    a_check_s = time.monotonic() - started
-    first = kept = step.model.get_weights()
-    best, interpolation = 0, 1.0
-    batches = iter(_batches(experiment, new, replayed, reading))
-    deciding, ended_by = "left_out" if spared.rows else "adapted_on", "steps"
-    with command.stop_requests() as is_to_stop:
-
-        def heed() -> None:
-            if is_to_stop():
-                raise RunError("interrupted; nothing is written and the model stays as it is")
-
-        for number in command.progress(range(1, train.steps + 1), "adapting"):
-            heed()
-            step(next(batches))
-            done, late = number, time.monotonic() - started + 2 * a_check_s > 60 * plan.minutes
-            if number % CHECK_EVERY and number != train.steps and not late:
-                continue
-            if bad_step := int(step.bad_step.numpy()):
-                raise FloatingPointError(
-                    f"Expected finite numbers, received others at step {bad_step}; lower --learning-rate."
-                )
-            checks.append(check())
-            trained = candidate = step.model.get_weights()
-            if has_forgotten():
-                # Halfway between what it was and what it became it has most of either (Wortsman et al., CVPR 2022).
-                candidate = [(before + after) / 2 for before, after in zip(first, trained, strict=True)]
-                step.model.set_weights(candidate)
-                checks[-1] = check()
-                step.model.set_weights(trained)
-            heed()
-            is_better = checks[-1][deciding] > checks[best][deciding] + ENOUGH
-            if is_better and not has_forgotten() and number >= min(LEAST_STEPS, train.steps):
-                best, kept = len(checks) - 1, candidate
-                interpolation = 1.0 if candidate is trained else 0.5
-            if number == train.steps:
-                break
-            if late or len(checks) - 1 - best >= PATIENCE:
-                ended_by = "minutes" if late else "no gain"
-                break
-    minutes = (time.monotonic() - started) / 60
-    measured: dict[str, Any] = {
-        name: {
-            "patients": len(group.patients),
-            "slices_a_scan": _slices_a_scan(name, group, own_masks),
-            "before": checks[0][name],
-            "after": checks[best][name],
-        }
-        for name, group in read.items()
-        if group.rows
-    }
-    taken = best * CHECK_EVERY if best < len(checks) - 1 else done if best else 0
-    measured |= {"steps": taken, "steps_done": done, "ended_by": ended_by, "minutes": minutes}
-    if not best:
-        return {**measured, "version": None}
-    made_by = {"seed": plan.seed, "interpolation": interpolation}  # between old and trained weights
+    measure = functools.partial(agreement_with_itself, mirrored=mirrors(info)) if "own_masks" in study else None
+    tuned = fine_tune(step, experiment, groups, replayed, reading, plan.minutes, measure)
+    if tuned.weights is None:
+        return {**tuned.measured, "version": None}
+    made_by = {"seed": plan.seed, "interpolation": tuned.interpolation}  # between old and trained weights
     shown = {"train": replayed.patients, "validation": judging.patients}
-    card = _card(info, {**study, **made_by}, measured, shown, plan.replay or ())
+    card = _card(info, {**study, **made_by}, tuned.measured, shown, plan.replay or ())
     adapted = network(experiment, len(info["labels"]), step.offset, step.scale, "float32")
-    adapted.set_weights(kept)
+    adapted.set_weights(tuned.weights)
     folder = export.write_version(out, functools.partial(export.export_model, adapted, card))
-    return {**measured, "version": str(folder)}
+    return {**tuned.measured, "version": str(folder)}
 
 
 def _card(
@@ -462,81 +389,10 @@ def _without_known(new: Volumes, every: Volumes, sources: dict[str, Path]) -> Vo
     return rest
 
 
-def _reading(experiment: Experiment, info: dict[str, Any], patients: Sequence[str]) -> Any:
-    from lvseg import pipeline
-
-    data = experiment.data
-    return pipeline.Reading(
-        data.size, data.neighbours, data.normalise, data.clip_percentiles, info["global_bounds"], tuple(patients)
-    )
-
-
-def _batches(experiment: Experiment, new: Volumes, replayed: Volumes, reading: Any) -> Any:
-    """Batches of which one half is of the new study and the other replayed."""
-    import tensorflow as tf
-
-    from lvseg import pipeline
-
-    parts = [volumes for volumes in (new, replayed) if volumes.rows]
-    reading = reading._replace(tissues=experiment.augment.contrast is not None)
-    each = [
-        pipeline.training_batches(
-            volumes.files, volumes.slices, reading, experiment.seed + number,
-            experiment.train.batch_size // len(parts), experiment.data.shuffle_slices, 0,
-        )
-        for number, volumes in enumerate(parts)
-    ]  # fmt: skip
-    if len(each) == 1:
-        return each[0]
-    return tf.data.Dataset.zip(tuple(each)).map(
-        lambda one, other: pipeline.Samples(*(tf.concat(pair, axis=0) for pair in zip(one, other, strict=True)))
-    )
-
-
-def _slices_a_scan(name: str, group: Volumes, own_masks: bool) -> int:
-    """How many slices of each scan of a group a check reads, at most."""
-    every = CHECKED_SLICES["own_masks" if own_masks and name == "adapted_on" else name]
-    return max(1, every // len(group.rows))
-
-
-def _check(step: Step, groups: dict[str, Volumes], reading: Any, measure: Any = None) -> dict[str, float]:
-    """Mean Dice over the patients of each group, or, of those adapted on, another measure."""
-    return {
-        name: _mean_dice(
-            step,
-            group,
-            reading,
-            measure if name == "adapted_on" else None,
-            _slices_a_scan(name, group, own_masks=measure is not None),
-        )
-        for name, group in groups.items()
-        if group.rows
-    }
-
-
-def _mean_dice(step: Step, volumes: Volumes, reading: Any, measure: Any, slices: int) -> float:
-    """Mean over patients of their scans' Dice, of at most so many slices of a scan, evenly spread, all together."""
-    import tensorflow as tf
-
-    from lvseg import metrics, pipeline
-
-    found: dict[str, list[float]] = {}
-    samples = pipeline.volume_samples(volumes.files, reading)
-    for (patient, _, count, _), volume in zip(volumes.rows, samples, strict=True):
-        if count > slices:
-            chosen = np.linspace(0, count - 1, slices).round().astype(np.int32)
-            volume = pipeline.Samples(*(tf.gather(values, chosen) for values in volume))
-        if measure is not None:
-            found.setdefault(patient, []).append(measure(step, volume))
-            continue
-        predicted, true = step.labels(volume), volume.mask.numpy()[..., 0]
-        overlap = metrics.mean_dice(predicted, true, int(step.model.output_shape[-1]))
-        found.setdefault(patient, []).append(overlap)
-    return float(np.mean([np.mean(values) for values in found.values()]))
-
-
 def print_measured(measured: dict[str, Any], own_masks: bool) -> None:
     """Prints what an adaptation changed, a line a group of patients."""
+    from lvseg.finetune import LEAST_STEPS
+
     names = {
         "left_out": "left out of the new study",
         "adapted_on": "of the new study, changed" if own_masks else "adapted on",

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from small_study import scan, write_card
 
-from lvseg import adapt, metrics, replay
-from lvseg.adapt import MOST_FORGOTTEN, Plan
+from lvseg import adapt, finetune, metrics, replay
+from lvseg.adapt import Plan
 from lvseg.cards import find_scans, load_card, read_image, read_labels
 from lvseg.errors import InputError
 from lvseg.evaluate import evaluate_run
 from lvseg.export import publish, weights, weights_sha256
+from lvseg.finetune import MOST_FORGOTTEN
 from lvseg.formats import read_volume, write_volume
 from lvseg.pipeline import volume_samples
 from lvseg.predict import Segmenter
@@ -119,7 +120,7 @@ def test_the_weights_come_back_from_a_saved_model(trained):
 def test_the_same_seed_adapts_alike(trained, new_study, monkeypatch, tmp_path):
     monkeypatch.chdir(new_study)
     for name, value in {"CHECK_EVERY": 10, "ENOUGH": -1.0, "MOST_FORGOTTEN": 1.0}.items():
-        monkeypatch.setattr(adapt, name, value)  # ten steps are taken, whatever they are worth
+        monkeypatch.setattr(finetune, name, value)  # ten steps are taken, whatever they are worth
     plan = Plan(steps=10, learning_rate=2e-3, minutes=20)
     written = []
     for place in ("one", "two"):
@@ -143,7 +144,7 @@ def test_what_does_not_help_is_not_written(trained, new_study, monkeypatch, tmp_
 def test_it_goes_by_the_known_patients_too(trained, new_study, monkeypatch, tmp_path):
     """A model that forgets is not taken, however well it does on the new study."""
     monkeypatch.chdir(new_study)
-    monkeypatch.setattr(adapt, "MOST_FORGOTTEN", -1.0)  # any result counts as forgetting
+    monkeypatch.setattr(finetune, "MOST_FORGOTTEN", -1.0)  # any result counts as forgetting
     plan = Plan(steps=25, learning_rate=2e-3, minutes=20)
     measured = adapt.adapt(trained / "model", [Path("cards/c.yaml")], tmp_path / "out", plan=plan)
     assert measured["version"] is None
@@ -152,7 +153,7 @@ def test_it_goes_by_the_known_patients_too(trained, new_study, monkeypatch, tmp_
 def scripted(monkeypatch, values: list[float]) -> None:
     """Checks that answer one value after another, for the new study and for known patients alike."""
     answers = iter({"adapted_on": value, "known": 0.9} for value in values)
-    monkeypatch.setattr(adapt, "_check", lambda *_: next(answers))
+    monkeypatch.setattr(finetune, "check", lambda *_: next(answers))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_it_ends_when_two_checks_bring_nothing_and_takes_the_best(
 ):
     monkeypatch.chdir(new_study)
     for name, value in {"CHECK_EVERY": 5, "LEAST_STEPS": 5}.items():
-        monkeypatch.setattr(adapt, name, value)
+        monkeypatch.setattr(finetune, name, value)
     scripted(monkeypatch, values)
     plan = Plan(steps=20, learning_rate=1e-4, minutes=20)
     measured = adapt.adapt(trained / "model", [Path("cards/c.yaml")], tmp_path / "out", ["c-020"], plan)
@@ -177,9 +178,9 @@ def test_it_ends_when_two_checks_bring_nothing_and_takes_the_best(
 def test_it_ends_in_time_and_writes_nothing_after_a_few_steps(trained, new_study, monkeypatch, tmp_path, capsys, least):
     """A clock that goes on by 3 s whenever it is looked at: after the first check and before each step."""
     monkeypatch.chdir(new_study)
-    monkeypatch.setattr(adapt, "LEAST_STEPS", least)
+    monkeypatch.setattr(finetune, "LEAST_STEPS", least)
     ticks = iter(range(0, 10_000, 3))
-    monkeypatch.setattr(adapt, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(finetune, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     scripted(monkeypatch, [0.5, 0.9])
     plan = Plan(steps=40, learning_rate=1e-4, minutes=1)
     measured = adapt.adapt(trained / "model", [Path("cards/c.yaml")], tmp_path / "out", ["c-020"], plan)
@@ -227,7 +228,7 @@ def test_whom_other_cards_replay_is_remembered(trained, new_study, monkeypatch, 
     """They trained the new version, or told what it forgot, so it is neither measured on them nor adapted to them."""
     monkeypatch.chdir(new_study)
     for name, value in {"CHECK_EVERY": 5, "LEAST_STEPS": 5, "ENOUGH": -1.0, "MOST_FORGOTTEN": 1.0}.items():
-        monkeypatch.setattr(adapt, name, value)
+        monkeypatch.setattr(finetune, name, value)
     text, ids = (new_study / "cards/c.yaml").read_text(), [f"c-{number:03d}" for number in range(20, 26)]
     cards = {"mine": ids[:2], "others": ids[2:]}
     for name, patients in cards.items():
@@ -271,7 +272,7 @@ def test_a_check_reads_a_few_evenly_spread_slices_of_each_scan(trained, new_stud
     info = adapt._info(trained / "model")
     experiment = adapt._experiment(info, [Path("cards/c.yaml")], QUICK)
     every = Volumes.of_sets(prepare(experiment.data))
-    reading = adapt._reading(experiment, info, every.patients)
+    reading = finetune.reading_of(experiment, info, every.patients)
     whole = next(iter(volume_samples([every.files[0]], reading)))
     read, count = [], every.rows[0][2]
 
@@ -292,16 +293,16 @@ def test_a_check_reads_a_few_evenly_spread_slices_of_each_scan(trained, new_stud
 
     one = Volumes(every.rows[:1])
     groups = {"adapted_on": one, "known": one}
-    checked = adapt._check(OnlyTheFirstHalfRight(), groups, reading)
-    assert count <= adapt.CHECKED_SLICES["known"] and read == [list(range(count))] * 2  # no more than it may read
+    checked = finetune.check(OnlyTheFirstHalfRight(), groups, reading)
+    assert count <= finetune.CHECKED_SLICES["known"] and read == [list(range(count))] * 2  # no more than it may read
     assert checked["known"] == checked["adapted_on"] == pytest.approx(of_halves(list(range(count))))
-    monkeypatch.setitem(adapt.CHECKED_SLICES, "known", 3)
+    monkeypatch.setitem(finetune.CHECKED_SLICES, "known", 3)
     spread = [0, round((count - 1) / 2), count - 1]
-    middle = adapt._check(OnlyTheFirstHalfRight(), groups, reading)
+    middle = finetune.check(OnlyTheFirstHalfRight(), groups, reading)
     assert read[2:] == [list(range(count)), spread]
     assert middle["adapted_on"] == checked["adapted_on"] and middle["known"] == pytest.approx(of_halves(spread))
     two = Volumes(every.rows[:2])
-    adapt._check(OnlyTheFirstHalfRight(), {"known": two}, reading)
+    finetune.check(OnlyTheFirstHalfRight(), {"known": two}, reading)
     assert [len(slices) for slices in read[4:]] == [1, 1]  # of a group, however many scans it has
 
 
@@ -337,13 +338,13 @@ def test_a_check_reads_a_dozen_scans_of_as_many_patients(patients, visits):
     read = Volumes(tuple(rows)).spread(12)
     assert len(read.rows) == len(set(read.rows)) == min(12, patients * visits)
     assert len(read.patients) == min(12, patients)
-    assert min(adapt._slices_a_scan(name, read, own_masks=False) for name in ("left_out", "known")) >= 10
+    assert min(finetune.slices_a_scan(name, read, own_masks=False) for name in ("left_out", "known")) >= 10
 
 
 def test_of_a_network_that_forgets_too_much_half_the_way_is_taken(trained, new_study, monkeypatch, tmp_path):
     monkeypatch.chdir(new_study)
-    monkeypatch.setattr(adapt, "CHECK_EVERY", 10)
-    monkeypatch.setattr(adapt, "LEAST_STEPS", 10)
+    monkeypatch.setattr(finetune, "CHECK_EVERY", 10)
+    monkeypatch.setattr(finetune, "LEAST_STEPS", 10)
     before, far, halfway = (
         {"known": known, "adapted_on": new} for known, new in ((0.9, 0.5), (0.8, 0.9), (0.895, 0.8))
     )
@@ -351,7 +352,7 @@ def test_of_a_network_that_forgets_too_much_half_the_way_is_taken(trained, new_s
     written = []
     for place, answers in (("all", [before, {**far, "known": 0.9}]), ("half", [before, far, halfway])):
         checks = iter(answers)
-        monkeypatch.setattr(adapt, "_check", lambda *_, checks=checks, **__: next(checks))
+        monkeypatch.setattr(finetune, "check", lambda *_, checks=checks, **__: next(checks))
         written.append(
             adapt.adapt(trained / "model", [Path("cards/c.yaml")], tmp_path / place, ["c-020", "c-021"], plan)
         )
@@ -369,7 +370,7 @@ def test_a_later_adaptation_takes_the_same_card_with_more_patients(adapted, new_
     """Who was adapted to is adapted to again, who decided decides again, and the earlier study is replayed."""
     monkeypatch.chdir(new_study)
     for name, value in {"CHECK_EVERY": 5, "ENOUGH": -1.0, "MOST_FORGOTTEN": 1.0}.items():
-        monkeypatch.setattr(adapt, name, value)
+        monkeypatch.setattr(finetune, name, value)
     first = json.loads((adapted[1] / "1/model.json").read_text())
     write_dimmed(new_study / "raw/more", range(26, 32))
     for patient in (new_study / "raw/c").iterdir():
@@ -409,7 +410,7 @@ def test_a_later_adaptation_takes_the_same_card_with_more_patients(adapted, new_
 def test_a_model_whose_odds_were_corrected_is_adapted_and_says_so(trained, new_study, monkeypatch, tmp_path):
     monkeypatch.chdir(new_study)
     for name, value in {"CHECK_EVERY": 10, "ENOUGH": -1.0, "MOST_FORGOTTEN": 1.0}.items():
-        monkeypatch.setattr(adapt, name, value)  # ten steps are taken, whatever they are worth
+        monkeypatch.setattr(finetune, name, value)  # ten steps are taken, whatever they are worth
     corrected = publish([trained / "model"], tmp_path / "corrected", foreground_odds=2.0)
     done = adapt.adapt(corrected, [Path("cards/c.yaml")], tmp_path / "models", None, Plan(steps=10, minutes=20))
     info = json.loads((Path(done["version"]) / "model.json").read_text())["provenance"]
@@ -425,8 +426,8 @@ def test_half_of_every_batch_is_replayed(trained, new_study, monkeypatch):
     replayed, judging = of_model(info)
     split = info["provenance"]["split"]
     assert set(replayed.patients) <= set(split["train"]) and set(judging.patients) <= set(split["validation"])
-    reading = adapt._reading(experiment, info, (*new.patients, *replayed.patients))
-    for samples in adapt._batches(experiment, new, replayed, reading).take(5):
+    reading = finetune.reading_of(experiment, info, (*new.patients, *replayed.patients))
+    for samples in finetune.batches_of(experiment, new, replayed, reading).take(5):
         brightest = samples.stack.numpy().max(axis=(1, 2, 3)) * samples.scale[:, 1, 0].numpy()
         brightest += samples.scale[:, 1, 1].numpy()
         assert (brightest < 115).tolist() == [True, True, False, False]  # bodies of others are at 120
@@ -490,7 +491,7 @@ def test_what_looks_like_a_ct_is_not_learned_from_until_it_is_said_to_be_one(tra
 @pytest.mark.parametrize("steps", ["9", "1"])
 def test_a_signal_ends_it_without_a_version(trained, new_study, monkeypatch, tmp_path, capsys, steps):
     monkeypatch.chdir(new_study)
-    monkeypatch.setattr(adapt, "ENOUGH", -1.0)
+    monkeypatch.setattr(finetune, "ENOUGH", -1.0)
     checks = []
 
     def shown(items, label, total=None):
@@ -505,8 +506,8 @@ def test_a_signal_ends_it_without_a_version(trained, new_study, monkeypatch, tmp
             os.kill(os.getpid(), signal.SIGTERM)
         return {"left_out": 0.5, "adapted_on": 0.5, "known": 0.5}
 
-    monkeypatch.setattr(adapt.command, "progress", shown)
-    monkeypatch.setattr(adapt, "_check", check)
+    monkeypatch.setattr(finetune.command, "progress", shown)
+    monkeypatch.setattr(finetune, "check", check)
     arguments = ["--model", str(trained / "model"), "--card", "cards/c.yaml", "-o", str(tmp_path / "out")]
     arguments += ["--steps", steps]
     assert adapt.main(arguments) == 1
