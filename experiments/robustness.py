@@ -109,6 +109,9 @@ def measure(model: Path, cards: Sequence[Path], scans: int, out: Path) -> list[d
     for seed, scan in enumerate(command.progress(chosen, "measuring")):
         image = read_image(scan)
         truth = read_labels(scan, image)
+        if not truth.voxels.any():
+            print(f"left aside: {scan.patient} has no liver", file=sys.stderr)
+            continue
         for name, (_, values) in CHANGES.items():
             for value in values:
                 own, true = changed(image, truth, name, value, seed)
@@ -116,6 +119,8 @@ def measure(model: Path, cards: Sequence[Path], scans: int, out: Path) -> list[d
                 row = {"patient": scan.patient, "change": name, "value": value, "dice": metrics.dice(mask, true.voxels)}
                 largest = postprocess(mask, ["largest_component"])
                 rows.append(row | {"dice_largest_component": metrics.dice(largest, true.voxels)})
+    if not rows:
+        raise InputError("NO_PATIENTS", f"Expected scans with a liver in {', '.join(map(str, cards))}, received none.")
     with command.atomic(out / "robustness.csv") as temporary, temporary.open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()

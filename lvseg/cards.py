@@ -67,8 +67,9 @@ class Card(Keys):
     pair, or of an `image` as the scanner stored it, where `scale` (percent a unit) overrides its fields.
     `mask` is one pattern, or one for each class. `labels` names each class and the values it has in the mask files, as
     numbers or ranges ("55-70"); every other value is background. `patient_pattern` is a regular expression for the ids
-    that belong to the card, `patients` names them, and `patient_prefix` goes before them, so that the patients 1 of two
-    hospitals stay two people. `spacing_mm` (row, column) is what the experiment takes where it names none.
+    that belong to the card, needed where a path could be read two ways, `patients` names them, and `patient_prefix`
+    goes before them, so that the patients 1 of two hospitals stay two people. `spacing_mm` (row,
+    column) is what the experiment takes where it names none.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -98,8 +99,9 @@ class Card(Keys):
 
     @property
     def source(self) -> dict[str, str]:
-        """What to say of the dataset wherever its scans were used: name, licence, citation and card_sha256."""
-        facts = {"name": self.name, "licence": self.licence, "citation": self.citation}
+        """What to say of the dataset wherever its scans were used: name, licence, citation, images and card_sha256."""
+        images = next(keys for keys in IMAGE_KEYS if getattr(self, keys[0]) is not None)
+        facts = {"name": self.name, "licence": self.licence, "citation": self.citation, "images": ", ".join(images)}
         return {**facts, "card_sha256": digest(self.model_dump(mode="json"))}
 
     @model_validator(mode="after")
@@ -377,6 +379,13 @@ def _images(card: Card, root: Path, key: str, pattern: str) -> dict[tuple[str, s
     listed = _listed(card, root)
     found: dict[tuple[str, str], list[Path]] = {}
     for patient, study, path in _matching(card, root, key, pattern, listed):
+        if (other := _reading(card, pattern, listed, path.relative_to(root), lazy=True)) != (patient, study):
+            raise InputError(
+                "AMBIGUOUS_PATH",
+                f"Expected one way to read the patient (and study) in a path, received {patient!r} ({study!r}) and"
+                f" {other and other[0]!r} ({other and other[1]!r}) of {path} (key {key} of card {card.name}); give"
+                " patient_pattern, or a pattern with more of what is alike in all paths.",
+            )
         found.setdefault((patient, study), []).append(path)
     for (patient, study), paths in found.items():
         _check_one(card, key, patient, study, paths)
@@ -395,33 +404,53 @@ def _matching(
     card: Card, root: Path, key: str, pattern: str, listed: set[str] | None
 ) -> Iterator[tuple[str, str, Path]]:
     """Patient, study and path of whatever a pattern finds of the card's patients, by path."""
-    expression = _expression(pattern)
     for path in sorted(root.glob(_glob(pattern, patient="*", study="*"))):
         relative = path.relative_to(root)
-        match = re.fullmatch(expression, relative.as_posix())
-        if match is None or _is_hidden(relative):
+        if _is_hidden(relative) or re.fullmatch(_expression(pattern), relative.as_posix()) is None:
             continue
-        groups = {"study": "1", **match.groupdict()}
         if any("\ud800" <= letter <= "\udfff" for letter in relative.as_posix()):
             raise InputError(
                 "BAD_PATH",
                 f"Expected names of files and folders in UTF-8, received {os.fsencode(path)!r} (key {key} of card"
                 f" {card.name}); rename it.",
             )
-        if card.patient_pattern is not None and re.fullmatch(card.patient_pattern, groups["patient"]) is None:
-            continue
-        if listed is not None and groups["patient"] not in listed:
-            continue
-        yield groups["patient"], groups["study"], path
+        if (read := _reading(card, pattern, listed, relative)) is not None:
+            yield *read, path
 
 
-def _expression(pattern: str) -> str:
-    """The pattern as a regular expression: a group for the first of each placeholder, references for the others."""
+def _reading(
+    card: Card, pattern: str, listed: set[str] | None, relative: Path, lazy: bool = False
+) -> tuple[str, str] | None:
+    """Patient and study in a path, None where it is of none of the card's patients.
+
+    Args:
+        lazy: with the shortest ids that fit instead of the longest.
+    """
+    ids = None
+    if card.patient_pattern is not None:
+        ids = f"(?:{card.patient_pattern})"
+    elif listed is not None:
+        ids = "|".join(re.escape(one) for one in sorted(listed, key=len, reverse=not lazy))
+    match = re.fullmatch(_expression(pattern, ids, lazy), relative.as_posix())
+    if match is None or (listed is not None and match["patient"] not in listed):
+        return None
+    return match["patient"], match.groupdict().get("study", "1")
+
+
+def _expression(pattern: str, ids: str | None = None, lazy: bool = False) -> str:
+    """The pattern as a regular expression: a group for the first of each placeholder, references for the others.
+
+    Args:
+        ids: a regular expression for {patient}; lazy: with the shortest text that fits a placeholder.
+    """
+    any_text = "[^/]+?" if lazy else "[^/]+"
     parts, seen = [], set()
     for token in re.split(r"(\{\w+\}|\*|\?)", pattern):
         name = token[1:-1] if token.startswith("{") else ""
         if name:
-            parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+)")
+            parts.append(
+                f"(?P={name})" if name in seen else f"(?P<{name}>{ids if name == 'patient' and ids else any_text})"
+            )
             seen.add(name)
         else:
             parts.append({"*": "[^/]*", "?": "[^/]"}.get(token, re.escape(token)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,11 +37,12 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[dict[str, Any]]:
 
     Returns:
         Of each class and measure, over the scans that have the number in both: class, measure, name,
-        higher_is_better, first and second (means), better, equal and worse (patients), and the numbers of
+        higher_is_better, first and second (means), only_first and only_second (scans that have the number in one alone,
+        as a mask that is empty in the other has no distance), better, equal and worse (patients), and the numbers of
         `agreement.paired_difference` (second minus first).
 
     Raises:
-        InputError: NOT_FOUND; BAD_SCANS if they are not of the same scans.
+        InputError: NOT_FOUND; BAD_SCANS if they are not of the same scans, or were held against other true masks.
     """
     tables = [_read(folder) for folder in (first, second)]
     missing = set(tables[0]) ^ set(tables[1])
@@ -51,16 +53,26 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[dict[str, Any]]:
             "BAD_SCANS",
             f"Expected two evaluations of the same scans, received {' '.join(key)} in {has} and not in {lacks}.",
         )
+    for key, row in tables[0].items():
+        true = [each.get("true_voxels") for each in (row, tables[1][key])]
+        if true[0] != true[1]:
+            raise InputError(
+                "BAD_SCANS",
+                f"Expected the same true masks in both evaluations, received {true[0]} and {true[1]} voxels of"
+                f" {' '.join(key)} in {first} and {second}.",
+            )
     results = []
     for organ in dict.fromkeys(key[3] for key in tables[0]):
         keys = [key for key in tables[0] if key[3] == organ]
         for column, name, higher in MEASURES:
+            numbers_of = [[_number(table[key], column) for key in keys] for table in tables]
             pairs = [
                 (key[1], one, other)
-                for key in keys
-                if (one := _number(tables[0][key], column)) is not None
-                and (other := _number(tables[1][key], column)) is not None
+                for key, one, other in zip(keys, *numbers_of, strict=True)
+                if one is not None and other is not None
             ]
+            alone_first = [one is not None and other is None for one, other in zip(*numbers_of, strict=True)]
+            alone_second = [one is None and other is not None for one, other in zip(*numbers_of, strict=True)]
             if not pairs:
                 continue
             patients, ones, others = zip(*pairs, strict=True)
@@ -75,6 +87,8 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[dict[str, Any]]:
                     "higher_is_better": higher,
                     "first": sum(ones) / len(ones),
                     "second": sum(others) / len(others),
+                    "only_first": sum(alone_first),
+                    "only_second": sum(alone_second),
                     "better": better,
                     "worse": worse,
                     **numbers,
@@ -107,13 +121,20 @@ def _number(row: dict[str, str], column: str) -> float | None:
     try:
         if column == "fat_error_points":
             fat = [row.get(f"{name}_fat_mean_percent") for name in ("predicted", "true")]
-            return abs(float(fat[0]) - float(fat[1])) if fat[0] and fat[1] else None
-        value = row.get(column)
-        return abs(float(value)) if value else None
+            number = abs(float(fat[0]) - float(fat[1])) if fat[0] and fat[1] else None
+        else:
+            value = row.get(column)
+            number = abs(float(value)) if value else None
     except ValueError as error:
         raise InputError(
             "BAD_SCANS", f"Expected numbers in the columns of {column}, received {error} for patient {row['patient']}."
         ) from error
+    if number is not None and not math.isfinite(number):
+        raise InputError(
+            "BAD_SCANS",
+            f"Expected finite numbers in the columns of {column}, received {number} for patient {row['patient']}.",
+        )
+    return number
 
 
 def print_results(results: Sequence[dict[str, Any]], first: Path, second: Path) -> None:
@@ -130,6 +151,13 @@ def print_results(results: Sequence[dict[str, Any]], first: Path, second: Path) 
             f"{result['first']:>9.4f}{result['second']:>9.4f}"
             f"{result['mean_difference']:>+12.4f}{bounds:>22}{result['wilcoxon_p']:>12.3g}"
         )
+    for result in results:
+        for which, other in (("first", "second"), ("second", "first")):
+            if count := result[f"only_{which}"]:
+                print(
+                    f"{result['class']}, {result['name']}: {count} scans have it in the {which} alone and are not"
+                    f" compared (empty in the {other})"
+                )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

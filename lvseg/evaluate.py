@@ -285,10 +285,14 @@ def summarise(rows: Sequence[dict[str, Any]], options: Options | None = None) ->
 
 def _fat(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any]:
     known = [row for row in rows if None not in (row["predicted_fat_mean_percent"], row["true_fat_mean_percent"])]
+    unmeasured = [
+        row["true_fat_mean_percent"]
+        for row in rows
+        if row["true_fat_mean_percent"] is not None and row["predicted_fat_mean_percent"] is None
+    ]
     if not known:
-        return dict.fromkeys(
-            ("fat_fraction_percent", "fat_fraction_median_percent", "steatosis", "steatosis_grades"), None
-        )
+        nothing = ("fat_fraction_percent", "fat_fraction_median_percent", "steatosis", "steatosis_grades")
+        return {**dict.fromkeys(nothing, None), "fat_unmeasured": len(unmeasured)}
     patients = [row["patient"] for row in known]
     found = {
         f"{kind}_{key}": [row[f"{kind}_fat_{key}_percent"] for row in known]
@@ -302,11 +306,17 @@ def _fat(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any]:
         "fat_fraction_percent": agreement.agreement(*means, patients=patients, seed=options.seed),
         "fat_fraction_median_percent": agreement.agreement(*medians, patients=patients, seed=options.seed),
         "steatosis": [
-            agreement.detection(*means, threshold=grade, patients=patients) for grade in options.thresholds_percent
+            {
+                **agreement.detection(*means, threshold=grade, patients=patients),
+                "unmeasured_at_or_above": sum(value >= grade for value in unmeasured),
+            }
+            for grade in options.thresholds_percent
         ],
         "steatosis_grades": agreement.same_class(
             *grades, classes=len(options.thresholds_percent) + 1, patients=patients
         ),
+        # Scans of a known fat fraction whose mask is empty: in none of the above.
+        "fat_unmeasured": len(unmeasured),
     }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
-import hashlib
 import json
 import math
 import shutil
@@ -26,7 +25,7 @@ from lvseg import command, preprocess, quality
 from lvseg.errors import InputError
 from lvseg.optimiser import tf_variable
 from lvseg.postprocess import STEPS
-from lvseg.predict import VERSION, Segmenter, damaged, newest_version, shipped_model
+from lvseg.predict import VERSION, Segmenter, damaged, newest_version, shipped_model, weights_sha256
 
 ODDS = (0.001, 1000.0)  # that odds may be multiplied by
 # What the members of an ensemble must agree on.
@@ -219,14 +218,6 @@ def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any
         card = {**card, "weights_sha256": weights_sha256(temporary)}
         (temporary / "model.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
     return card
-
-
-def weights_sha256(folder: Path) -> str:
-    """sha256 over a SavedModel's variables files, in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted((folder / "variables").iterdir()):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def weights(folder: Path) -> list[np.ndarray[Any, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import re
 import sys
@@ -38,6 +39,7 @@ UNLIKE_CT = (
 )
 # Voxels brighter than this share of the scan's range (minimum to 99th percentile) count as tissue when the crop cuts.
 TISSUE_SHARE = 0.15
+DARK_SHARE = 0.01  # of a mask's voxels, which may have no signal before it is said
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,14 @@ class Segmenter:
             self.loaded = tf.saved_model.load(str(folder))
             signatures = self.loaded.signatures
             self._prepare, self.infer, self._restore = (signatures[name] for name in ("prepare", "infer", "restore"))
+            is_own = weights_sha256(folder) == self.info["weights_sha256"]
         except (OSError, ValueError, TypeError, LookupError, tf.errors.OpError) as error:
             raise damaged(folder, error) from error
+        if not is_own:
+            raise InputError(
+                "MODEL_UNAVAILABLE",
+                f"Expected the weights that model.json names by weights_sha256, received others in {folder}.",
+            )
         self.info.setdefault("version", version_of(folder))
 
     @property
@@ -287,6 +295,7 @@ class Segmenter:
         source = scan.metadata.get("slice_distance_source", "positions")
         if source != "positions":
             flags.append(f"slice distance from {source}, since one slice has no second position")
+        flags += scan.metadata.get("slice_warnings", [])
         if "assumed" in str(scan.metadata.get("directions", "")):
             flags.append(f"directions of the scan: {scan.metadata['directions']}")
         if cut:
@@ -295,6 +304,7 @@ class Segmenter:
         if scan.metadata.get("units") == "percent":
             provenance = dict(scan.metadata.get("fat_fraction", {}))
             flags += provenance.get("warnings", [])
+            flags += self._fat_flags(scan, mask, provenance)
             provenance.pop("sources", None)  # paths of this machine, which the server's clients should not see
             fat = {
                 "fat_fraction_percent": {
@@ -316,6 +326,36 @@ class Segmenter:
                 "oblique": scan.is_oblique,
             },
         }
+
+    def _fat_flags(self, fraction: Volume, mask: Volume, provenance: Mapping[str, Any]) -> list[str]:
+        """What of a fat fraction is not to be trusted inside the mask, or by this network."""
+        flags = []
+        if provenance.get("noise_floor"):
+            for label, name in enumerate(self.info["labels"][1:], start=1):
+                inside = fraction.voxels[mask.voxels == label]
+                share = float(np.mean(inside == 0)) if inside.size else 0.0
+                if share > DARK_SHARE:
+                    flags.append(
+                        f"{name}: {100 * share:.0f} % of its voxels have no more signal than noise and count as 0 %"
+                        " fat: its fat fraction is not to be trusted (iron, or far from the coil)"
+                    )
+        if provenance.get("method") == waterfat.PHASE_METHOD and not any(
+            source.get("images") == "in_phase, opposed_phase"
+            for source in self.info.get("provenance", {}).get("datasets", [])
+        ):
+            flags.append(
+                "the model was trained on fat fractions that do not fold at 50 %, as these of in phase and opposed"
+                " phase do: look at the mask"
+            )
+        return flags
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over a SavedModel's variables files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted((folder / "variables").iterdir()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def intensities(scan: Volume) -> Array:
@@ -445,10 +485,14 @@ def _segment_scans(arguments: argparse.Namespace) -> int:
                 raise
             failed += 1  # one bad scan of many costs that scan alone
             results.append({"scan": str(path), "error": {"code": error.code, "text": error.sentence}})
+            _write_results(arguments.json, results)
             print(f"lvseg.predict: {error.sentence}", file=sys.stderr)
+            if out.exists():
+                print(f"lvseg.predict: {out} is of an earlier call", file=sys.stderr)
             continue
         written = write_mask(answer.mask, out, segmenter.algorithm)
         results.append({"scan": str(path), "files": [str(file) for file in written], **answer.measurements})
+        _write_results(arguments.json, results)
         volumes = ", ".join(f"{name} {volume:.1f} ml" for name, volume in answer.measurements["volume_ml"].items())
         for name, fat in answer.measurements.get("fat_fraction_percent", {}).items():
             volumes += f", {name} {fat['mean']:.1f} % fat" if fat["mean"] is not None else ""
@@ -456,10 +500,14 @@ def _segment_scans(arguments: argparse.Namespace) -> int:
             print(f"lvseg.predict: warning: {path}: {warning}", file=sys.stderr)
         notes = f" ({'; '.join(answer.measurements['flags'])})" if answer.measurements["flags"] else ""
         print(f"{out}: {volumes}{notes}")
-    if arguments.json is not None:
-        with command.atomic(arguments.json) as temporary:
-            temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
     return command.EXIT_BAD_INPUT if failed else command.EXIT_DONE
+
+
+def _write_results(path: Path | None, results: Sequence[Mapping[str, Any]]) -> None:
+    """After every scan, so that a call that is cut off leaves what it measured."""
+    if path is not None:
+        with command.atomic(path) as temporary:
+            temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 def output_paths(scans: Sequence[Path], out: Path, form: str | None) -> list[Path]:

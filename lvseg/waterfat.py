@@ -92,6 +92,7 @@ RANGES = ((0.5, 1.5, 100.0), (30.0, 150.0, 1.0), (500.0, 1500.0, 0.1))
 BEYOND_PERCENT, BEYOND_SHARE = 20.0, 0.1
 NO_FAT_PERCENT = 20.0
 
+PHASE_METHOD = "in phase and opposed phase: (I - O) / 2I"
 PAIRS = (("water", "fat"), ("in_phase", "opposed_phase"))
 WATER_WORDS, FAT_WORDS = frozenset(("W", "WATER")), frozenset(("F", "FAT"))
 IN_PHASE_WORDS = frozenset(("IP", "IN", "IN_PHASE", "INPHASE"))
@@ -230,7 +231,7 @@ def from_in_opposed_phase(in_phase: Volume, opposed_phase: Volume, t2star_ms: fl
     percent, clipped = _ratio(signals[0] * decay - signals[1], 2 * signals[0] * decay, signal)
     percent = np.minimum(percent, np.float32(50.0))
     provenance = {
-        "method": "in phase and opposed phase: (I - O) / 2I",
+        "method": PHASE_METHOD,
         "sources": {"in_phase": _facts(in_phase), "opposed_phase": _facts(opposed_phase)},
         "scale": {"percent_per_unit": 100.0, "from": "ratio of two images"},
         "noise_floor": _floor_facts(floor, signal),
@@ -554,6 +555,15 @@ def _scale(series: Volume, values: Floats, scale: float | None) -> tuple[float, 
                 "UNKNOWN_SCALE",
                 f"Expected a fat fraction in percent, as a fraction or in tenths of a percent, received the unit"
                 f" {stated[0][:40]!r} in {name}; if it is one, {help_text}.",
+            )
+        mappings = [one for one in series.metadata.get("real_world_values") or () if _unit(one["units"].lower())]
+        if not known and mappings:
+            one = mappings[0]
+            raise InputError(
+                "UNKNOWN_SCALE",
+                f"Expected a fat fraction whose rescale slope and intercept give its unit, received a real world value"
+                f" mapping to {one['units'][:40]!r} of another slope and intercept ({one['slope']:g},"
+                f" {one['intercept']:g}) in {name}; {help_text}.",
             )
         if not known:
             words = _words(series)

@@ -89,6 +89,7 @@ def bad_scans(folder: Path) -> dict[str, tuple[Path, str]]:
     add("negative spacing", ".nii", patched((PIXDIM + 12, "f", -3.0)), "BAD_GEOMETRY")
     add("no orientation", ".nii", patched((QFORM_CODE, "h", 0), (SFORM_CODE, "h", 0)), "BAD_GEOMETRY")
     add("sheared affine", ".nii", patched((QFORM_CODE, "h", 0), (SROW_X + 4, "f", 0.7)), "BAD_GEOMETRY")
+    add("pixdim that disagrees", ".nii", patched((QFORM_CODE, "h", 0), (PIXDIM + 12, "f", 9.0)), "GEOMETRY_AMBIGUOUS")
     add("forms that disagree", ".nii", patched((QOFFSET_X, "f", 99.0)), "GEOMETRY_AMBIGUOUS")
     add("zero spacing in vtk", ".vtk", good_vtk.replace(b"SPACING 2.0", b"SPACING 0.0"), "BAD_GEOMETRY")
     add("nan directions in vtk", ".vtk", good_vtk.replace(b"DIR=1.0", b"DIR=nan"), "BAD_GEOMETRY")

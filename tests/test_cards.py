@@ -291,6 +291,30 @@ def test_ids_that_do_not_match_are_not_the_cards(tmp_path):
     assert [each.patient for each in find_scans(*card_of(tmp_path, patient_pattern="p[2-9]"))] == ["p2"]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("{patient}_{study}.nii.gz", ["P01_2024_03.nii.gz", "P01_2025_01.nii.gz"]),
+        ("{patient}_*.nii.gz", ["P01_20240301_T1.nii.gz", "P01_20250110_T1.nii.gz"]),
+    ],
+)
+def test_a_path_that_can_be_read_two_ways_is_refused_unless_the_card_says_what_an_id_is(tmp_path, pattern, names):
+    """Read as patients P01_2024 and P01_2025 they could be on both sides of a split."""
+    (tmp_path / "raw").mkdir()
+    for name in names:
+        for folder in ("images", "masks"):
+            write_volume(scan("a", 1)[folder == "masks"], tmp_path / "raw" / folder / name)
+    patterns = {"image": f"images/{pattern}", "mask": f"masks/{pattern}"}
+    refused(tmp_path, "'P01_", "'P01'", "patient_pattern", names[0], code="AMBIGUOUS_PATH", **patterns)
+    if "{study}" in pattern:
+        found = find_scans(*card_of(tmp_path, patient_pattern="P[0-9]{2}", **patterns))
+        assert [(each.patient, each.study) for each in found] == [("P01", "2024_03"), ("P01", "2025_01")]
+    for folder in ("images", "masks"):
+        (tmp_path / "raw" / folder / names[1]).unlink()
+    for keys in ({"patient_pattern": "P[0-9]{2}"}, {"patients": ["P01"]}):
+        assert [each.patient for each in find_scans(*card_of(tmp_path, **keys, **patterns))] == ["P01"]
+
+
 def test_a_class_of_its_own_file_and_values_by_range(tmp_path):
     image, mask = scan("a", 3)
     folder = tmp_path / "raw/p1"

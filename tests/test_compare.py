@@ -39,6 +39,35 @@ def test_differences_are_second_minus_first_patient_by_patient(tmp_path, capsys)
     assert shown["liver, Dice"][0] == "6" and shown["liver, 95 % Hausdorff distance (mm)"][0] == "5"
 
 
+def test_what_one_run_alone_has_is_counted_and_told(tmp_path, capsys):
+    """A liver that a run misses has no distance, and would make its mean better."""
+    first, second = (write(tmp_path / name, [0.9] * 4, [1, 2, 3, 4]) for name in "ab")
+    table = (second / "patients.csv").read_text().replace("p2,1,liver,0.9,5.0,", "p2,1,liver,0.9,,")
+    (second / "patients.csv").write_text(table)
+    assert compare.main([str(first), str(second)]) == 0
+    assert "liver, 95 % Hausdorff distance (mm): 1 scans have it in the first alone" in capsys.readouterr().out
+    found = {result["measure"]: result for result in compare.compare(second, first)}
+    assert [found["hausdorff_95_mm"][key] for key in ("only_first", "only_second", "n")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("change", "word"), [(("0.9", "nan"), "nan"), (("liver,0.9,,1", "liver,0.9,,inf"), "inf")])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, capsys, change, word):
+    first, second = (write(tmp_path / name, [0.9] * 3, [1, 2, 3]) for name in "ab")
+    (second / "patients.csv").write_text((second / "patients.csv").read_text().replace(*change, 1))
+    assert compare.main([str(first), str(second)]) == 2
+    assert f"received {word} for patient p0" in capsys.readouterr().err
+
+
+def test_evaluations_against_other_true_masks_are_refused(tmp_path, capsys):
+    first, second = (write(tmp_path / name, [0.9] * 3) for name in "ab")
+    for folder, voxels in ((first, 1000), (second, 2000)):
+        lines = (folder / "patients.csv").read_text().splitlines()
+        text = "\n".join([lines[0] + ",true_voxels", *(f"{line},{voxels}" for line in lines[1:])])
+        (folder / "patients.csv").write_text(text)
+    assert compare.main([str(first), str(second)]) == 2
+    assert "received 1000 and 2000 voxels of ge p0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("patients", [["p0", "p1"], ["p0", "p1", "p9"]])
 def test_other_scans_are_refused(tmp_path, capsys, patients):
     first = write(tmp_path / "a", [0.9, 0.9, 0.9])

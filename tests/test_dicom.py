@@ -773,6 +773,25 @@ def test_a_zip_whose_directory_lies_elsewhere_than_it_says_is_corrupt(tmp_path, 
     assert code == "INPUT_CORRUPT" and is_one_sentence_naming(sentence, path)
 
 
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"SliceThickness": 2.5}, None),
+        ({"SliceThickness": 1.0}, None),  # with a gap
+        ({"SliceThickness": 0.5}, "slices of 0.5 mm lie 2.5 mm apart"),
+        ({"SliceThickness": 2.5, "SpacingBetweenSlices": 2.5}, None),
+        ({"SliceThickness": 1.25, "SpacingBetweenSlices": 1.25}, "SpacingBetweenSlices says 1.25"),
+    ],
+)
+def test_slices_that_are_further_apart_than_the_headers_say_are_told(tmp_path, change, word):
+    slices = [slice_of(index) for index in range(3)]
+    for dataset in slices:
+        for keyword, value in change.items():
+            setattr(dataset, keyword, value)
+    warnings = read_volume(save(tmp_path / "scan", slices)).metadata["slice_warnings"]
+    assert [word in warning for warning in warnings] == [True] * (word is not None)
+
+
 @pytest.mark.parametrize("zeros", [[5], [1, 3, 5], range(6)], ids=["last", "every second", "all"])
 def test_a_slice_that_says_it_has_no_frames_is_a_slice(tmp_path, zeros):
     slices = [slice_of(index) for index in range(6)]

@@ -116,6 +116,20 @@ def test_steatosis_is_always_judged_at_its_usual_threshold_too():
     assert evaluate.Options(grades_percent=(21.7, 16.3)).thresholds_percent == [5.56, 16.3, 21.7]
 
 
+def test_livers_that_were_missed_are_counted_beside_sensitivity_and_agreement():
+    fat = [(3.0, 3.5), (4.0, 4.2), (8.0, 8.5), (12.0, 12.0), (15.0, None), (9.0, None), (2.0, None)]
+    rows = [
+        {"patient": f"p{number}", **{f"{kind}_fat_{key}_percent": value for key in ("mean", "median")
+                                     for kind, value in (("true", true), ("predicted", predicted))}}
+        for number, (true, predicted) in enumerate(fat)
+    ]  # fmt: skip
+    found = evaluate._fat(rows, evaluate.Options())
+    (steatosis,) = found["steatosis"]
+    assert (steatosis["true_positive"], steatosis["false_negative"]) == (2, 0)
+    assert (found["fat_unmeasured"], steatosis["unmeasured_at_or_above"]) == (3, 2)
+    assert evaluate._fat(rows[4:], evaluate.Options())["fat_unmeasured"] == 3
+
+
 def test_no_postprocessing_is_reported_as_none(report):
     assert report()[2]["postprocessing"] == []
     own = Network()

@@ -1,5 +1,6 @@
 """The exported model and what predict does with it: one answer whatever the way, on the grid that came in."""
 
+import errno
 import http.server
 import itertools
 import json
@@ -316,6 +317,7 @@ def test_unknown_normalisation_is_refused(model, tmp_path):
     [
         ({"slice_distance_source": "SliceThickness"}, "SliceThickness"),
         ({"directions": "assumed LPS identity"}, "assumed"),
+        ({"slice_warnings": ["slices lie 12 mm apart"]}, "12 mm apart"),
     ],
 )
 def test_geometry_that_was_not_read_but_assumed_is_flagged(exported, metadata, word):
@@ -532,13 +534,24 @@ def test_damaged_models_are_refused_by_name(exported, tmp_path):
 
     (damage("no-card") / "model.json").unlink()
     (damage("bad-graph") / "saved_model.pb").write_bytes(b"nonsense")
+    other = next((damage("other-weights") / "variables").glob("*.data*"))
+    other.write_bytes(other.read_bytes()[:-4] + bytes(4))
     next((damage("no-weights") / "variables").glob("*.data*")).unlink()
     data = next((damage("cut-weights") / "variables").glob("*.data*"))
     data.write_bytes(data.read_bytes()[:100])
     for name, text in (("empty-card", "{}"), ("list-card", "[]"), ("text-card", "no json")):
         (damage(name) / "model.json").write_text(text)
     (tmp_path / "no-version" / "²").mkdir(parents=True)
-    damaged = ("no-card", "bad-graph", "no-weights", "cut-weights", "empty-card", "list-card", "text-card")
+    damaged = (
+        "no-card",
+        "bad-graph",
+        "no-weights",
+        "cut-weights",
+        "empty-card",
+        "list-card",
+        "text-card",
+        "other-weights",
+    )
     for name in (*damaged, "no-version", "missing"):
         with pytest.raises(InputError, match=name) as error:
             Segmenter(tmp_path / name)
@@ -569,6 +582,29 @@ def test_one_bad_scan_of_several_costs_that_scan_alone(exported, tmp_path):
     assert done.returncode == 2 and (tmp_path / "out/good.vtk").is_file() and not (tmp_path / "out/bad.vtk").exists()
     first, second = json.loads((tmp_path / "m.json").read_text())
     assert first["error"]["code"] == "UNSUPPORTED_FORMAT" and "volume_ml" in second
+
+
+def test_a_call_that_is_cut_off_leaves_what_it_measured_and_says_what_is_older(exported, tmp_path, monkeypatch, capsys):
+    scans = [write_volume(scan("a", number)[0], tmp_path / f"{number}.nii.gz")[0] for number in range(3)]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/0.vtk").write_text("of an earlier call")
+    (tmp_path / "m.json").write_text("of an earlier call")
+    scans[0].write_text("no scan")
+    arguments = ["--model", str(exported), *map(str, scans), "-o", str(tmp_path / "out")]
+    write, done = predict.write_mask, []
+
+    def full_after_one(*what):
+        if done:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done.append(what)
+        return write(*what)
+
+    monkeypatch.setattr(predict, "write_mask", full_after_one)
+    assert predict.main([*arguments, "--json", str(tmp_path / "m.json")]) == 1
+    first, second = json.loads((tmp_path / "m.json").read_text())
+    assert first["error"]["code"] == "UNSUPPORTED_FORMAT" and second["scan"] == str(scans[1])
+    said = capsys.readouterr().err
+    assert "out/0.vtk is of an earlier call" in said and "No space left" in said
 
 
 def test_bad_scans_get_one_sentence_that_names_the_file_and_exit_code_2(exported, tmp_path, capsys, monkeypatch):
@@ -661,6 +697,29 @@ def test_water_and_fat_become_a_mask_and_the_fat_inside_it(fat_model, tmp_path, 
     assert run_predict("--model", fat_model, "--water", fat, "--fat", water, "-o", out, "--json", told) == 0
     assert any("water and fat look swapped" in flag for flag in json.loads(told.read_text())[0]["flags"])
     assert "water and fat look swapped" in capsys.readouterr().err
+
+
+def test_fat_that_noise_hides_and_fat_that_folds_are_flagged(fat_model, tmp_path):
+    water, fat = (read_volume(path) for path in water_and_fat(tmp_path))
+    segmenter = Segmenter(fat_model)
+
+    def flags_of(fraction):
+        return "; ".join(segmenter.segment(fraction).measurements["flags"])
+
+    fraction = waterfat.from_water_fat(water, fat)
+    assert "no more signal than noise" not in flags_of(fraction) and "fold" not in flags_of(fraction)
+    inside = segmenter.segment(fraction).mask.voxels > 0
+    dark = [image.with_voxels(np.where(inside & (np.indices(image.shape)[2] % 4 == 0), 1, image.voxels))
+            for image in (water, fat)]  # fmt: skip
+    hidden = waterfat.from_water_fat(*dark)
+    share = np.mean(hidden.voxels[segmenter.segment(hidden).mask.voxels > 0] == 0)
+    assert share > 0.05
+    assert f"liver: {100 * share:.0f} % of its voxels have no more signal than noise" in flags_of(hidden)
+    sum_of, difference = water.voxels.astype(np.int32) + fat.voxels, np.abs(water.voxels.astype(np.int32) - fat.voxels)
+    folded = waterfat.from_in_opposed_phase(water.with_voxels(sum_of), water.with_voxels(difference))
+    assert "fold at 50 %" in flags_of(folded)
+    segmenter.info["provenance"] = {"datasets": [{"name": "own", "images": "in_phase, opposed_phase"}]}
+    assert "fold at 50 %" not in flags_of(folded)
 
 
 def test_a_fat_fraction_in_another_unit_gets_the_answer_of_the_same_in_percent(fat_model, tmp_path, capsys):

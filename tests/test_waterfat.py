@@ -522,6 +522,16 @@ def test_a_dicom_series_is_scaled_by_its_own_fields(tmp_path, slope, intercept, 
     np.testing.assert_allclose(again.voxels, percent, atol=0.06)
 
 
+def test_a_mapping_to_percent_that_is_not_the_rescaling_is_not_passed_over(tmp_path):
+    stored = np.rint(series(1.0)[1] / 0.8)
+    more = {"RealWorldValueMappingSequence": mapping(0.8, 0, "%")}
+    scan = read_volume(write_dicom(tmp_path / "ff", {"FF": (stored, more)}))
+    with pytest.raises(InputError, match=r"mapping to '%' of another slope and intercept \(0.8, 0\)") as error:
+        from_series(scan)
+    assert error.value.code == "UNKNOWN_SCALE"
+    np.testing.assert_allclose(from_series(scan, 0.8).voxels, stored * 0.8, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("word", "description", "known"),
     [("M", "t1 vibe", False), ("M", "q-dixon_PDFF", True), ("M", "liver FF", True), ("M", "off", False),

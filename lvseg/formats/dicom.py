@@ -38,7 +38,7 @@ from lvseg.formats.dicom_file import (
     text,
     with_pixels,
 )
-from lvseg.formats.dicom_geometry import Plane, affine_of, check_consistent, heights_mm, plane_of
+from lvseg.formats.dicom_geometry import Plane, affine_of, check_consistent, heights_mm, plane_of, slice_warnings
 from lvseg.formats.dicom_origin import origin_of
 from lvseg.formats.dicom_series import Frame, choose, echo_time_ms
 from lvseg.volume import Volume
@@ -77,7 +77,8 @@ def read(path: Path | Sequence[Path], series: str | None = None, on: Volume | No
         labels (`dicom_seg`). Metadata: the keys of `WORDS` (empty where the file has none) and `NUMBERS` (None where it
         has none), `image_type` (list of words), `echo_times_ms`, `units` (of the rescaled values, empty if none are
         given), `real_world_values` (further mappings of the stored values: slope, intercept, units, label),
-        `slice_distance_source` ("positions", "SpacingBetweenSlices" or "SliceThickness"), `slice_files` (the file of
+        `slice_distance_source` ("positions", "SpacingBetweenSlices" or "SliceThickness"), `slice_warnings` (what the
+        headers have against it), `slice_files` (the file of
         each slice, of single-frame series) and `format` ("DICOM"). Of images also the `origin` (`dicom_origin`).
 
     Raises:
@@ -167,6 +168,7 @@ def _read_files(
     voxels = _voxels(planes, rescaling, path)
     metadata = _metadata([plane.frame for plane in planes], rescaling)
     metadata["slice_distance_source"] = source
+    metadata["slice_warnings"] = slice_warnings(planes)
     if all("PerFrameFunctionalGroupsSequence" not in frame.file.header for frame in frames):
         metadata["slice_files"] = tuple(names.get(plane.path.name, plane.path.name) for plane in planes)
     return Volume(voxels, affine, source=str(path), metadata=metadata, origin=origin_of(planes))

@@ -21,6 +21,8 @@ UNEVEN_FRACTION = 0.02
 UNEVEN_MM = 0.02
 ORIENTATION_TOLERANCE = 1e-3
 MISSING_SLICES_MAX = 1000
+# Some writers take SpacingBetweenSlices for the gap beside a slice, which is seldom wider than the slice.
+FAR_OVER_SPACING, FAR_OVER_THICKNESS = 1.5, 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +137,23 @@ def affine_of(planes: Sequence[Plane], path: Path) -> tuple[npt.NDArray[np.float
             f" {path} (a tilted gantry{header_says}; resample the scan first).",
         )
     return first.affine(step), "positions"
+
+
+def slice_warnings(planes: Sequence[Plane]) -> list[str]:
+    """What the headers have against the slices' distance, of several that are evenly spaced: no sentence or one."""
+    if len(planes) < 2:
+        return []
+    step_mm = float(np.linalg.norm(planes[-1].position - planes[0].position)) / (len(planes) - 1)
+    groups: list[pydicom.Dataset] = [*planes[0].frame.groups, planes[0].frame.file.header]
+    said = (number_or_none(groups, keyword) for keyword in ("SpacingBetweenSlices", "SliceThickness"))
+    between_mm, thick_mm = (abs(mm) if mm else None for mm in said)
+    if between_mm and step_mm > FAR_OVER_SPACING * between_mm:
+        return [
+            f"slices lie {step_mm:.4g} mm apart, and SpacingBetweenSlices says {between_mm:.4g}: some may be missing"
+        ]
+    if thick_mm and step_mm > FAR_OVER_THICKNESS * thick_mm:
+        return [f"slices of {thick_mm:.4g} mm lie {step_mm:.4g} mm apart: what is between them was not seen"]
+    return []
 
 
 def thickness_mm(plane: Plane, path: Path) -> tuple[float, str]:

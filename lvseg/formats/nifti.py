@@ -32,6 +32,7 @@ from lvseg.volume import Volume
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Of the smallest spacing: less than a mask can show, and well above what rounding in float32 and in writers makes.
 FORM_TOLERANCE = 0.1
+PIXDIM_TOLERANCE = 0.01  # of the spacing
 HEADERS = {348: Nifti1Header, 540: Nifti2Header}
 MAGICS = {b"n+1": "NIfTI-1", b"n+2": "NIfTI-2"}
 PIXEL_KINDS = "iuf"
@@ -196,6 +197,16 @@ def _affine(header: Nifti1Header, shape: tuple[int, int, int], path: Path) -> np
             "GEOMETRY_AMBIGUOUS",
             f"Expected an sform and a qform that agree, received two that put corner voxels"
             f" {_corner_distance_mm(header, shape):.2f} mm apart in {path} (set the code of the wrong one to 0).",
+        )
+    columns = header.get_sform()[:3, :3]
+    steps_mm = np.linalg.norm(columns, axis=0)
+    across = columns.T @ columns - np.diag(steps_mm**2)  # of a sheared sform, which is refused as such
+    is_sheared = np.abs(across).max() > PIXDIM_TOLERANCE * steps_mm.min() ** 2
+    if has_sform and not is_sheared and not np.allclose(steps_mm, spacings, rtol=PIXDIM_TOLERANCE, atol=0):
+        raise InputError(
+            "GEOMETRY_AMBIGUOUS",
+            f"Expected an sform with the spacings that pixdim says, {[round(mm, 4) for mm in spacings]} mm, received"
+            f" one of {[round(float(mm), 4) for mm in steps_mm]} mm in {path} (correct the wrong one).",
         )
     return _kji(header.get_sform() if has_sform else header.get_qform())
 
