@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +34,8 @@ from lvseg.keys import check_keys
 from lvseg.predict import CARD_KEYS, Segmenter, newest_version, version_of
 from lvseg.prepare import prepare
 from lvseg.quality import least_trust, mirrors
-from lvseg.replay import Volumes, check_not_known, known, left_out, owners
-from lvseg.split import seen_by
+from lvseg.replay import Shard, Volumes, check_not_known, known, left_out, owners
+from lvseg.split import SCAN_DIGITS, seen_by
 from lvseg.suggest import agreement_with_itself, look, suggest, write_own_masks
 
 if TYPE_CHECKING:
@@ -331,7 +331,8 @@ def _adapt(
         return {**tuned.measured, "version": None}
     made_by = {"seed": plan.seed, "interpolation": tuned.interpolation}  # between old and trained weights
     shown = {"train": replayed.patients, "validation": judging.patients}
-    card = _card(info, {**study, **made_by}, tuned.measured, shown, plan.replay or ())
+    scans = {"train": (*new.rows, *replayed.rows), "validation": (*spared.rows, *judging.rows)}
+    card = _card(info, {**study, **made_by}, tuned.measured, shown, plan.replay or (), scans)
     adapted = network(experiment, len(info["labels"]), step.offset, step.scale, "float32")
     adapted.set_weights(tuned.weights)
     folder = export.write_version(out, functools.partial(export.export_model, adapted, card))
@@ -344,14 +345,17 @@ def _card(
     measured: dict[str, Any],
     shown: dict[str, list[str]],
     replay: Sequence[Path],
+    scans: Mapping[str, Sequence[Shard]],
 ) -> dict[str, Any]:
     """What the new version's model.json says, from the old one's.
 
     Args:
+        scans: of everybody that the model was shown, by the part of the split that they join.
         shown: known patients, or others of the cards named for `replay`, by the part of the split that others join.
     """
     data, provenance = info["experiment"]["data"], info["provenance"]
     split, earlier = provenance["split"], provenance.get("adapted", [])
+    scans_before = provenance.get("scans_sha256", {})
     # A later adaptation replays this one's datasets, too; a study that grew is there once, wherever its card lay.
     named = {name: path for each in earlier for name, path in zip(each["cards"], each["paths"], strict=True)}
     again = {Path(path).resolve() for path in (*study["paths"], *map(named.get, set(named) & set(study["cards"])))}
@@ -372,6 +376,13 @@ def _card(
                 **split,
                 "train": sorted({*split["train"], *study["patients"], *strangers["train"]}),
                 "validation": sorted({*split["validation"], *study["left_out"], *strangers["validation"]}),
+            },
+            "scans_sha256": {
+                **scans_before,
+                **{
+                    part: sorted({*scans_before.get(part, ()), *(row.voxels_sha256[:SCAN_DIGITS] for row in rows)})
+                    for part, rows in scans.items()
+                },
             },
             "adapted": [*earlier, {**study, "from": parent}],
         },

@@ -177,6 +177,7 @@ def _measured(
     """Of each scan its rows, one a class; draws its picture."""
     for number, scan in enumerate(study.scans):
         image = read_image(scan)
+        study.check_scan(scan, image)
         answer = study.segmenter.segment(
             image, postprocessing=options.postprocessing, keep=calibration is not None, modality=scan.card.modality
         )

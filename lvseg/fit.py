@@ -22,7 +22,7 @@ from lvseg.models.vgg import EncoderWeights
 from lvseg.pipeline import Samples
 from lvseg.predict import newest_version
 from lvseg.prepare import ShardSet
-from lvseg.split import Split, seen_by, sources_of
+from lvseg.split import Split, scans_seen_by, seen_by, sources_of
 from lvseg.step import INFER_SLICES, Step, network
 
 LOG_EVERY = 25
@@ -235,7 +235,8 @@ class Fit:
         self.step.model.set_weights(weights)
         seen = {part: sorted(seen_by(info, folder, part)) for part in ("train", "validation")}
         which = {key: info.get(key) for key in ("name", "weights_sha256")}
-        return {**which, "split": seen, "datasets": sources_of(info)}
+        scans = {part: sorted(scans_seen_by(info, part)) for part in ("train", "validation")}
+        return {**which, "split": seen, "scans_sha256": scans, "datasets": sources_of(info)}
 
     def _agree(self) -> None:
         """InputError BAD_CLUSTER if several machines are not about to do the same: another config, step or folder."""

@@ -22,7 +22,7 @@ from lvseg.errors import InputError
 from lvseg.keys import digest, read_json
 from lvseg.models.vgg import EncoderWeights
 from lvseg.prepare import ShardSet
-from lvseg.split import Split
+from lvseg.split import SCAN_DIGITS, Split
 
 PACKAGES = ("tensorflow", "keras", "tensorflow-addons", "numpy", "nibabel", "pydicom", "vtk")
 
@@ -45,6 +45,7 @@ def manifest(
         "encoder_weights": encoder_weights._asdict() if encoder_weights else None,
         "started_from": started_from,
         "split": asdict(split),
+        "scans_sha256": {part: _scans(sets, patients) for part, patients in asdict(split).items()},
         "datasets": [each.card.source for each in sets],
         "seed": experiment.seed,
         "versions": {"lvseg": _version("lvseg"), "python": platform.python_version()}
@@ -118,6 +119,14 @@ def write(run: Path, manifest: dict[str, Any]) -> None:
     """Writes a run's manifest.json."""
     with command.atomic(run / "manifest.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _scans(sets: Sequence[ShardSet], patients: Sequence[str]) -> list[str]:
+    """What tells the scans of some patients from others, whatever they are called."""
+    chosen = set(patients)
+    return sorted(
+        {row["voxels_sha256"][:SCAN_DIGITS] for shards in sets for row in shards.rows if row["patient"] in chosen}
+    )
 
 
 def _device(device: tf.config.PhysicalDevice) -> str:

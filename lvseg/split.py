@@ -14,6 +14,8 @@ from typing import Any
 from lvseg.errors import InputError
 from lvseg.keys import read_yaml
 
+SCAN_DIGITS = 16  # of a scan's sha256 that a model keeps: by chance two of a million are alike in one case of 10^7
+
 
 @dataclass(frozen=True)
 class Split:
@@ -52,6 +54,15 @@ def seen_by(info: Mapping[str, Any], model: Path, *parts: str) -> set[str]:
                 )
             seen.update(patient for part in parts for patient in (each or {}).get("split", {}).get(part, ()))
     return seen
+
+
+def scans_seen_by(info: Mapping[str, Any], *parts: str) -> set[str]:
+    """Digests of the scans, cut short to SCAN_DIGITS, that a model was shown, as `seen_by`, under whatever ids.
+
+    Models of earlier versions say none.
+    """
+    made = [each for one in made_of(info) for each in (one, one.get("started_from") or {})]
+    return {digest for each in made for part in parts for digest in each.get("scans_sha256", {}).get(part, ())}
 
 
 def sources_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:

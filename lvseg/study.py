@@ -13,7 +13,8 @@ from lvseg.errors import InputError
 from lvseg.keys import read_json
 from lvseg.predict import Segmenter
 from lvseg.prepare import card_scans, dataset_scans, simulated_patients
-from lvseg.split import seen_by
+from lvseg.split import SCAN_DIGITS, scans_seen_by, seen_by
+from lvseg.volume import Volume
 
 SPLITS = ("validation", "test")
 EXTERNAL = "external"  # scans of other datasets than the run's
@@ -26,6 +27,7 @@ class Study:
     Args:
         run: its folder, or the model's own; split: which part; scans: of its patients; segmenter: the model.
         manifest: of the run; empty where there is none.
+        seen_scans: of `split.scans_seen_by`, of those parts of the model's split that are not measured on.
     """
 
     run: Path
@@ -33,6 +35,7 @@ class Study:
     scans: list[Scan]
     segmenter: Segmenter
     manifest: dict[str, Any]
+    seen_scans: Set[str] = frozenset()
     classes: list[str] = field(init=False)
     has_fat: bool = field(init=False)
 
@@ -40,6 +43,17 @@ class Study:
         self.classes = list(self.segmenter.info["labels"][1:])
         # Where some scans are images of fat fractions, the others have empty columns.
         self.has_fat = any(scan.card.kind == "fat_fraction" for scan in self.scans)
+
+    def check_scan(self, scan: Scan, image: Volume) -> None:
+        """Refuses a scan, read by `read_image`, that the model was shown under another id: InputError BAD_SPLIT."""
+        from lvseg import records
+
+        if self.seen_scans and records.voxels_sha256(image.canonical().voxels)[:SCAN_DIGITS] in self.seen_scans:
+            raise InputError(
+                "BAD_SPLIT",
+                "Expected scans that the model has not seen, received one that it was trained or chosen on under"
+                f" another name: {next(iter(scan.images.values()))}.",
+            )
 
 
 def open_study(run: Path, split: str, model: Path | None = None, cards: Sequence[Path] = ()) -> Study:
@@ -66,10 +80,10 @@ def open_study(run: Path, split: str, model: Path | None = None, cards: Sequence
                 )
     scans = _of_cards(cards, segmenter.info, model or run) if cards else split_scans(run, split, manifest)
     patients = {scan.patient for scan in scans}
-    check_not_seen(
-        segmenter.info, patients, model or run, ("train", "validation") if split == "test" or cards else ("train",)
-    )
-    return Study(run, EXTERNAL if cards else split, scans, segmenter, manifest)
+    parts = ("train", "validation") if split == "test" or cards else ("train",)
+    check_not_seen(segmenter.info, patients, model or run, parts)
+    seen = scans_seen_by(segmenter.info, *parts)
+    return Study(run, EXTERNAL if cards else split, scans, segmenter, manifest, seen)
 
 
 def open_model(model: Path, cards: Sequence[Path]) -> Study:
@@ -81,7 +95,7 @@ def open_model(model: Path, cards: Sequence[Path]) -> Study:
     segmenter = Segmenter(model)
     scans = _of_cards(cards, segmenter.info, model)
     check_not_seen(segmenter.info, {scan.patient for scan in scans}, model)
-    return Study(model, EXTERNAL, scans, segmenter, {})
+    return Study(model, EXTERNAL, scans, segmenter, {}, scans_seen_by(segmenter.info, "train", "validation"))
 
 
 def check_not_seen(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from small_study import scan, write_card
 
-from lvseg import adapt, finetune, metrics, replay
+from lvseg import adapt, finetune, metrics, records, replay
 from lvseg.adapt import Plan
 from lvseg.cards import find_scans, load_card, read_image, read_labels
 from lvseg.errors import InputError
@@ -23,6 +23,7 @@ from lvseg.pipeline import volume_samples
 from lvseg.predict import Segmenter
 from lvseg.prepare import prepare
 from lvseg.replay import LEAST_TO_LEAVE_OUT, Shard, Volumes, known, left_out
+from lvseg.split import SCAN_DIGITS, scans_seen_by
 from lvseg.study import open_model
 from lvseg.suggest import Look, look, suggest, write_own_masks
 from lvseg.volume import Volume
@@ -448,6 +449,9 @@ def test_own_masks_replace_segmented_patients(trained, study, monkeypatch, tmp_p
     assert "noise.nii.gz" in capsys.readouterr().err
     assert measured["adapted_on"]["patients"] <= len(scans)
     assert measured["adapted_on"]["after"] >= measured["adapted_on"]["before"] > 0.8
+    digest = records.voxels_sha256(read_volume(scans[0]).canonical().voxels)[:SCAN_DIGITS]
+    info = json.loads((tmp_path / "out/1/model.json").read_text())
+    assert digest in scans_seen_by(info, "train") and digest not in scans_seen_by(info, "validation")
     known_one = study / "raw/b/b-001/image.nii.gz"
     again = adapt.adapt_to_own_masks(trained / "model", [scans[0], known_one], tmp_path / "two", plan)
     assert again["adapted_on"]["patients"] == 1 and f"{known_one} has the voxels of" in capsys.readouterr().err

@@ -195,6 +195,17 @@ def test_evaluation_measures_the_test_patients_on_their_own_grids(trained, study
         assert part["volume_ml"]["bias"] == pytest.approx(errors[number], abs=0.01)
 
 
+def test_a_scan_that_training_saw_is_not_measured_on_under_another_name(trained, in_study, capsys):
+    known = json.loads((trained / "manifest.json").read_text())["split"]["train"][0]
+    patient = in_study / "raw/renamed/r-001"
+    shutil.copytree(in_study / "raw" / known[0] / known, patient)
+    write_card(in_study, "renamed")
+    assert evaluate.main(["--run", str(trained), "--card", "cards/renamed.yaml", "--no-quality", "-o", "renamed"]) == 2
+    said = capsys.readouterr().err
+    assert "trained or chosen on under another name" in said and "r-001" in said
+    assert not (in_study / "renamed").exists()
+
+
 def test_evaluation_measures_all_patients_of_a_dataset_that_training_did_not_see(trained, in_study, capsys):
     for number in (50, 51, 52):
         image, mask = scan("b", number)
