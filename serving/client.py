@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import re
 import shlex
 import signal
@@ -31,9 +32,11 @@ from serving.scans import check_readable, files_of, making_room, reading, stem_o
 
 PLAIN_LINE_EVERY_S = 2.0
 LOOK_EVERY_S, SETTLED_S, PATIENCE_S = 1.0, 5.0, 10.0  # of --watch
+DONE_EVERY_S = 60.0  # --watch looks whether a scan that is done has changed: thousands of files would keep a share busy
 STDIN = Path("-")
 Show = Callable[[str, str, int, int], None]  # a scan's name, and what `segment` tells of it
-Mark = tuple[int, ...] | None  # number of files, bytes together, time of the last change
+Mark = tuple[int, ...] | None  # number of files, bytes together, time of the last change in ns since 1970
+MARK = "scan_mark"  # its name in what is written of a scan
 
 EXAMPLE = """examples:
   python -m serving.client submit scan.nii.gz --model volume -o liver.vtk
@@ -189,8 +192,8 @@ def _failure(scan: Path, error: ClientError) -> dict[str, Any]:
 def _watch(arguments: argparse.Namespace) -> int:
     """Segments what is dropped into a folder, until Ctrl-C. Done is a scan whose measurements or failure are there.
 
-    A scan counts as whole once it has not changed for SETTLED_S. Each goes its own way: one that has to wait for the
-    network or the server holds up no other, as long as fewer than --at-once do.
+    A scan counts as whole once it has not changed for SETTLED_S, and goes again where it changed later. Each goes its
+    own way: one that has to wait for the network or the server holds up no other, as long as fewer than --at-once do.
     """
     import concurrent.futures
 
@@ -204,6 +207,7 @@ def _watch(arguments: argparse.Namespace) -> int:
     _client(arguments, threading.Event()).close()  # a wrong address or key is told at once
     stop = threading.Event()
     settling: dict[Path, tuple[Mark, float]] = {}
+    done: dict[Path, float] = {}
     tasks: dict[Path, concurrent.futures.Future[None]] = {}  # by mask
     was_there = True
     pool = concurrent.futures.ThreadPoolExecutor(arguments.at_once)
@@ -213,7 +217,7 @@ def _watch(arguments: argparse.Namespace) -> int:
                 for mask in [mask for mask, task in tasks.items() if task.done()]:
                     tasks.pop(mask).result()  # raises only what is a fault of this program
                 try:
-                    for scan, mask, mark in _settled(arguments, settling):
+                    for scan, mask, mark in _settled(arguments, settling, done):
                         if mask not in tasks:
                             tasks[mask] = pool.submit(_segment_dropped, arguments, scan, mask, mark, show, stop)
                     was_there = True
@@ -229,13 +233,14 @@ def _watch(arguments: argparse.Namespace) -> int:
 
 
 def _settled(
-    arguments: argparse.Namespace, settling: dict[Path, tuple[Mark, float]]
+    arguments: argparse.Namespace, settling: dict[Path, tuple[Mark, float]], done: dict[Path, float]
 ) -> Iterator[tuple[Path, Path, Mark]]:
     """The scans of the watched folder that are whole and not done, each with its mask and what it looks like.
 
     Args:
         arguments: of the command.
         settling: what each scan looked like, and since when; brought up to date here.
+        done: when to look again at each scan that is done; brought up to date here.
     """
     now = time.monotonic()
     owners: dict[Path, Path] = {}
@@ -247,9 +252,14 @@ def _settled(
                 print(f"serving.client: Expected scans of different names, received {scan.name}, whose mask would be"
                       f" that of {other.name}.", file=sys.stderr)  # fmt: skip
             continue
-        if _result_of(mask).exists() or _failure_of(mask).exists():
+        said = [path for path in (_result_of(mask), _failure_of(mask)) if path.exists()]
+        if said and now < done.get(scan, 0.0):
             continue
         mark = _mark(scan)
+        if any(_is_about(path, mark) for path in said):
+            done[scan] = now + DONE_EVERY_S
+            continue
+        done.pop(scan, None)
         if scan not in settling or settling[scan][0] != mark:
             settling[scan] = (mark, now)
         elif mark is not None and now - settling[scan][1] >= SETTLED_S:
@@ -260,14 +270,30 @@ def _segment_dropped(
     arguments: argparse.Namespace, scan: Path, mask: Path, mark: Mark, show: Show, stop: threading.Event
 ) -> None:
     """Segments a scan, or writes down why it cannot be; after anything else it will be found again, a while later."""
+
+    def keep(result: dict[str, Any]) -> None:
+        if _mark(scan) != mark and os.path.lexists(scan):  # one that was taken away since is done all the same
+            for name in [*result["files"], _result_of(mask)]:  # what an earlier answer says was of an earlier mask
+                with writing(mask):
+                    Path(name).unlink(missing_ok=True)
+            raise ClientError(
+                "SCAN_CHANGED",
+                f"Expected a scan that is whole, received one that changed after it was sent: {scan} (its answer is"
+                " dropped, and it is sent again once it has settled).",
+                EXIT_ERROR,
+            )
+        _write_json(_result_of(mask), {**result, MARK: mark})
+        with contextlib.suppress(OSError):  # of what was there before under the scan's name
+            _failure_of(mask).unlink(missing_ok=True)
+
     try:
         with _client(arguments, stop) as client:
-            _segment(client, arguments, scan, mask, show, functools.partial(_write_json, _result_of(mask)))
+            _segment(client, arguments, scan, mask, show, keep)
     except ClientError as error:
         print(f"serving.client: {error.sentence}", file=sys.stderr)
         if _is_of_scan(error) and _mark(scan) == mark:
             with contextlib.suppress(ClientError):  # no room for it
-                _write_json(_failure_of(mask), _failure(scan, error))
+                _write_json(_failure_of(mask), {**_failure(scan, error), MARK: mark})
                 return
         stop.wait(PATIENCE_S)
 
@@ -285,6 +311,20 @@ def _result_of(mask: Path) -> Path:
 
 def _failure_of(mask: Path) -> Path:
     return mask.with_name(mask.name + ".failed.json")
+
+
+def _is_about(path: Path, mark: Mark) -> bool:
+    """Whether what a file says of a scan is said of the scan as it is; of one that cannot be looked at it is.
+
+    A file that is cut short says nothing. One of an earlier version, without a mark, is believed.
+    """
+    try:
+        said = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    except OSError:
+        return True  # not to be read, but there
+    return isinstance(said, dict) and (not mark or said.get(MARK) in (None, list(mark)))
 
 
 def _mark(scan: Path) -> Mark:

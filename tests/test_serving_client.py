@@ -521,7 +521,7 @@ def command(server: Scripted, folder: Path, *arguments: object, stdin: Path | No
     (folder / "temporary").mkdir()
     impatient = (
         "import sys, serving.client as c, serving.scans as s; s.SPOOL_BYTES = 10;"
-        "c.LOOK_EVERY_S, c.SETTLED_S, c.PATIENCE_S = 0.05, 0.2, 0.1; sys.exit(c.main())"
+        "c.LOOK_EVERY_S, c.SETTLED_S, c.PATIENCE_S, c.DONE_EVERY_S = 0.05, 0.2, 0.1, 0.1; sys.exit(c.main())"
     )
     line = [sys.executable, "-c", impatient, "submit", "--insecure", "--server", server.endpoint, "--model", "bright"]
     with contextlib.ExitStack() as stack:
@@ -652,6 +652,74 @@ def test_a_watched_folder_that_is_empty_is_no_scan_yet(tmp_path: Path, incoming:
         scan_of(incoming, 100, "late.nii.gz")
         for name in ("study", "late"):
             until((out / f"{name}.vtk.result.json").exists, "what was filled is done")
+
+
+def test_a_watched_series_that_grew_after_it_was_sent_is_sent_again_whole(tmp_path: Path, incoming: Path) -> None:
+    """An export that pauses for longer than a scan takes to settle, and goes on while the server is at work."""
+    out, study = tmp_path / "masks", incoming / "study"
+    study.mkdir()
+    scan_of(study, 100, "1.dcm")
+
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Chunk) and not (study / "2.dcm").exists():
+            scan_of(study, 100, "2.dcm")
+        return None
+
+    with Scripted(script) as server, command(server, tmp_path, "--watch", incoming, "-o", out):
+        result = out / "study.vtk.result.json"
+        until(result.exists, "the series is done")
+        assert json.loads(result.read_text())["scan_mark"][:2] == [2, 200]
+        assert len(server.all(protocol.Submit)) == 2
+        assert (out / "study.vtk").read_bytes() == MASK
+        assert "changed after it was sent" in (tmp_path / "told").read_text()
+        scan_of(study, 100, "3.dcm")
+        until(lambda: json.loads(result.read_text())["scan_mark"][:2] == [3, 300], "what came later is sent, too")
+
+
+def test_a_watched_scan_that_is_replaced_is_done_again_and_loses_its_failure(tmp_path: Path, incoming: Path) -> None:
+    out, scan = tmp_path / "masks", scan_of(incoming, 100)
+    result, failure = out / "scan.vtk.result.json", out / "scan.vtk.failed.json"
+
+    def script(message: Any) -> list[Any] | None:
+        is_bad = isinstance(message, protocol.Chunk) and len(server.all(protocol.Submit)) == 1
+        return [error(message.job, "BAD_GEOMETRY", "read", "input", False)] if is_bad else None
+
+    with Scripted(script) as server, command(server, tmp_path, "--watch", incoming, "-o", out):
+        until(failure.exists, "the first one is told to be bad")
+        server.jobs.clear()
+        scan_of(incoming, 200)
+        until(result.exists, "the one in its place is done")
+        until(lambda: not failure.exists(), "the failure was of the first one")
+        assert json.loads(result.read_text())["scan_mark"] == [1, 200, scan.stat().st_mtime_ns]
+
+
+def test_a_watched_scan_that_was_taken_away_while_it_was_done_has_its_answer(tmp_path: Path, incoming: Path) -> None:
+    scan = scan_of(incoming, 100)
+
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Chunk):
+            scan.unlink()
+        return None
+
+    with Scripted(script) as server, command(server, tmp_path, "--watch", incoming, "-o", tmp_path / "masks"):
+        until((tmp_path / "masks/scan.vtk.result.json").exists, "it is done")
+        assert len(server.all(protocol.Submit)) == 1
+
+
+def test_what_an_earlier_version_wrote_of_a_watched_scan_counts_and_what_is_cut_short_does_not(
+    tmp_path: Path, incoming: Path
+) -> None:
+    out = tmp_path / "masks"
+    out.mkdir()
+    for name, said in (("earlier", '{"volume_ml": 7}'), ("cut", '{"volume_ml"'), ("last", "")):
+        scan_of(incoming, 100, f"{name}.nii.gz")
+        (out / f"{name}.vtk.result.json").write_text(said)
+    with Scripted() as server, command(server, tmp_path, "--watch", incoming, "-o", out):
+        for name in ("cut", "last"):
+            result = out / f"{name}.vtk.result.json"
+            until(lambda result=result: "scan_mark" in result.read_text(), "it is done again")
+        assert json.loads((out / "earlier.vtk.result.json").read_text()) == {"volume_ml": 7}
+        assert {submit.name for submit in server.all(protocol.Submit)} == {"cut.nii.gz", "last.nii.gz"}
 
 
 def test_of_two_watched_scans_with_one_mask_the_second_is_told_and_left(tmp_path: Path, incoming: Path) -> None:
