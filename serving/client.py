@@ -26,13 +26,18 @@ from typing import Any
 
 from serving import keys, protocol
 from serving.connection import HOME_KEY, Client, Refused, check_model, find_credentials
-from serving.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_ERROR, ClientError, KeyFileError
+from serving.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_ERROR, EXIT_NETWORK, ClientError, KeyFileError
 from serving.outputs import check_outputs, output_paths, writing
 from serving.scans import check_readable, files_of, making_room, reading, stem_of, suffix_by_content
 
 PLAIN_LINE_EVERY_S = 2.0
 LOOK_EVERY_S, SETTLED_S, PATIENCE_S = 1.0, 5.0, 10.0  # of --watch
 DONE_EVERY_S = 60.0  # --watch looks whether a scan that is done has changed: thousands of files would keep a share busy
+# Of the network or of the access, and so of every scan; anything else costs the one scan that it happened to.
+OF_ALL = frozenset(
+    {"UNREACHABLE", "NOT_AUTHORISED", "SERVER_KEY_MISMATCH", "PROTO_UNSUPPORTED", "BAD_ADDRESS", "BAD_KEY"}
+)
+WORST_FIRST = (EXIT_ERROR, EXIT_NETWORK, EXIT_BAD_INPUT, EXIT_DONE)
 STDIN = Path("-")
 Show = Callable[[str, str, int, int], None]  # a scan's name, and what `segment` tells of it
 Mark = tuple[int, ...] | None  # number of files, bytes together, time of the last change in ns since 1970
@@ -51,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        0 done; 2 wrong use or a scan that cannot be used; 4 network or access; 1 anything else.
+        0 done; 2 wrong use or a scan that cannot be used; 4 network or access; 1 anything else. Of several scans the
+        worst: 1, then 4, then 2.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -101,10 +107,10 @@ def _segment_all(arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path
     of others, now or by an earlier call, in the order of the scans.
 
     Returns:
-        The exit code.
+        The worst exit code of any scan, of WORST_FIRST.
 
     Raises:
-        ClientError: what ends all of it: the network, the access, or the one scan there is.
+        ClientError: what ends all of it: one of OF_ALL, or whatever happened to the one scan there is.
     """
     import concurrent.futures  # not for --help
 
@@ -112,6 +118,7 @@ def _segment_all(arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path
     own = threading.local()
     clients: list[Client] = []
     found: dict[str, dict[str, Any]] = {}
+    exit_codes = [EXIT_DONE]
     earlier = _said_earlier(arguments.json)  # of scans whose turn has not come yet, it stays
     writes, not_written = threading.Lock(), []
 
@@ -135,9 +142,10 @@ def _segment_all(arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path
         except ClientError as error:
             if error in not_written:  # the result stays with the server; other scans go on
                 return
-            if len(scans) == 1 or error.exit_code != EXIT_BAD_INPUT:
+            if len(scans) == 1 or error.code in OF_ALL:
                 raise
-            print(f"serving.client: {error.sentence}", file=sys.stderr)  # one bad scan of many costs that scan alone
+            print(f"serving.client: {error.sentence}", file=sys.stderr)  # one scan of many costs that scan alone
+            exit_codes.append(error.exit_code)
             with contextlib.suppress(ClientError):
                 keep(scan, _failure(scan, error))
 
@@ -152,8 +160,9 @@ def _segment_all(arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path
         for client in clients:
             client.close()
     if not_written:
-        raise not_written[0]
-    return EXIT_BAD_INPUT if any("error" in result for result in found.values()) else EXIT_DONE
+        print(f"serving.client: {not_written[0].sentence}", file=sys.stderr)
+        exit_codes.append(not_written[0].exit_code)
+    return min(exit_codes, key=WORST_FIRST.index)
 
 
 def _said_earlier(path: Path | None) -> dict[str, dict[str, Any]]:
@@ -300,9 +309,11 @@ def _segment_dropped(
 
 def _is_of_scan(error: ClientError) -> bool:
     """Whether the same scan would end the same way, rather than the network, the access or this computer."""
+    if error.code in OF_ALL or error.code == "MODEL_UNKNOWN":
+        return False
     if isinstance(error, Refused):
-        return error.error.fault != "access" and not error.error.retryable and error.code != "MODEL_UNKNOWN"
-    return error.exit_code == EXIT_BAD_INPUT and error.code not in ("BAD_OUTPUT", "BAD_KEY")
+        return error.error.fault != "access" and not error.error.retryable
+    return error.exit_code == EXIT_BAD_INPUT and error.code != "BAD_OUTPUT"
 
 
 def _result_of(mask: Path) -> Path:

@@ -597,6 +597,56 @@ def test_a_table_that_cannot_be_written_costs_no_scan(
     assert len(list((tmp_path / "masks").glob("*.vtk"))) == 3
 
 
+@pytest.mark.parametrize(
+    ("code", "fault", "worst"), [("INTERNAL", "server", 1), ("CANCELLED", "access", 4), ("EXPIRED", "access", 4)]
+)
+def test_what_happens_to_one_scan_of_many_ends_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str, fault: str, worst: int
+) -> None:
+    """Nor is a scan that is under way meanwhile given up on the server; a bad scan beside it does not hide the code."""
+    names, table = ("bad", "first", "second", "third"), tmp_path / "volumes.json"
+    scans_there = [scan_of(tmp_path, 100, f"{name}.nii.gz") for name in names]
+    held: list[bytes] = []
+
+    def script(message: Any) -> list[Any] | None:
+        job = getattr(message, "job", b"")
+        if job == key_of("bad.nii.gz") and isinstance(message, protocol.Chunk):
+            return [error(job, "BAD_GEOMETRY", "read", "input", False)]
+        if job == key_of("second.nii.gz") and isinstance(message, protocol.Chunk):
+            return [error(job, code, "segment", fault, False)]
+        ended = any(close.job == key_of("second.nii.gz") for close in server.all(protocol.Close))
+        if job == key_of("first.nii.gz") and isinstance(message, protocol.Chunk) and not ended:
+            held.append(server.route)
+            return [protocol.Progress(job, "segment", 0, 0, 1)]
+        if job == key_of("second.nii.gz") and isinstance(message, protocol.Close) and held:
+            first = key_of("first.nii.gz")  # the one under way is done only now
+            server.jobs[first].offset = server.jobs[first].submit.bytes
+            server.socket.send_multipart([held[0], *protocol.encode(protocol.Done(first, server.files))])
+        return None
+
+    with Scripted(script) as server:
+        arguments = ["--insecure", "--server", server.endpoint, "--model", "bright", "-o", str(tmp_path / "masks")]
+        given = [*map(str, scans_there), *arguments, "--json", str(table), "--at-once", "2"]
+        assert main(["submit", *given]) == worst
+    assert {path.name for path in (tmp_path / "masks").iterdir()} == {"first.vtk", "third.vtk"}
+    said = json.loads(table.read_text())
+    assert [each.get("error", {}).get("code") for each in said] == ["BAD_GEOMETRY", None, code, None]
+    assert capsys.readouterr().err.count("serving.client: ") == 2
+
+
+def test_what_is_of_the_access_ends_all_scans(tmp_path: Path) -> None:
+    scans_there = [scan_of(tmp_path, 100, f"{name}.nii.gz") for name in ("one", "two", "three")]
+
+    def script(message: Any) -> list[Any] | None:
+        is_out = isinstance(message, protocol.Submit)
+        return [error(b"", "NOT_AUTHORISED", "frame", retryable=False)] if is_out else None
+
+    with Scripted(script) as server:
+        arguments = ["--insecure", "--server", server.endpoint, "--model", "bright", "-o", str(tmp_path / "masks")]
+        assert main(["submit", *map(str, scans_there), *arguments, "--at-once", "1"]) == 4
+        assert len(server.all(protocol.Submit)) == 1
+
+
 def test_a_watched_folder_has_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--watch", str(tmp_path), "--model", "bright", "-o", str(tmp_path / "masks"), "--json", "v.json"]
     assert main(["submit", "--insecure", *arguments]) == 2
