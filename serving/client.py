@@ -311,6 +311,8 @@ def _is_of_scan(error: ClientError) -> bool:
     """Whether the same scan would end the same way, rather than the network, the access or this computer."""
     if error.code in OF_ALL or error.code == "MODEL_UNKNOWN":
         return False
+    if error.code == "OUT_OF_MEMORY":  # it was tried a few times
+        return True
     if isinstance(error, Refused):
         return error.error.fault != "access" and not error.error.retryable
     return error.exit_code == EXIT_BAD_INPUT and error.code != "BAD_OUTPUT"

@@ -470,6 +470,19 @@ def test_a_server_that_stays_unable_is_given_up_at_the_limit(tmp_path: Path) -> 
     assert len(server.all(protocol.Submit)) > 1
 
 
+def test_memory_that_never_suffices_ends_after_a_few_tries(tmp_path: Path) -> None:
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Chunk):
+            del server.jobs[message.job]
+            return [error(message.job, "OUT_OF_MEMORY", "segment", "server")]
+        return None
+
+    with Scripted(script) as server, pytest.raises(ClientError) as told:
+        segment(server.endpoint, scan_of(tmp_path, 100), tmp_path / "out.vtk")
+    assert told.value.code == "OUT_OF_MEMORY"
+    assert len(server.all(protocol.Submit)) == connection.SHORT_MAX
+
+
 # ---- this computer's own trouble
 
 
@@ -741,6 +754,22 @@ def test_a_watched_scan_that_is_replaced_is_done_again_and_loses_its_failure(tmp
         until(result.exists, "the one in its place is done")
         until(lambda: not failure.exists(), "the failure was of the first one")
         assert json.loads(result.read_text())["scan_mark"] == [1, 200, scan.stat().st_mtime_ns]
+
+
+def test_a_watched_scan_that_fits_no_memory_is_written_down_and_holds_no_place(tmp_path: Path, incoming: Path) -> None:
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Chunk) and message.job == key_of("huge.nii.gz"):
+            del server.jobs[message.job]
+            return [error(message.job, "OUT_OF_MEMORY", "segment", "server")]
+        return None
+
+    scan_of(incoming, 100, "huge.nii.gz")
+    scan_of(incoming, 100, "small.nii.gz")
+    out = tmp_path / "masks"
+    with Scripted(script) as server, command(server, tmp_path, "--watch", incoming, "-o", out, "--at-once", "1"):
+        until((out / "small.vtk.result.json").exists, "the scan behind it is done")
+        failure = json.loads((out / "huge.vtk.failed.json").read_text())
+        assert failure["error"]["code"] == "OUT_OF_MEMORY"
 
 
 def test_a_watched_scan_that_was_taken_away_while_it_was_done_has_its_answer(tmp_path: Path, incoming: Path) -> None:
