@@ -27,7 +27,7 @@ from typing import Any
 from serving import keys, protocol
 from serving.connection import HOME_KEY, Client, Refused, check_model, find_credentials
 from serving.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_ERROR, EXIT_NETWORK, ClientError, KeyFileError
-from serving.outputs import check_outputs, output_paths, writing
+from serving.outputs import check_outputs, make_folder, output_paths, sync_file, sync_folder, writing
 from serving.scans import check_readable, files_of, making_room, reading, stem_of, suffix_by_content
 
 PLAIN_LINE_EVERY_S = 2.0
@@ -210,7 +210,7 @@ def _watch(arguments: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise ClientError("NOT_FOUND", f"Expected a folder to watch, received {folder}.", EXIT_BAD_INPUT)
     with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     if out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents:
         raise ClientError("BAD_OUTPUT", f"Expected -o apart from the folder watched, received {out}.", EXIT_BAD_INPUT)
     _client(arguments, threading.Event()).close()  # a wrong address or key is told at once
@@ -372,12 +372,15 @@ def _from_stdin(scans: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def _write_json(path: Path, content: Any) -> None:
+    """Writes a file whole or not at all; it is on the disk then."""
     temporary = path.with_name(f".partial-{uuid.uuid4().hex[:8]}-{path.name}")
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            sync_file(temporary)
             temporary.replace(path)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -30,7 +30,7 @@ import zmq
 
 from serving import keys, protocol
 from serving.errors import EXIT_BAD_INPUT, EXIT_ERROR, EXIT_NETWORK, ClientError, KeyFileError
-from serving.outputs import check_outputs, is_sidecar, sidecar_of, writing
+from serving.outputs import check_outputs, is_sidecar, make_folder, sidecar_of, sync_file, sync_folder, writing
 from serving.scans import Package, check_readable, files_of, is_sent_unchanged, name_of, package, reading
 
 SERVER = "tcp://127.0.0.1:5557"
@@ -486,12 +486,15 @@ class Client:
         limit: float,
         on_progress: OnProgress,
     ) -> tuple[list[Path], dict[str, Any]]:
-        """Fetches the result; its files appear under their names only when all of them are whole."""
+        """Fetches the result; its files appear under their names only when all of them are whole, and on the disk.
+
+        The server deletes its own after that, and may be the one whose power does not fail.
+        """
         measurements: dict[str, Any] = {}
         moves: list[tuple[Path, Path]] = []
         try:
             with writing(out):
-                out.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(out.parent)
                 for file in done.files:
                     pieces = self._fetch(job, file, sent, limit, on_progress)
                     if file.name == "result.json":
@@ -501,11 +504,13 @@ class Client:
                     moves.append((path.with_name(f".partial-{uuid.uuid4().hex[:8]}-{path.name}"), path))
                     with moves[-1][0].open("xb") as temporary:
                         temporary.writelines(pieces)
+                    sync_file(moves[-1][0])
                 paths = [path for _, path in moves]
                 if output == "vtk" and (sidecar := sidecar_of(out)) not in paths and is_sidecar(sidecar):
                     sidecar.unlink()  # an earlier file's directions would be wrong for this one
                 for temporary_path, path in reversed(moves):
                     temporary_path.replace(path)
+                sync_folder(out.parent)
                 return paths, measurements
         finally:
             for temporary_path, _ in moves:

@@ -504,6 +504,55 @@ def test_a_result_that_cannot_be_written_is_kept_for_the_same_call_again(tmp_pat
         assert len(server.all(protocol.Close)) == 1
 
 
+def test_an_answer_is_on_the_disk_before_the_server_may_forget_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes of each file before it gets its name, and the names of files and of new folders."""
+    scan, out, table = scan_of(tmp_path), tmp_path / "new/masks/out.vtk", tmp_path / "tables/volumes.json"
+    synced: list[tuple[int, int]] = []  # file and size
+    at_close: list[tuple[int, int]] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        facts = os.fstat(descriptor)
+        synced.append((facts.st_ino, 0 if Path(f"/proc/self/fd/{descriptor}").is_dir() else facts.st_size))
+        sync(descriptor)
+
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Close):
+            at_close.extend(synced)
+        return None
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with Scripted(script) as server:
+        how = ["--insecure", "--server", server.endpoint, "--model", "bright", "-o", str(out), "--json", str(table)]
+        assert main(["submit", str(scan), *how]) == 0
+    files = [(path.stat().st_ino, path.stat().st_size) for path in (out, table)]
+    folders = [(path.stat().st_ino, 0) for path in (tmp_path, tmp_path / "new", out.parent, table.parent)]
+    assert set(files + folders) <= set(at_close)
+    assert at_close.index(files[0]) < at_close.index((out.parent.stat().st_ino, 0))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL])
+def test_a_disk_that_fails_is_told_and_one_that_syncs_no_folders_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def failing(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").is_dir():
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    scan, out = scan_of(tmp_path), tmp_path / "out.vtk"
+    with Scripted() as server:
+        if code == errno.EINVAL:
+            expect_done(segment(server.endpoint, scan, out), out)
+        else:
+            with pytest.raises(ClientError) as told:
+                segment(server.endpoint, scan, out)
+            assert told.value.code == "BAD_OUTPUT"
+            assert server.all(protocol.Close) == []  # the same call again finds the result
+
+
 def test_a_full_folder_for_temporary_files_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scan = scan_of(tmp_path)
     monkeypatch.setattr(scans.tempfile, "SpooledTemporaryFile", lambda _: Path("/dev/full").open("r+b"))  # noqa: SIM115
