@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -433,6 +434,11 @@ class Gate:
             raise CannotServe(text, 1)
         self._check_models()
         if job is None:
+            return
+        if worker.process.returncode == -signal.SIGBUS:
+            # A file that is read as memory could not be read; a second worker would find the same.
+            text = f"The disk failed under the process that worked on {job.submit.name}; tell the server's operator."
+            self.handlers.fail(job, Refusal("STORAGE_FAILED", stage, text, "server", True, 10 * BUSY_MS), now)
             return
         if job.abandoned or not self.jobs.again(job, now):
             text = f"The process that worked on {job.submit.name} was lost {job.losses} times, last at '{stage}'."

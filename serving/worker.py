@@ -342,7 +342,10 @@ def save_scan(scan: Volume, folder: Path, seconds: Mapping[str, float]) -> None:
 
 
 def load_scan(folder: Path) -> tuple[Volume, dict[str, float]]:
-    """Reads what `save_scan` wrote; the voxels stay on the disk until they are used."""
+    """Reads what `save_scan` wrote; the voxels stay on the disk until they are used.
+
+    Where the disk fails then, the kernel ends the process with SIGBUS, which the gate tells as a failing spool.
+    """
     import numpy as np
 
     from lvseg.volume import Volume

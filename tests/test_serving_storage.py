@@ -254,6 +254,23 @@ def test_a_spool_that_cannot_be_read_is_not_blamed_on_the_scan(tmp_path: Path, k
         expect_serving(server, tmp_path)
 
 
+def test_a_disk_that_fails_under_voxels_that_are_mapped_is_not_blamed_on_the_scan(tmp_path: Path) -> None:
+    """Cut behind its header, the file is as one whose pages cannot be read: the kernel says SIGBUS for both."""
+    scan = write_volume(volume(), tmp_path / "scan.nii")[0]
+    with running(tmp_path, limits=LIMITS) as server:
+        server.hold.touch()
+        with Raw(server.endpoint) as peer:
+            job = send_all(peer, scan.read_bytes(), name="scan.nii")
+            until(lambda: server.runs("scan.nii"), "its voxels are mapped")
+            os.truncate(server.spool / job.hex() / WORK / "scan.npy", 0)
+            server.hold.unlink()
+            error = peer.take_until(protocol.Error)
+            assert (error.job, error.code, error.fault, error.retryable) == (job, "STORAGE_FAILED", "server", True)
+            assert error.retry_after_ms > 0 and "scan.nii" in error.text
+            assert peer.ask(protocol.Close(job)) == protocol.Closed(job)
+        expect_serving(server, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("number", "told"),
     [
