@@ -510,7 +510,8 @@ class Gate:
         self.jobs.assign(job, model)
 
     def _measure(self) -> None:
-        """The gauges, and whether the spool has room."""
+        """The gauges, and whether the spool has room; notes that the server runs."""
+        self.jobs.alive()
         for state in State:
             self.metrics.jobs.labels(state.value).set(sum(job.state is state for job in self.jobs))
         self.metrics.clients.set(len(self.replies))

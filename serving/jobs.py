@@ -8,9 +8,11 @@ database (write-ahead log, synchronous), made after the files it speaks of were 
 also holds `job.json`, from which the database is made anew should it be damaged.
 
     spool/jobs.sqlite
+    spool/.alive          its time of change: when a server last used the spool
     spool/<key>/job.json  upload  work/  result/
 
-Times are of the monotonic clock, in seconds, but for what the database keeps.
+Times are of the monotonic clock, in seconds, but for what the database keeps. A job does not age while no server runs,
+since nobody could go on with an upload then, or fetch a result.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ LOSSES_MAX = 2  # a scan that twice took its worker down is not given a third
 STEPS = ("unpack", "segment", "pack")  # each by a kind of worker of its own
 FIRST_STAGES = ("unpack", "segment", "write")  # of each step
 DATABASE, JOB, UPLOAD, WORK, RESULT = "jobs.sqlite", "job.json", "upload", "work", "result"
+ALIVE = ".alive"
 JOB_FOLDER = re.compile(r"[0-9a-f]{64}")
 LOCKED_S = 2.0
 UPLOAD_ACTIVE_S = 30.0
@@ -162,6 +165,7 @@ class JobTable:
         self._number = 0
         self.problem = ""  # why the database could not be written to last time
         self._database = self._opened()
+        self._pass_over_down_time()
         self._recover(now)
 
     def __iter__(self) -> Iterator[Job]:
@@ -172,6 +176,7 @@ class JobTable:
 
     def close(self) -> None:
         """Lets go of the files; everything that is on disk stays for the next start."""
+        self.alive()
         for job in self:
             self._close_file(job)
         self._database.close()
@@ -408,6 +413,12 @@ class JobTable:
         shutil.rmtree(job.folder, ignore_errors=True)
         del self._jobs[job.key]
 
+    def alive(self) -> None:
+        """Notes that a server runs, to be called now and then; what passes until the next start makes no job older."""
+        with contextlib.suppress(OSError):  # a spool that fails is told elsewhere
+            (self._spool / ALIVE).touch(mode=0o600)
+            os.utime(self._spool / ALIVE, (time.time(),) * 2)  # by the clock of the rows, not the file system's
+
     def probe(self) -> None:
         """Tries whether the database can be written to again; `problem` says so."""
         with _told_as_os_error():
@@ -462,6 +473,14 @@ class JobTable:
             log.error("job %s: its row could not be written (%s)", job.label, error.strerror)
             return False
         return True
+
+    def _pass_over_down_time(self) -> None:
+        """Gives each job the age that it had when a server last ran, whatever was done to the clock since."""
+        with contextlib.suppress(FileNotFoundError):
+            times = (time.time(), (self._spool / ALIVE).stat().st_mtime)
+            with _told_as_os_error():
+                self._database.execute("UPDATE jobs SET changed = ? - max(0, ? - changed)", times)
+        self.alive()
 
     def _recover(self, now: float) -> None:
         """Takes over what an earlier server left: waiting jobs wait again, uploads go on, results are kept."""
@@ -587,7 +606,7 @@ def _write_facts(job: Job) -> None:
 
 
 def _row_of(folder: Path) -> dict[str, Any] | None:
-    """What a job's folder tells where the database has lost it.
+    """What a job's folder tells where the database has lost it, but for its age, which begins anew.
 
     A result folder, which appears whole, is a result; a whole upload waits; a part of one begins again.
     """
@@ -601,8 +620,8 @@ def _row_of(folder: Path) -> dict[str, Any] | None:
             state = State.WAITING
         else:
             state = State.RECEIVING
-        row = {"key": folder.name, "state": state.value, "losses": 0, "offset": 0, "error": ""}
-        row |= {**facts, "submit": json.dumps(submit), "model": model, "changed": facts["created"]}
+        row: dict[str, Any] = {"key": folder.name, "state": state.value, "losses": 0, "offset": 0, "error": ""}
+        row |= {**facts, "submit": json.dumps(submit), "model": model, "changed": time.time()}
         return {**row, "files": json.dumps(files)}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -377,6 +377,48 @@ def test_restarts_make_no_result_young_again(tmp_path: Path) -> None:
         again.close()
 
 
+def test_no_job_ages_while_no_server_runs_and_every_one_does_while_one_does(tmp_path: Path) -> None:
+    table, _ = table_with(tmp_path, "scan")
+    table.close()
+
+    def some_time_later(seconds: float) -> None:
+        """As if the spool's last use, and the last change of its jobs, were so long ago."""
+        facts = (tmp_path / jobs.ALIVE).stat()
+        os.utime(tmp_path / jobs.ALIVE, (facts.st_atime - seconds, facts.st_mtime - seconds))
+        with contextlib.closing(sqlite3.connect(tmp_path / jobs.DATABASE, isolation_level=None)) as database:
+            database.execute("UPDATE jobs SET changed = changed - ?", (seconds,))
+
+    age_s = 0.0
+    for down_s in (7200.0, 200_000.0):
+        some_time_later(down_s)
+        again = JobTable(tmp_path, 1_000_000.0)  # of another start of the machine, too
+        assert 0 <= 1_000_000.0 - next(iter(again)).touched - age_s < 60
+        some_time_later(1000.0)
+        again.close()  # it ran all the time
+        age_s += 1000.0
+
+
+def test_an_upload_and_a_result_outlive_a_time_without_a_server(tmp_path: Path) -> None:
+    scan, other = scan_file(tmp_path), scan_file(tmp_path, seed=1, name="other.nii.gz")
+    how = {"limits": {**LIMITS, "chunk_bytes": 1000, "window_bytes": 2000}, "deadlines": {"upload_idle_s": 600}}
+    with running(tmp_path, **how) as server, Raw(server.endpoint) as peer:
+        content = scan.read_bytes()
+        sent = peer.ask(submit_of(content)).job
+        peer.ask(protocol.Chunk(sent, 0, content[:1000]))
+        done = send_all(peer, other.read_bytes())
+        peer.take_until(protocol.Done)
+        server.process.kill()
+        server.process.wait(LIMIT_S)
+    days_s = 3 * 86_400
+    os.utime(server.spool / jobs.ALIVE, (0, (server.spool / jobs.ALIVE).stat().st_mtime - days_s))
+    with contextlib.closing(sqlite3.connect(server.spool / jobs.DATABASE, isolation_level=None)) as database:
+        database.execute("UPDATE jobs SET changed = changed - ?", (days_s,))
+    with running(tmp_path, **how) as server, Raw(server.endpoint) as peer:
+        assert peer.ask(submit_of(content)).offset == 1000
+        peer.socket.send_multipart(protocol.encode(protocol.Status(done)))
+        peer.take_until(protocol.Done)
+
+
 # ---- answers
 
 
