@@ -8,6 +8,7 @@ database (write-ahead log, synchronous), made after the files it speaks of were 
 also holds `job.json`, from which the database is made anew should it be damaged.
 
     spool/jobs.sqlite
+    spool/.damaged-<key>-<time>  a folder that cannot be understood, for the operator
     spool/.alive          its time of change: when a server last used the spool
     spool/<key>/job.json  upload  work/  result/
 
@@ -492,8 +493,7 @@ class JobTable:
             row = old or _row_of(folder)
             job = _job_of(row, folder, now) if row else None
             if job is None or not self._take_over(job):
-                log.error("job %s: what is left of it is of no use", name[:12])
-                shutil.rmtree(folder, ignore_errors=True)
+                self._put_away(folder, is_failed=job is not None and job.state is State.FAILED)
                 with _told_as_os_error():
                     self._database.execute("DELETE FROM jobs WHERE key = ?", (name,))
             elif old is None or old["state"] != job.state.value:
@@ -514,6 +514,17 @@ class JobTable:
                 log.info("job %s: taken over, %s", job.label, job.state.value)
             if job.key in made_anew:  # rows that are right keep the time of their last change
                 self._save_later(job)
+
+    def _put_away(self, folder: Path, is_failed: bool) -> None:
+        """Deletes what no job needs; what may be a scan or a result that nobody understands is the operator's."""
+        if is_failed or not _is_damaged(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        aside = folder.with_name(f".damaged-{folder.name}-{int(time.time())}")
+        folder.rename(aside)
+        log.error(
+            "job %s: its folder cannot be understood: kept as %s until you delete it", folder.name[:12], aside.name
+        )
 
     def _rows(self) -> list[tuple[Any, ...]]:
         with _told_as_os_error():
@@ -601,14 +612,26 @@ def _write_facts(job: Job) -> None:
     facts = {"number": job.number, "owner": job.owner, "created": job.created}
     facts |= {"submit": asdict(job.submit), "model": asdict(job.model)}
     temporary = job.folder / f".partial-{JOB}"
-    temporary.write_text(json.dumps(facts), encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(facts, file)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut leaves the name without the bytes; `stored` sees to the folder
     temporary.replace(job.folder / JOB)
+
+
+def _is_damaged(folder: Path) -> bool:
+    """Whether a folder that is no job holds one's bytes; one that was closed or never begun has lost its files."""
+    there = {name for name in (JOB, UPLOAD, RESULT) if (folder / name).exists()}
+    return UPLOAD in there or there == {JOB, RESULT}
 
 
 def _row_of(folder: Path) -> dict[str, Any] | None:
     """What a job's folder tells where the database has lost it, but for its age, which begins anew.
 
     A result folder, which appears whole, is a result; a whole upload waits; a part of one begins again.
+
+    Raises:
+        OSError: the disk failed; what is there may be in order.
     """
     try:
         facts = json.loads((folder / JOB).read_bytes())
@@ -623,7 +646,7 @@ def _row_of(folder: Path) -> dict[str, Any] | None:
         row: dict[str, Any] = {"key": folder.name, "state": state.value, "losses": 0, "offset": 0, "error": ""}
         row |= {**facts, "submit": json.dumps(submit), "model": model, "changed": time.time()}
         return {**row, "files": json.dumps(files)}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError, KeyError, TypeError):
         return None
 
 

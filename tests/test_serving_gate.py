@@ -419,6 +419,74 @@ def test_an_upload_and_a_result_outlive_a_time_without_a_server(tmp_path: Path) 
         peer.take_until(protocol.Done)
 
 
+def without_database(folder: Path) -> None:
+    for path in folder.glob(f"{jobs.DATABASE}*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("facts", ["", "{", "[]", "{}"])
+def test_a_scan_whose_job_nobody_understands_is_kept_aside(tmp_path: Path, facts: str) -> None:
+    table, (job,) = table_with(tmp_path, "scan")
+    table.close()
+    content = (job.folder / UPLOAD).read_bytes()
+    without_database(tmp_path)
+    (job.folder / jobs.JOB).write_text(facts)
+    again = JobTable(tmp_path, 1.0)
+    assert list(again) == []
+    again.close()
+    (aside,) = tmp_path.glob(f".damaged-{job.key.hex()}-*")
+    assert (aside / UPLOAD).read_bytes() == content
+    third = JobTable(tmp_path, 2.0)  # which does not look at it again
+    third.close()
+    assert (aside / UPLOAD).exists() and not job.folder.exists()
+
+
+def test_what_is_left_of_a_job_that_was_closed_at_work_is_deleted(tmp_path: Path) -> None:
+    table, (job,) = table_with(tmp_path, "scan")
+    table.next(0, 1.0)
+    (job.folder / jobs.WORK).mkdir()
+    (job.folder / RESULT).mkdir()
+    (job.folder / RESULT / "result.json").write_text("{}")
+    table.remove(job)
+    table.close()
+    assert job.folder.exists()  # its worker has it
+    JobTable(tmp_path, 2.0).close()
+    assert [path.name for path in tmp_path.iterdir() if job.key.hex() in path.name] == []
+
+
+def test_a_disk_that_cannot_be_read_ends_the_start_and_costs_no_job(tmp_path: Path) -> None:
+    table, (job,) = table_with(tmp_path, "scan")
+    table.close()
+    without_database(tmp_path)
+    facts = (job.folder / jobs.JOB).rename(tmp_path / "facts")
+    (job.folder / jobs.JOB).symlink_to("/proc/self/mem")  # a file that says EIO at its start
+    with pytest.raises(OSError, match="Input/output error"):
+        JobTable(tmp_path, 1.0)
+    facts.replace(job.folder / jobs.JOB)
+    again = JobTable(tmp_path, 2.0)
+    assert [(one.key, one.state) for one in again] == [(job.key, State.WAITING)]
+    again.close()
+
+
+def test_what_a_job_is_made_anew_from_is_on_the_disk_before_it_is_told_to_be_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[int, int]] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    table, (job,) = table_with(tmp_path, "scan")
+    table.close()
+    facts = (job.folder / jobs.JOB).stat()
+    folders = [inode for inode, _ in synced]
+    assert synced.index((facts.st_ino, facts.st_size)) < folders.index(job.folder.stat().st_ino)
+    assert tmp_path.stat().st_ino in folders
+
+
 # ---- answers
 
 
