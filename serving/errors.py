@@ -29,3 +29,7 @@ class KeyFileError(ValueError):
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence)
         self.sentence = sentence
+
+
+class KeyFileUnreadable(KeyFileError):
+    """The system cannot read such a file, or this user may not: nothing is known of what it says."""

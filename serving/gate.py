@@ -236,6 +236,8 @@ class Gate:
         problems += [f"the model {one.model}/{one.version} cannot be served" for one in self.workers.lacking]
         if self.spool_problem:
             problems.append(self.spool_problem)
+        if self.clients.problem:
+            problems.append("the list of clients cannot be read; the last one holds")
         return problems
 
     # ---- sockets

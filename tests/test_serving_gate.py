@@ -17,11 +17,11 @@ from serving_fixtures import LIMIT_S, STUCK, make_models, make_version, running,
 from test_serving import Raw, expect_right_mask, expect_serving, scan_file, send_all, submit_of
 
 from lvseg.errors import InputError
-from serving import catalogue, crew, jobs, protocol
+from serving import access, catalogue, crew, jobs, protocol
 from serving.config import ServerConfig
 from serving.connection import Client
 from serving.crew import Generation
-from serving.errors import ClientError
+from serving.errors import ClientError, KeyFileUnreadable
 from serving.gate import CLIENT_IDLE_S, Gate
 from serving.handlers import CREDIT_EVERY_S
 from serving.jobs import RESULT, UPLOAD, JobTable, State
@@ -329,6 +329,21 @@ def test_a_quiet_connection_is_kept_as_long_as_it_waits_to_hear_of_a_job(tmp_pat
         one.jobs.remove(job)
         one._expire(CLIENT_IDLE_S + 1.0)
         assert b"waits" not in one.handlers.replies
+
+
+def test_monitoring_is_told_of_a_list_of_clients_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(path: Path) -> dict[str, str]:
+        raise KeyFileUnreadable(f"Expected a file with keys, received 'Permission denied' for {path}.")
+
+    with gate(tmp_path, ("sleep", "1000")) as one:
+        with monkeypatch.context() as failing:
+            failing.setattr(access, "read_clients", unreadable)
+            one._follow_lists()
+            assert [reason for reason in one.reasons() if "list of clients" in reason] != []
+        one._follow_lists()
+        assert [reason for reason in one.reasons() if "list of clients" in reason] == []
 
 
 def test_only_waiting_counts_as_the_queue(tmp_path: Path) -> None:
