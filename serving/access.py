@@ -5,8 +5,8 @@
     access/models.json    digests of the model versions that may be loaded, and what was rolled back
     access/local.json     credentials for clients of this user on this computer
 
-`python -m serving.admin` changes them; a running server sees a change within a tenth of a second. What cannot be read
-lets nobody in.
+`python -m serving.admin` changes them; a running server sees a change within a tenth of a second. A list of clients
+that is none, or that others can read, lets nobody in; where the system cannot read it, the last one holds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from serving import keys
-from serving.errors import KeyFileError
+from serving.errors import KeyFileError, KeyFileUnreadable
 
 SERVER, CLIENTS, MODELS, LOCAL, LOCK = "server.json", "clients.json", "models.json", "local.json", ".lock"
 CLIENTS_FORMAT = "lvseg clients 1"
@@ -38,6 +38,10 @@ class Watched:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._mark: tuple[int, ...] | None = None
+        self._asked = False
+
+    def ask_again(self) -> None:
+        """Lets `changed` say so the next time."""
         self._asked = False
 
     def changed(self) -> bool:
@@ -66,16 +70,24 @@ class Clients:
         self._file = Watched(path)
         self._lock = threading.Lock()
         self.names: dict[str, str] = {}  # by public key; another object after each change
+        self.problem = ""  # why the list cannot be read at present
 
     def refresh(self) -> None:
-        """Reads the file again if it changed."""
+        """Reads the file again if it changed, and for as long as it cannot be read."""
         with self._lock:
-            if self._file.changed():
-                try:
-                    self.names = read_clients(self._file.path)
-                except KeyFileError as error:
-                    self.names = {}
-                    log.error("nobody is let in: %s", error.sentence)
+            if not self._file.changed():
+                return
+            try:
+                self.names, problem = read_clients(self._file.path), ""
+            except KeyFileUnreadable as error:  # which says nothing of who is on it
+                problem = error.sentence
+                self._file.ask_again()
+                if problem != self.problem:
+                    log.error("the clients stay as they are: %s", problem)
+            except KeyFileError as error:
+                self.names, problem = {}, ""
+                log.error("nobody is let in: %s", error.sentence)
+            self.problem = problem
 
     def name_of(self, key: str) -> str | None:
         """The client's name, or None where it is not let in."""
@@ -176,6 +188,7 @@ def changing(folder: Path) -> Iterator[None]:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        keys.give_to_owner(lock, folder)
     except OSError as error:
         raise KeyFileError(f"Expected a folder for keys, received '{error.strerror}' for {folder}.") from error
     try:

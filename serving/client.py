@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import re
 import shlex
 import signal
@@ -25,15 +26,22 @@ from typing import Any
 
 from serving import keys, protocol
 from serving.connection import HOME_KEY, Client, Refused, check_model, find_credentials
-from serving.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_ERROR, ClientError, KeyFileError
-from serving.outputs import check_outputs, output_paths, writing
+from serving.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_ERROR, EXIT_NETWORK, ClientError, KeyFileError
+from serving.outputs import check_outputs, make_folder, output_paths, sync_file, sync_folder, writing
 from serving.scans import check_readable, files_of, making_room, reading, stem_of, suffix_by_content
 
 PLAIN_LINE_EVERY_S = 2.0
 LOOK_EVERY_S, SETTLED_S, PATIENCE_S = 1.0, 5.0, 10.0  # of --watch
+DONE_EVERY_S = 60.0  # --watch looks whether a scan that is done has changed: thousands of files would keep a share busy
+# Of the network or of the access, and so of every scan; anything else costs the one scan that it happened to.
+OF_ALL = frozenset(
+    {"UNREACHABLE", "NOT_AUTHORISED", "SERVER_KEY_MISMATCH", "PROTO_UNSUPPORTED", "BAD_ADDRESS", "BAD_KEY"}
+)
+WORST_FIRST = (EXIT_ERROR, EXIT_NETWORK, EXIT_BAD_INPUT, EXIT_DONE)
 STDIN = Path("-")
 Show = Callable[[str, str, int, int], None]  # a scan's name, and what `segment` tells of it
-Mark = tuple[int, ...] | None  # number of files, bytes together, time of the last change
+Mark = tuple[int, ...] | None  # number of files, bytes together, time of the last change in ns since 1970
+MARK = "scan_mark"  # its name in what is written of a scan
 
 EXAMPLE = """examples:
   python -m serving.client submit scan.nii.gz --model volume -o liver.vtk
@@ -48,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        0 done; 2 wrong use or a scan that cannot be used; 4 network or access; 1 anything else.
+        0 done; 2 wrong use or a scan that cannot be used; 4 network or access; 1 anything else. Of several scans the
+        worst: 1, then 4, then 2.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -98,10 +107,10 @@ def _segment_all(arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path
     of others, now or by an earlier call, in the order of the scans.
 
     Returns:
-        The exit code.
+        The worst exit code of any scan, of WORST_FIRST.
 
     Raises:
-        ClientError: what ends all of it: the network, the access, or the one scan there is.
+        ClientError: what ends all of it: one of OF_ALL, or whatever happened to the one scan there is.
     """
     import concurrent.futures  # not for --help
 
@@ -109,6 +118,7 @@ def _segment_all(arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path
     own = threading.local()
     clients: list[Client] = []
     found: dict[str, dict[str, Any]] = {}
+    exit_codes = [EXIT_DONE]
     earlier = _said_earlier(arguments.json)  # of scans whose turn has not come yet, it stays
     writes, not_written = threading.Lock(), []
 
@@ -132,9 +142,10 @@ def _segment_all(arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path
         except ClientError as error:
             if error in not_written:  # the result stays with the server; other scans go on
                 return
-            if len(scans) == 1 or error.exit_code != EXIT_BAD_INPUT:
+            if len(scans) == 1 or error.code in OF_ALL:
                 raise
-            print(f"serving.client: {error.sentence}", file=sys.stderr)  # one bad scan of many costs that scan alone
+            print(f"serving.client: {error.sentence}", file=sys.stderr)  # one scan of many costs that scan alone
+            exit_codes.append(error.exit_code)
             with contextlib.suppress(ClientError):
                 keep(scan, _failure(scan, error))
 
@@ -149,8 +160,9 @@ def _segment_all(arguments: argparse.Namespace, scans: Sequence[tuple[Path, Path
         for client in clients:
             client.close()
     if not_written:
-        raise not_written[0]
-    return EXIT_BAD_INPUT if any("error" in result for result in found.values()) else EXIT_DONE
+        print(f"serving.client: {not_written[0].sentence}", file=sys.stderr)
+        exit_codes.append(not_written[0].exit_code)
+    return min(exit_codes, key=WORST_FIRST.index)
 
 
 def _said_earlier(path: Path | None) -> dict[str, dict[str, Any]]:
@@ -189,8 +201,8 @@ def _failure(scan: Path, error: ClientError) -> dict[str, Any]:
 def _watch(arguments: argparse.Namespace) -> int:
     """Segments what is dropped into a folder, until Ctrl-C. Done is a scan whose measurements or failure are there.
 
-    A scan counts as whole once it has not changed for SETTLED_S. Each goes its own way: one that has to wait for the
-    network or the server holds up no other, as long as fewer than --at-once do.
+    A scan counts as whole once it has not changed for SETTLED_S, and goes again where it changed later. Each goes its
+    own way: one that has to wait for the network or the server holds up no other, as long as fewer than --at-once do.
     """
     import concurrent.futures
 
@@ -198,12 +210,13 @@ def _watch(arguments: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise ClientError("NOT_FOUND", f"Expected a folder to watch, received {folder}.", EXIT_BAD_INPUT)
     with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     if out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents:
         raise ClientError("BAD_OUTPUT", f"Expected -o apart from the folder watched, received {out}.", EXIT_BAD_INPUT)
     _client(arguments, threading.Event()).close()  # a wrong address or key is told at once
     stop = threading.Event()
     settling: dict[Path, tuple[Mark, float]] = {}
+    done: dict[Path, float] = {}
     tasks: dict[Path, concurrent.futures.Future[None]] = {}  # by mask
     was_there = True
     pool = concurrent.futures.ThreadPoolExecutor(arguments.at_once)
@@ -213,7 +226,7 @@ def _watch(arguments: argparse.Namespace) -> int:
                 for mask in [mask for mask, task in tasks.items() if task.done()]:
                     tasks.pop(mask).result()  # raises only what is a fault of this program
                 try:
-                    for scan, mask, mark in _settled(arguments, settling):
+                    for scan, mask, mark in _settled(arguments, settling, done):
                         if mask not in tasks:
                             tasks[mask] = pool.submit(_segment_dropped, arguments, scan, mask, mark, show, stop)
                     was_there = True
@@ -229,13 +242,14 @@ def _watch(arguments: argparse.Namespace) -> int:
 
 
 def _settled(
-    arguments: argparse.Namespace, settling: dict[Path, tuple[Mark, float]]
+    arguments: argparse.Namespace, settling: dict[Path, tuple[Mark, float]], done: dict[Path, float]
 ) -> Iterator[tuple[Path, Path, Mark]]:
     """The scans of the watched folder that are whole and not done, each with its mask and what it looks like.
 
     Args:
         arguments: of the command.
         settling: what each scan looked like, and since when; brought up to date here.
+        done: when to look again at each scan that is done; brought up to date here.
     """
     now = time.monotonic()
     owners: dict[Path, Path] = {}
@@ -247,9 +261,14 @@ def _settled(
                 print(f"serving.client: Expected scans of different names, received {scan.name}, whose mask would be"
                       f" that of {other.name}.", file=sys.stderr)  # fmt: skip
             continue
-        if _result_of(mask).exists() or _failure_of(mask).exists():
+        said = [path for path in (_result_of(mask), _failure_of(mask)) if path.exists()]
+        if said and now < done.get(scan, 0.0):
             continue
         mark = _mark(scan)
+        if any(_is_about(path, mark) for path in said):
+            done[scan] = now + DONE_EVERY_S
+            continue
+        done.pop(scan, None)
         if scan not in settling or settling[scan][0] != mark:
             settling[scan] = (mark, now)
         elif mark is not None and now - settling[scan][1] >= SETTLED_S:
@@ -260,23 +279,43 @@ def _segment_dropped(
     arguments: argparse.Namespace, scan: Path, mask: Path, mark: Mark, show: Show, stop: threading.Event
 ) -> None:
     """Segments a scan, or writes down why it cannot be; after anything else it will be found again, a while later."""
+
+    def keep(result: dict[str, Any]) -> None:
+        if _mark(scan) != mark and os.path.lexists(scan):  # one that was taken away since is done all the same
+            for name in [*result["files"], _result_of(mask)]:  # what an earlier answer says was of an earlier mask
+                with writing(mask):
+                    Path(name).unlink(missing_ok=True)
+            raise ClientError(
+                "SCAN_CHANGED",
+                f"Expected a scan that is whole, received one that changed after it was sent: {scan} (its answer is"
+                " dropped, and it is sent again once it has settled).",
+                EXIT_ERROR,
+            )
+        _write_json(_result_of(mask), {**result, MARK: mark})
+        with contextlib.suppress(OSError):  # of what was there before under the scan's name
+            _failure_of(mask).unlink(missing_ok=True)
+
     try:
         with _client(arguments, stop) as client:
-            _segment(client, arguments, scan, mask, show, functools.partial(_write_json, _result_of(mask)))
+            _segment(client, arguments, scan, mask, show, keep)
     except ClientError as error:
         print(f"serving.client: {error.sentence}", file=sys.stderr)
         if _is_of_scan(error) and _mark(scan) == mark:
             with contextlib.suppress(ClientError):  # no room for it
-                _write_json(_failure_of(mask), _failure(scan, error))
+                _write_json(_failure_of(mask), {**_failure(scan, error), MARK: mark})
                 return
         stop.wait(PATIENCE_S)
 
 
 def _is_of_scan(error: ClientError) -> bool:
     """Whether the same scan would end the same way, rather than the network, the access or this computer."""
+    if error.code in OF_ALL or error.code == "MODEL_UNKNOWN":
+        return False
+    if error.code == "OUT_OF_MEMORY":  # it was tried a few times
+        return True
     if isinstance(error, Refused):
-        return error.error.fault != "access" and not error.error.retryable and error.code != "MODEL_UNKNOWN"
-    return error.exit_code == EXIT_BAD_INPUT and error.code not in ("BAD_OUTPUT", "BAD_KEY")
+        return error.error.fault != "access" and not error.error.retryable
+    return error.exit_code == EXIT_BAD_INPUT and error.code != "BAD_OUTPUT"
 
 
 def _result_of(mask: Path) -> Path:
@@ -285,6 +324,20 @@ def _result_of(mask: Path) -> Path:
 
 def _failure_of(mask: Path) -> Path:
     return mask.with_name(mask.name + ".failed.json")
+
+
+def _is_about(path: Path, mark: Mark) -> bool:
+    """Whether what a file says of a scan is said of the scan as it is; of one that cannot be looked at it is.
+
+    A file that is cut short says nothing. One of an earlier version, without a mark, is believed.
+    """
+    try:
+        said = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    except OSError:
+        return True  # not to be read, but there
+    return isinstance(said, dict) and (not mark or said.get(MARK) in (None, list(mark)))
 
 
 def _mark(scan: Path) -> Mark:
@@ -319,12 +372,15 @@ def _from_stdin(scans: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def _write_json(path: Path, content: Any) -> None:
+    """Writes a file whole or not at all; it is on the disk then."""
     temporary = path.with_name(f".partial-{uuid.uuid4().hex[:8]}-{path.name}")
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            sync_file(temporary)
             temporary.replace(path)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 

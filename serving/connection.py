@@ -30,7 +30,7 @@ import zmq
 
 from serving import keys, protocol
 from serving.errors import EXIT_BAD_INPUT, EXIT_ERROR, EXIT_NETWORK, ClientError, KeyFileError
-from serving.outputs import check_outputs, is_sidecar, sidecar_of, writing
+from serving.outputs import check_outputs, is_sidecar, make_folder, sidecar_of, sync_file, sync_folder, writing
 from serving.scans import Package, check_readable, files_of, is_sent_unchanged, name_of, package, reading
 
 SERVER = "tcp://127.0.0.1:5557"
@@ -53,6 +53,7 @@ EVENTS = (
 )
 OUT_OF_PLACE = frozenset({"BAD_OFFSET", "OVER_CREDIT"})  # of chunks that came where the server is not, or not yet
 CORRUPT_MAX = 2  # uploads that do not arrive as they were sent; then it is not the network
+SHORT_MAX = 3  # tries for which the server's memory did not suffice; then it is the scan that is too large for it
 RETRY_S = 0.1  # at least, before another try
 # After these the job is left with the server, where the same call finds it again.
 LEFT = frozenset({"BAD_OUTPUT", "UNREACHABLE"})
@@ -331,7 +332,7 @@ class Client:
         on_result: OnResult,
     ) -> tuple[list[Path], dict[str, Any]]:
         """Tries again where the server says that this may help; ends the job, unless the next call is to find it."""
-        job, corrupt = b"", 0
+        job, corrupt, short = b"", 0, 0
         try:
             while True:
                 left_ms = min(DEADLINE_MS_MAX, max(1, int(1000 * (limit - time.monotonic()))))
@@ -343,8 +344,9 @@ class Client:
                     return answer
                 except Refused as refused:
                     corrupt += refused.code == "DIGEST_MISMATCH"
+                    short += refused.code == "OUT_OF_MEMORY"
                     wait_s = max(RETRY_S, refused.error.retry_after_ms / 1000)
-                    if not _may_help(refused.error, corrupt) or time.monotonic() + wait_s > limit:
+                    if not _may_help(refused.error, corrupt, short) or time.monotonic() + wait_s > limit:
                         raise
                     on_progress("retry", 0, 0)
                     self._sleep(wait_s)
@@ -484,12 +486,15 @@ class Client:
         limit: float,
         on_progress: OnProgress,
     ) -> tuple[list[Path], dict[str, Any]]:
-        """Fetches the result; its files appear under their names only when all of them are whole."""
+        """Fetches the result; its files appear under their names only when all of them are whole, and on the disk.
+
+        The server deletes its own after that, and may be the one whose power does not fail.
+        """
         measurements: dict[str, Any] = {}
         moves: list[tuple[Path, Path]] = []
         try:
             with writing(out):
-                out.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(out.parent)
                 for file in done.files:
                     pieces = self._fetch(job, file, sent, limit, on_progress)
                     if file.name == "result.json":
@@ -499,11 +504,13 @@ class Client:
                     moves.append((path.with_name(f".partial-{uuid.uuid4().hex[:8]}-{path.name}"), path))
                     with moves[-1][0].open("xb") as temporary:
                         temporary.writelines(pieces)
+                    sync_file(moves[-1][0])
                 paths = [path for _, path in moves]
                 if output == "vtk" and (sidecar := sidecar_of(out)) not in paths and is_sidecar(sidecar):
                     sidecar.unlink()  # an earlier file's directions would be wrong for this one
                 for temporary_path, path in reversed(moves):
                     temporary_path.replace(path)
+                sync_folder(out.parent)
                 return paths, measurements
         finally:
             for temporary_path, _ in moves:
@@ -704,10 +711,18 @@ class Client:
             raise KeyboardInterrupt
 
 
-def _may_help(error: protocol.Error, corrupt: int) -> bool:
-    """Whether the same announcement again may succeed, after so many uploads that did not arrive as they were sent."""
+def _may_help(error: protocol.Error, corrupt: int, short: int) -> bool:
+    """Whether the same announcement again may succeed.
+
+    Args:
+        error: the server's.
+        corrupt: uploads so far that did not arrive as they were sent.
+        short: tries so far for which the server's memory did not suffice.
+    """
     if error.code == "DIGEST_MISMATCH":
         return corrupt <= CORRUPT_MAX
+    if error.code == "OUT_OF_MEMORY":
+        return short < SHORT_MAX
     return error.fault != "input" and (error.retryable or error.code == "NOT_FOUND")  # given up there, known here
 
 

@@ -10,8 +10,8 @@ class ClientError(Exception):
 
     Args:
         code: the server's, or of this side NOT_FOUND, NOT_READABLE, INPUT_TRUNCATED, TOO_LARGE, TEMPORARY_FULL,
-            BAD_ARGUMENT, BAD_ADDRESS, BAD_KEY, BAD_OUTPUT, MODEL_UNKNOWN, UNREACHABLE, TIMEOUT, RESULT_CORRUPT,
-            SERVER_KEY_MISMATCH, NOT_AUTHORISED.
+            BAD_ARGUMENT, BAD_ADDRESS, BAD_KEY, BAD_OUTPUT, MODEL_UNKNOWN, SCAN_CHANGED, UNREACHABLE, TIMEOUT,
+            RESULT_CORRUPT, SERVER_KEY_MISMATCH, NOT_AUTHORISED.
         sentence: what was expected, what came, what to check.
         exit_code: EXIT_BAD_INPUT, EXIT_NETWORK or EXIT_ERROR.
     """
@@ -29,3 +29,7 @@ class KeyFileError(ValueError):
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence)
         self.sentence = sentence
+
+
+class KeyFileUnreadable(KeyFileError):
+    """The system cannot read such a file, or this user may not: nothing is known of what it says."""

@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -235,6 +236,8 @@ class Gate:
         problems += [f"the model {one.model}/{one.version} cannot be served" for one in self.workers.lacking]
         if self.spool_problem:
             problems.append(self.spool_problem)
+        if self.clients.problem:
+            problems.append("the list of clients cannot be read; the last one holds")
         return problems
 
     # ---- sockets
@@ -434,6 +437,11 @@ class Gate:
         self._check_models()
         if job is None:
             return
+        if worker.process.returncode == -signal.SIGBUS:
+            # A file that is read as memory could not be read; a second worker would find the same.
+            text = f"The disk failed under the process that worked on {job.submit.name}; tell the server's operator."
+            self.handlers.fail(job, Refusal("STORAGE_FAILED", stage, text, "server", True, 10 * BUSY_MS), now)
+            return
         if job.abandoned or not self.jobs.again(job, now):
             text = f"The process that worked on {job.submit.name} was lost {job.losses} times, last at '{stage}'."
             self.handlers.fail(job, Refusal("POISON_INPUT", stage, text), now)
@@ -504,7 +512,8 @@ class Gate:
         self.jobs.assign(job, model)
 
     def _measure(self) -> None:
-        """The gauges, and whether the spool has room."""
+        """The gauges, and whether the spool has room; notes that the server runs."""
+        self.jobs.alive()
         for state in State:
             self.metrics.jobs.labels(state.value).set(sum(job.state is state for job in self.jobs))
         self.metrics.clients.set(len(self.replies))

@@ -8,9 +8,12 @@ database (write-ahead log, synchronous), made after the files it speaks of were 
 also holds `job.json`, from which the database is made anew should it be damaged.
 
     spool/jobs.sqlite
+    spool/.damaged-<key>-<time>  a folder that cannot be understood, for the operator
+    spool/.alive          its time of change: when a server last used the spool
     spool/<key>/job.json  upload  work/  result/
 
-Times are of the monotonic clock, in seconds, but for what the database keeps.
+Times are of the monotonic clock, in seconds, but for what the database keeps. A job does not age while no server runs,
+since nobody could go on with an upload then, or fetch a result.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ LOSSES_MAX = 2  # a scan that twice took its worker down is not given a third
 STEPS = ("unpack", "segment", "pack")  # each by a kind of worker of its own
 FIRST_STAGES = ("unpack", "segment", "write")  # of each step
 DATABASE, JOB, UPLOAD, WORK, RESULT = "jobs.sqlite", "job.json", "upload", "work", "result"
+ALIVE = ".alive"
 JOB_FOLDER = re.compile(r"[0-9a-f]{64}")
 LOCKED_S = 2.0
 UPLOAD_ACTIVE_S = 30.0
@@ -162,6 +166,7 @@ class JobTable:
         self._number = 0
         self.problem = ""  # why the database could not be written to last time
         self._database = self._opened()
+        self._pass_over_down_time()
         self._recover(now)
 
     def __iter__(self) -> Iterator[Job]:
@@ -172,6 +177,7 @@ class JobTable:
 
     def close(self) -> None:
         """Lets go of the files; everything that is on disk stays for the next start."""
+        self.alive()
         for job in self:
             self._close_file(job)
         self._database.close()
@@ -408,6 +414,12 @@ class JobTable:
         shutil.rmtree(job.folder, ignore_errors=True)
         del self._jobs[job.key]
 
+    def alive(self) -> None:
+        """Notes that a server runs, to be called now and then; what passes until the next start makes no job older."""
+        with contextlib.suppress(OSError):  # a spool that fails is told elsewhere
+            (self._spool / ALIVE).touch(mode=0o600)
+            os.utime(self._spool / ALIVE, (time.time(),) * 2)  # by the clock of the rows, not the file system's
+
     def probe(self) -> None:
         """Tries whether the database can be written to again; `problem` says so."""
         with _told_as_os_error():
@@ -463,6 +475,14 @@ class JobTable:
             return False
         return True
 
+    def _pass_over_down_time(self) -> None:
+        """Gives each job the age that it had when a server last ran, whatever was done to the clock since."""
+        with contextlib.suppress(FileNotFoundError):
+            times = (time.time(), (self._spool / ALIVE).stat().st_mtime)
+            with _told_as_os_error():
+                self._database.execute("UPDATE jobs SET changed = ? - max(0, ? - changed)", times)
+        self.alive()
+
     def _recover(self, now: float) -> None:
         """Takes over what an earlier server left: waiting jobs wait again, uploads go on, results are kept."""
         rows = {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in self._rows()}
@@ -473,8 +493,7 @@ class JobTable:
             row = old or _row_of(folder)
             job = _job_of(row, folder, now) if row else None
             if job is None or not self._take_over(job):
-                log.error("job %s: what is left of it is of no use", name[:12])
-                shutil.rmtree(folder, ignore_errors=True)
+                self._put_away(folder, is_failed=job is not None and job.state is State.FAILED)
                 with _told_as_os_error():
                     self._database.execute("DELETE FROM jobs WHERE key = ?", (name,))
             elif old is None or old["state"] != job.state.value:
@@ -495,6 +514,17 @@ class JobTable:
                 log.info("job %s: taken over, %s", job.label, job.state.value)
             if job.key in made_anew:  # rows that are right keep the time of their last change
                 self._save_later(job)
+
+    def _put_away(self, folder: Path, is_failed: bool) -> None:
+        """Deletes what no job needs; what may be a scan or a result that nobody understands is the operator's."""
+        if is_failed or not _is_damaged(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        aside = folder.with_name(f".damaged-{folder.name}-{int(time.time())}")
+        folder.rename(aside)
+        log.error(
+            "job %s: its folder cannot be understood: kept as %s until you delete it", folder.name[:12], aside.name
+        )
 
     def _rows(self) -> list[tuple[Any, ...]]:
         with _told_as_os_error():
@@ -582,14 +612,26 @@ def _write_facts(job: Job) -> None:
     facts = {"number": job.number, "owner": job.owner, "created": job.created}
     facts |= {"submit": asdict(job.submit), "model": asdict(job.model)}
     temporary = job.folder / f".partial-{JOB}"
-    temporary.write_text(json.dumps(facts), encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(facts, file)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut leaves the name without the bytes; `stored` sees to the folder
     temporary.replace(job.folder / JOB)
 
 
+def _is_damaged(folder: Path) -> bool:
+    """Whether a folder that is no job holds one's bytes; one that was closed or never begun has lost its files."""
+    there = {name for name in (JOB, UPLOAD, RESULT) if (folder / name).exists()}
+    return UPLOAD in there or there == {JOB, RESULT}
+
+
 def _row_of(folder: Path) -> dict[str, Any] | None:
-    """What a job's folder tells where the database has lost it.
+    """What a job's folder tells where the database has lost it, but for its age, which begins anew.
 
     A result folder, which appears whole, is a result; a whole upload waits; a part of one begins again.
+
+    Raises:
+        OSError: the disk failed; what is there may be in order.
     """
     try:
         facts = json.loads((folder / JOB).read_bytes())
@@ -601,10 +643,10 @@ def _row_of(folder: Path) -> dict[str, Any] | None:
             state = State.WAITING
         else:
             state = State.RECEIVING
-        row = {"key": folder.name, "state": state.value, "losses": 0, "offset": 0, "error": ""}
-        row |= {**facts, "submit": json.dumps(submit), "model": model, "changed": facts["created"]}
+        row: dict[str, Any] = {"key": folder.name, "state": state.value, "losses": 0, "offset": 0, "error": ""}
+        row |= {**facts, "submit": json.dumps(submit), "model": model, "changed": time.time()}
         return {**row, "files": json.dumps(files)}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError, KeyError, TypeError):
         return None
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import zmq
 from zmq.utils import z85
 
-from serving.errors import KeyFileError
+from serving.errors import KeyFileError, KeyFileUnreadable
 
 KEY_CHARACTERS = 40
 SERVER_FORMAT, CLIENT_FORMAT = "lvseg server key 1", "lvseg client key 1"
@@ -81,6 +81,7 @@ def write_private(path: Path, content: Mapping[str, Any], replace: bool = False)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             os.fchmod(file.fileno(), 0o600)  # whatever the umask is
+            give_to_owner(file.fileno(), path.parent)
             json.dump(content, file, indent=1)
             file.write("\n")
             file.flush()
@@ -98,18 +99,25 @@ def write_private(path: Path, content: Mapping[str, Any], replace: bool = False)
             temporary.unlink(missing_ok=True)
 
 
+def give_to_owner(descriptor: int, folder: Path) -> None:
+    """A file that root makes in somebody's folder is that user's, or who runs the server could not read it."""
+    if os.geteuid() == 0:
+        facts = folder.stat()
+        os.fchown(descriptor, facts.st_uid, facts.st_gid)
+
+
 def is_there(path: Path) -> bool:
     """Whether there is a file of that name.
 
     Raises:
-        KeyFileError: nobody can tell, since its folder cannot be searched.
+        KeyFileUnreadable: nobody can tell, since its folder cannot be searched.
     """
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise KeyFileError(f"Expected a file with keys, received '{error.strerror}' for {path}.") from error
+        raise _unreadable(path, error) from error
     return True
 
 
@@ -118,13 +126,14 @@ def read_private(path: Path) -> dict[str, Any]:
 
     Raises:
         KeyFileError: missing, readable by others, somebody else's, or no JSON object.
+        KeyFileUnreadable: the system cannot read it, or this user may not.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
     except FileNotFoundError as error:
         raise KeyFileError(f"Expected a file with keys, received no such file: {path}.") from error
     except OSError as error:
-        raise KeyFileError(f"Expected a file with keys, received '{error.strerror}' for {path}.") from error
+        raise _unreadable(path, error) from error
     with os.fdopen(descriptor, "rb") as file:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
@@ -134,9 +143,12 @@ def read_private(path: Path) -> dict[str, Any]:
                 f"Expected a file that its owner alone can read (mode 0600), received mode"
                 f" {stat.S_IMODE(facts.st_mode):04o} for {path}: its secret may be known, so make new keys."
             )
-        if facts.st_uid not in (os.geteuid(), 0):
+        if facts.st_uid not in _owners(path.parent):
             raise KeyFileError(f"Expected a file of this user, received one of user {facts.st_uid}: {path}.")
-        text = file.read(FILE_BYTES_MAX + 1)
+        try:
+            text = file.read(FILE_BYTES_MAX + 1)
+        except OSError as error:
+            raise _unreadable(path, error) from error
     try:
         if len(text) > FILE_BYTES_MAX:
             raise ValueError
@@ -146,6 +158,16 @@ def read_private(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise KeyFileError(f"Expected a JSON object with keys, received something else in {path}.") from error
     return content
+
+
+def _owners(folder: Path) -> set[int]:
+    """Whose files count: this user's and root's; for root, who works in somebody's folder, that user's, too."""
+    user = os.geteuid()
+    return {user, 0} if user else {0, folder.stat().st_uid}
+
+
+def _unreadable(path: Path, error: OSError) -> KeyFileUnreadable:
+    return KeyFileUnreadable(f"Expected a file with keys, received '{error.strerror}' for {path}.")
 
 
 def server_pair(path: Path) -> KeyPair:

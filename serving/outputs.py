@@ -13,6 +13,8 @@ from serving import protocol
 from serving.errors import EXIT_BAD_INPUT, ClientError
 from serving.scans import stem_of
 
+# What file systems say that cannot sync a folder, and what is said of a folder that may not be listed.
+NO_FOLDERS = frozenset({errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
 SIDECAR_FORMAT, SIDECAR_LIMIT_BYTES = "lvseg 1", 64 * 1024  # what a server writes beside an oblique .vtk
 
 
@@ -93,6 +95,33 @@ def writing(path: Path) -> Iterator[None]:
         raise ClientError(
             "BAD_OUTPUT", f"Expected a place to write to, received '{error.strerror}' for {path}.", EXIT_BAD_INPUT
         ) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it that are missing; their names are on the disk then. OSError if not."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        sync_folder(one.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Waits until a file's bytes are on the disk; OSError if they cannot be."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until a folder's names are on the disk, where its file system can do that; OSError if the disk fails."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDERS:
+            raise
 
 
 def _check_writable(path: Path) -> None:

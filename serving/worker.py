@@ -54,6 +54,8 @@ OPEN_FILES_MAX = 256
 CONTENT_BYTES_MAX = 2 * 1024**3  # of a scan unpacked, where the gate says nothing else
 NPY_HEADER_BYTES = 128  # what NumPy writes before an array's bytes
 SMALL_FILES_BYTES = 64 * 1024  # a result's, beside the mask's voxels
+# What the system says of a place that a scan's own bytes may name, and never of a spool that fails.
+OF_CONTENT = frozenset({errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR})
 GROWTH = 2  # voxels may need so many times their file's bytes, as scaled ones do
 
 log = logging.getLogger("serving.worker")
@@ -340,7 +342,10 @@ def save_scan(scan: Volume, folder: Path, seconds: Mapping[str, float]) -> None:
 
 
 def load_scan(folder: Path) -> tuple[Volume, dict[str, float]]:
-    """Reads what `save_scan` wrote; the voxels stay on the disk until they are used."""
+    """Reads what `save_scan` wrote; the voxels stay on the disk until they are used.
+
+    Where the disk fails then, the kernel ends the process with SIGBUS, which the gate tells as a failing spool.
+    """
     import numpy as np
 
     from lvseg.volume import Volume
@@ -536,7 +541,13 @@ def _plain(value: Any) -> Any:
 
 
 def _is_shortage(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
+    is_told_by_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or is_told_by_system or type(error).__name__ == "ResourceExhaustedError"
+
+
+def _is_of_spool(error: OSError) -> bool:
+    """Whether the system failed, rather than a reader, or a place that the scan names."""
+    return error.errno is not None and error.errno not in OF_CONTENT
 
 
 def _unable(error: Exception, served: Served) -> protocol.Unable:
@@ -555,8 +566,9 @@ def _explained(error: Exception, work: protocol.Work, folder: Path, spool: Path,
     """Code, fault and sentence for the client: the scan by the client's name for it, no path of the server."""
     if isinstance(error, Cancelled):
         return "CANCELLED", "access", "The job was closed before it was done."
-    if isinstance(error, InputError) and error.code == "NOT_READABLE" and isinstance(error.__cause__, OSError):
-        error = error.__cause__  # the scan came whole: it is the spool that cannot be read
+    cause = error.__cause__ if isinstance(error, InputError) and error.code == "NOT_READABLE" else None
+    if isinstance(cause, OSError) and _is_of_spool(cause):
+        error = cause  # the scan came whole: it is the spool that cannot be read
     if isinstance(error, InputError):
         stem = _stem(work)
         place = folder / WORK
@@ -577,12 +589,13 @@ def _explained(error: Exception, work: protocol.Work, folder: Path, spool: Path,
     # Without the error's own text, which may name a file or a patient; the frames say where.
     where = "".join(traceback.format_tb(error.__traceback__))
     log.error("job %s failed at %s with %s\n%s", work.job.hex()[:12], stage, type(error).__name__, where)
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and _is_of_spool(error):
+        reason = os.strerror(error.errno or 0)
         return (
             "STORAGE_FAILED",
             "server",
-            f"Expected a spool that can be read and written, received '{os.strerror(error.errno)}' for {work.name};"
-            " tell the server's operator.",
+            f"Expected a spool that can be read and written, received '{reason}' for {work.name}; tell the server's"
+            " operator.",
         )
     return (
         "INTERNAL",

@@ -117,8 +117,8 @@ class Server:
         return Client(self.endpoint, insecure=True, **how)
 
     def spooled(self) -> list[Path]:
-        """What lies in its spool, but for the lock, the socket's folder and the database."""
-        own = (".lock", ".ipc", "jobs.sqlite", "jobs.sqlite-wal", "jobs.sqlite-shm")
+        """What lies in its spool, but for the lock, the socket's folder, the sign of life and the database."""
+        own = (".lock", ".ipc", ".alive", "jobs.sqlite", "jobs.sqlite-wal", "jobs.sqlite-shm")
         return [path for path in self.spool.iterdir() if path.name not in own]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -313,6 +314,90 @@ def test_a_list_that_cannot_be_read_lets_nobody_in(tmp_path: Path) -> None:
     clients.refresh()
     assert clients.name_of(pair.public) is None
     assert not clients.callback("lvseg", pair.public.encode())
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_while_the_system_cannot_read_the_list_the_last_one_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    first, second = keys.new_pair().public, keys.new_pair().public
+    access.allow_client(tmp_path, "first", first)
+    clients = access.Clients(tmp_path / access.CLIENTS)
+    clients.refresh()
+    access.allow_client(tmp_path, "second", second)
+    with monkeypatch.context() as failing:
+
+        def refuse(path: Path, *_: object) -> int:
+            raise OSError(code, os.strerror(code))
+
+        failing.setattr(keys.os, "open", refuse)
+        for _ in range(3):
+            clients.refresh()
+        assert list(clients.names.values()) == ["first"]
+        assert os.strerror(code) in clients.problem
+        assert caplog.text.count("stay as they are") == 1
+    clients.refresh()  # though the file is as it was
+    assert set(clients.names.values()) == {"first", "second"}
+    assert clients.problem == ""
+    (tmp_path / access.CLIENTS).unlink()
+    clients.refresh()
+    assert clients.names == {}
+
+
+def test_a_disk_that_fails_amid_a_file_of_keys_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "server.json"
+    keys.server_pair(path)
+    whole = os.fdopen
+
+    class Failing:
+        def __init__(self, descriptor: int) -> None:
+            self.file = whole(descriptor, "rb")
+
+        def __enter__(self) -> Failing:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def fileno(self) -> int:
+            return self.file.fileno()
+
+        def read(self, _: int) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(keys.os, "fdopen", lambda descriptor, _: Failing(descriptor))
+    with pytest.raises(KeyFileError, match="Input/output error") as told:
+        keys.server_pair(path)
+    assert str(path) in told.value.sentence
+
+
+def test_what_root_writes_is_the_folder_s_owner_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the server, which runs as another user, can neither read the list nor take the lock."""
+    folder, given = tmp_path / "access", {}
+    folder.mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+    def give(descriptor: int, user: int, group: int) -> None:
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        given[name.partition("clients.json")[1] or name] = (user, group)
+
+    monkeypatch.setattr(os, "fchown", give)
+    assert admin.main(["--access", str(folder), "allow-client", "site-a", keys.new_pair().public]) == 0
+    facts = folder.stat()
+    assert given == dict.fromkeys([access.LOCK, access.CLIENTS], (facts.st_uid, facts.st_gid))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_root_and_the_owner_of_the_folder_change_one_list(tmp_path: Path) -> None:
+    folder = tmp_path / "access"
+    folder.mkdir()
+    os.chown(folder, 12345, 12345)
+    for name in ("site-a", "site-b"):  # the second time the list is that user's
+        assert admin.main(["--access", str(folder), "allow-client", name, keys.new_pair().public]) == 0
+    assert {(path.name, path.stat().st_uid) for path in folder.iterdir()} == {(".lock", 12345), ("clients.json", 12345)}
+    os.chown(folder / access.CLIENTS, 23456, -1)
+    with pytest.raises(KeyFileError, match="received one of user 23456"):
+        access.read_clients(folder / access.CLIENTS)
 
 
 def test_the_operator_s_command_allows_lists_and_revokes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

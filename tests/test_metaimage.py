@@ -174,6 +174,7 @@ def test_a_header_before_detached_voxels_is_skipped(tmp_path, size):
         ({"data_file": "gone.raw"}, "NOT_FOUND"),
         ({"data_file": "../outside.raw"}, "UNSUPPORTED_FORMAT"),
         ({"data_file": "/etc/hostname"}, "UNSUPPORTED_FORMAT"),
+        ({"data_file": 100 * "\u00e9"}, "UNSUPPORTED_FORMAT"),  # as it is read, 200 characters and 400 bytes
         ({"data_file": "slice%03d.raw 1 3 1"}, "NOT_FOUND"),
         ({"data_file": "link.raw"}, "NOT_READABLE"),
     ],

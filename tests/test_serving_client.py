@@ -470,6 +470,19 @@ def test_a_server_that_stays_unable_is_given_up_at_the_limit(tmp_path: Path) -> 
     assert len(server.all(protocol.Submit)) > 1
 
 
+def test_memory_that_never_suffices_ends_after_a_few_tries(tmp_path: Path) -> None:
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Chunk):
+            del server.jobs[message.job]
+            return [error(message.job, "OUT_OF_MEMORY", "segment", "server")]
+        return None
+
+    with Scripted(script) as server, pytest.raises(ClientError) as told:
+        segment(server.endpoint, scan_of(tmp_path, 100), tmp_path / "out.vtk")
+    assert told.value.code == "OUT_OF_MEMORY"
+    assert len(server.all(protocol.Submit)) == connection.SHORT_MAX
+
+
 # ---- this computer's own trouble
 
 
@@ -489,6 +502,55 @@ def test_a_result_that_cannot_be_written_is_kept_for_the_same_call_again(tmp_pat
         expect_done(segment(server.endpoint, scan, out), out)
         assert len(server.all(protocol.Chunk)) == 3  # sent once
         assert len(server.all(protocol.Close)) == 1
+
+
+def test_an_answer_is_on_the_disk_before_the_server_may_forget_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes of each file before it gets its name, and the names of files and of new folders."""
+    scan, out, table = scan_of(tmp_path), tmp_path / "new/masks/out.vtk", tmp_path / "tables/volumes.json"
+    synced: list[tuple[int, int]] = []  # file and size
+    at_close: list[tuple[int, int]] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        facts = os.fstat(descriptor)
+        synced.append((facts.st_ino, 0 if Path(f"/proc/self/fd/{descriptor}").is_dir() else facts.st_size))
+        sync(descriptor)
+
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Close):
+            at_close.extend(synced)
+        return None
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with Scripted(script) as server:
+        how = ["--insecure", "--server", server.endpoint, "--model", "bright", "-o", str(out), "--json", str(table)]
+        assert main(["submit", str(scan), *how]) == 0
+    files = [(path.stat().st_ino, path.stat().st_size) for path in (out, table)]
+    folders = [(path.stat().st_ino, 0) for path in (tmp_path, tmp_path / "new", out.parent, table.parent)]
+    assert set(files + folders) <= set(at_close)
+    assert at_close.index(files[0]) < at_close.index((out.parent.stat().st_ino, 0))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL])
+def test_a_disk_that_fails_is_told_and_one_that_syncs_no_folders_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def failing(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").is_dir():
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    scan, out = scan_of(tmp_path), tmp_path / "out.vtk"
+    with Scripted() as server:
+        if code == errno.EINVAL:
+            expect_done(segment(server.endpoint, scan, out), out)
+        else:
+            with pytest.raises(ClientError) as told:
+                segment(server.endpoint, scan, out)
+            assert told.value.code == "BAD_OUTPUT"
+            assert server.all(protocol.Close) == []  # the same call again finds the result
 
 
 def test_a_full_folder_for_temporary_files_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,7 +583,7 @@ def command(server: Scripted, folder: Path, *arguments: object, stdin: Path | No
     (folder / "temporary").mkdir()
     impatient = (
         "import sys, serving.client as c, serving.scans as s; s.SPOOL_BYTES = 10;"
-        "c.LOOK_EVERY_S, c.SETTLED_S, c.PATIENCE_S = 0.05, 0.2, 0.1; sys.exit(c.main())"
+        "c.LOOK_EVERY_S, c.SETTLED_S, c.PATIENCE_S, c.DONE_EVERY_S = 0.05, 0.2, 0.1, 0.1; sys.exit(c.main())"
     )
     line = [sys.executable, "-c", impatient, "submit", "--insecure", "--server", server.endpoint, "--model", "bright"]
     with contextlib.ExitStack() as stack:
@@ -597,6 +659,56 @@ def test_a_table_that_cannot_be_written_costs_no_scan(
     assert len(list((tmp_path / "masks").glob("*.vtk"))) == 3
 
 
+@pytest.mark.parametrize(
+    ("code", "fault", "worst"), [("INTERNAL", "server", 1), ("CANCELLED", "access", 4), ("EXPIRED", "access", 4)]
+)
+def test_what_happens_to_one_scan_of_many_ends_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str, fault: str, worst: int
+) -> None:
+    """Nor is a scan that is under way meanwhile given up on the server; a bad scan beside it does not hide the code."""
+    names, table = ("bad", "first", "second", "third"), tmp_path / "volumes.json"
+    scans_there = [scan_of(tmp_path, 100, f"{name}.nii.gz") for name in names]
+    held: list[bytes] = []
+
+    def script(message: Any) -> list[Any] | None:
+        job = getattr(message, "job", b"")
+        if job == key_of("bad.nii.gz") and isinstance(message, protocol.Chunk):
+            return [error(job, "BAD_GEOMETRY", "read", "input", False)]
+        if job == key_of("second.nii.gz") and isinstance(message, protocol.Chunk):
+            return [error(job, code, "segment", fault, False)]
+        ended = any(close.job == key_of("second.nii.gz") for close in server.all(protocol.Close))
+        if job == key_of("first.nii.gz") and isinstance(message, protocol.Chunk) and not ended:
+            held.append(server.route)
+            return [protocol.Progress(job, "segment", 0, 0, 1)]
+        if job == key_of("second.nii.gz") and isinstance(message, protocol.Close) and held:
+            first = key_of("first.nii.gz")  # the one under way is done only now
+            server.jobs[first].offset = server.jobs[first].submit.bytes
+            server.socket.send_multipart([held[0], *protocol.encode(protocol.Done(first, server.files))])
+        return None
+
+    with Scripted(script) as server:
+        arguments = ["--insecure", "--server", server.endpoint, "--model", "bright", "-o", str(tmp_path / "masks")]
+        given = [*map(str, scans_there), *arguments, "--json", str(table), "--at-once", "2"]
+        assert main(["submit", *given]) == worst
+    assert {path.name for path in (tmp_path / "masks").iterdir()} == {"first.vtk", "third.vtk"}
+    said = json.loads(table.read_text())
+    assert [each.get("error", {}).get("code") for each in said] == ["BAD_GEOMETRY", None, code, None]
+    assert capsys.readouterr().err.count("serving.client: ") == 2
+
+
+def test_what_is_of_the_access_ends_all_scans(tmp_path: Path) -> None:
+    scans_there = [scan_of(tmp_path, 100, f"{name}.nii.gz") for name in ("one", "two", "three")]
+
+    def script(message: Any) -> list[Any] | None:
+        is_out = isinstance(message, protocol.Submit)
+        return [error(b"", "NOT_AUTHORISED", "frame", retryable=False)] if is_out else None
+
+    with Scripted(script) as server:
+        arguments = ["--insecure", "--server", server.endpoint, "--model", "bright", "-o", str(tmp_path / "masks")]
+        assert main(["submit", *map(str, scans_there), *arguments, "--at-once", "1"]) == 4
+        assert len(server.all(protocol.Submit)) == 1
+
+
 def test_a_watched_folder_has_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--watch", str(tmp_path), "--model", "bright", "-o", str(tmp_path / "masks"), "--json", "v.json"]
     assert main(["submit", "--insecure", *arguments]) == 2
@@ -652,6 +764,90 @@ def test_a_watched_folder_that_is_empty_is_no_scan_yet(tmp_path: Path, incoming:
         scan_of(incoming, 100, "late.nii.gz")
         for name in ("study", "late"):
             until((out / f"{name}.vtk.result.json").exists, "what was filled is done")
+
+
+def test_a_watched_series_that_grew_after_it_was_sent_is_sent_again_whole(tmp_path: Path, incoming: Path) -> None:
+    """An export that pauses for longer than a scan takes to settle, and goes on while the server is at work."""
+    out, study = tmp_path / "masks", incoming / "study"
+    study.mkdir()
+    scan_of(study, 100, "1.dcm")
+
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Chunk) and not (study / "2.dcm").exists():
+            scan_of(study, 100, "2.dcm")
+        return None
+
+    with Scripted(script) as server, command(server, tmp_path, "--watch", incoming, "-o", out):
+        result = out / "study.vtk.result.json"
+        until(result.exists, "the series is done")
+        assert json.loads(result.read_text())["scan_mark"][:2] == [2, 200]
+        assert len(server.all(protocol.Submit)) == 2
+        assert (out / "study.vtk").read_bytes() == MASK
+        assert "changed after it was sent" in (tmp_path / "told").read_text()
+        scan_of(study, 100, "3.dcm")
+        until(lambda: json.loads(result.read_text())["scan_mark"][:2] == [3, 300], "what came later is sent, too")
+
+
+def test_a_watched_scan_that_is_replaced_is_done_again_and_loses_its_failure(tmp_path: Path, incoming: Path) -> None:
+    out, scan = tmp_path / "masks", scan_of(incoming, 100)
+    result, failure = out / "scan.vtk.result.json", out / "scan.vtk.failed.json"
+
+    def script(message: Any) -> list[Any] | None:
+        is_bad = isinstance(message, protocol.Chunk) and len(server.all(protocol.Submit)) == 1
+        return [error(message.job, "BAD_GEOMETRY", "read", "input", False)] if is_bad else None
+
+    with Scripted(script) as server, command(server, tmp_path, "--watch", incoming, "-o", out):
+        until(failure.exists, "the first one is told to be bad")
+        server.jobs.clear()
+        scan_of(incoming, 200)
+        until(result.exists, "the one in its place is done")
+        until(lambda: not failure.exists(), "the failure was of the first one")
+        assert json.loads(result.read_text())["scan_mark"] == [1, 200, scan.stat().st_mtime_ns]
+
+
+def test_a_watched_scan_that_fits_no_memory_is_written_down_and_holds_no_place(tmp_path: Path, incoming: Path) -> None:
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Chunk) and message.job == key_of("huge.nii.gz"):
+            del server.jobs[message.job]
+            return [error(message.job, "OUT_OF_MEMORY", "segment", "server")]
+        return None
+
+    scan_of(incoming, 100, "huge.nii.gz")
+    scan_of(incoming, 100, "small.nii.gz")
+    out = tmp_path / "masks"
+    with Scripted(script) as server, command(server, tmp_path, "--watch", incoming, "-o", out, "--at-once", "1"):
+        until((out / "small.vtk.result.json").exists, "the scan behind it is done")
+        failure = json.loads((out / "huge.vtk.failed.json").read_text())
+        assert failure["error"]["code"] == "OUT_OF_MEMORY"
+
+
+def test_a_watched_scan_that_was_taken_away_while_it_was_done_has_its_answer(tmp_path: Path, incoming: Path) -> None:
+    scan = scan_of(incoming, 100)
+
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Chunk):
+            scan.unlink()
+        return None
+
+    with Scripted(script) as server, command(server, tmp_path, "--watch", incoming, "-o", tmp_path / "masks"):
+        until((tmp_path / "masks/scan.vtk.result.json").exists, "it is done")
+        assert len(server.all(protocol.Submit)) == 1
+
+
+def test_what_an_earlier_version_wrote_of_a_watched_scan_counts_and_what_is_cut_short_does_not(
+    tmp_path: Path, incoming: Path
+) -> None:
+    out = tmp_path / "masks"
+    out.mkdir()
+    for name, said in (("earlier", '{"volume_ml": 7}'), ("cut", '{"volume_ml"'), ("last", "")):
+        scan_of(incoming, 100, f"{name}.nii.gz")
+        (out / f"{name}.vtk.result.json").write_text(said)
+    with Scripted() as server, command(server, tmp_path, "--watch", incoming, "-o", out):
+        for name in ("cut", "last"):
+            result = out / f"{name}.vtk.result.json"
+            until(lambda result=result: "scan_mark" in result.read_text(), "it is done again")
+        assert json.loads((out / "earlier.vtk.result.json").read_text()) == {"volume_ml": 7}
+        assert {submit.name for submit in server.all(protocol.Submit)} == {"cut.nii.gz", "last.nii.gz"}
 
 
 def test_of_two_watched_scans_with_one_mask_the_second_is_told_and_left(tmp_path: Path, incoming: Path) -> None:

@@ -17,11 +17,11 @@ from serving_fixtures import LIMIT_S, STUCK, make_models, make_version, running,
 from test_serving import Raw, expect_right_mask, expect_serving, scan_file, send_all, submit_of
 
 from lvseg.errors import InputError
-from serving import catalogue, crew, jobs, protocol
+from serving import access, catalogue, crew, jobs, protocol
 from serving.config import ServerConfig
 from serving.connection import Client
 from serving.crew import Generation
-from serving.errors import ClientError
+from serving.errors import ClientError, KeyFileUnreadable
 from serving.gate import CLIENT_IDLE_S, Gate
 from serving.handlers import CREDIT_EVERY_S
 from serving.jobs import RESULT, UPLOAD, JobTable, State
@@ -331,6 +331,21 @@ def test_a_quiet_connection_is_kept_as_long_as_it_waits_to_hear_of_a_job(tmp_pat
         assert b"waits" not in one.handlers.replies
 
 
+def test_monitoring_is_told_of_a_list_of_clients_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(path: Path) -> dict[str, str]:
+        raise KeyFileUnreadable(f"Expected a file with keys, received 'Permission denied' for {path}.")
+
+    with gate(tmp_path, ("sleep", "1000")) as one:
+        with monkeypatch.context() as failing:
+            failing.setattr(access, "read_clients", unreadable)
+            one._follow_lists()
+            assert [reason for reason in one.reasons() if "list of clients" in reason] != []
+        one._follow_lists()
+        assert [reason for reason in one.reasons() if "list of clients" in reason] == []
+
+
 def test_only_waiting_counts_as_the_queue(tmp_path: Path) -> None:
     table, (job,) = table_with(tmp_path, "scan", now=10.0)
     table.next(0, 12.0)
@@ -375,6 +390,116 @@ def test_restarts_make_no_result_young_again(tmp_path: Path) -> None:
         assert taken.state is State.DONE
         assert 70_000 <= 100_000.0 - taken.touched < 71_000
         again.close()
+
+
+def test_no_job_ages_while_no_server_runs_and_every_one_does_while_one_does(tmp_path: Path) -> None:
+    table, _ = table_with(tmp_path, "scan")
+    table.close()
+
+    def some_time_later(seconds: float) -> None:
+        """As if the spool's last use, and the last change of its jobs, were so long ago."""
+        facts = (tmp_path / jobs.ALIVE).stat()
+        os.utime(tmp_path / jobs.ALIVE, (facts.st_atime - seconds, facts.st_mtime - seconds))
+        with contextlib.closing(sqlite3.connect(tmp_path / jobs.DATABASE, isolation_level=None)) as database:
+            database.execute("UPDATE jobs SET changed = changed - ?", (seconds,))
+
+    age_s = 0.0
+    for down_s in (7200.0, 200_000.0):
+        some_time_later(down_s)
+        again = JobTable(tmp_path, 1_000_000.0)  # of another start of the machine, too
+        assert 0 <= 1_000_000.0 - next(iter(again)).touched - age_s < 60
+        some_time_later(1000.0)
+        again.close()  # it ran all the time
+        age_s += 1000.0
+
+
+def test_an_upload_and_a_result_outlive_a_time_without_a_server(tmp_path: Path) -> None:
+    scan, other = scan_file(tmp_path), scan_file(tmp_path, seed=1, name="other.nii.gz")
+    how = {"limits": {**LIMITS, "chunk_bytes": 1000, "window_bytes": 2000}, "deadlines": {"upload_idle_s": 600}}
+    with running(tmp_path, **how) as server, Raw(server.endpoint) as peer:
+        content = scan.read_bytes()
+        sent = peer.ask(submit_of(content)).job
+        peer.ask(protocol.Chunk(sent, 0, content[:1000]))
+        done = send_all(peer, other.read_bytes())
+        peer.take_until(protocol.Done)
+        server.process.kill()
+        server.process.wait(LIMIT_S)
+    days_s = 3 * 86_400
+    os.utime(server.spool / jobs.ALIVE, (0, (server.spool / jobs.ALIVE).stat().st_mtime - days_s))
+    with contextlib.closing(sqlite3.connect(server.spool / jobs.DATABASE, isolation_level=None)) as database:
+        database.execute("UPDATE jobs SET changed = changed - ?", (days_s,))
+    with running(tmp_path, **how) as server, Raw(server.endpoint) as peer:
+        assert peer.ask(submit_of(content)).offset == 1000
+        peer.socket.send_multipart(protocol.encode(protocol.Status(done)))
+        peer.take_until(protocol.Done)
+
+
+def without_database(folder: Path) -> None:
+    for path in folder.glob(f"{jobs.DATABASE}*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("facts", ["", "{", "[]", "{}"])
+def test_a_scan_whose_job_nobody_understands_is_kept_aside(tmp_path: Path, facts: str) -> None:
+    table, (job,) = table_with(tmp_path, "scan")
+    table.close()
+    content = (job.folder / UPLOAD).read_bytes()
+    without_database(tmp_path)
+    (job.folder / jobs.JOB).write_text(facts)
+    again = JobTable(tmp_path, 1.0)
+    assert list(again) == []
+    again.close()
+    (aside,) = tmp_path.glob(f".damaged-{job.key.hex()}-*")
+    assert (aside / UPLOAD).read_bytes() == content
+    third = JobTable(tmp_path, 2.0)  # which does not look at it again
+    third.close()
+    assert (aside / UPLOAD).exists() and not job.folder.exists()
+
+
+def test_what_is_left_of_a_job_that_was_closed_at_work_is_deleted(tmp_path: Path) -> None:
+    table, (job,) = table_with(tmp_path, "scan")
+    table.next(0, 1.0)
+    (job.folder / jobs.WORK).mkdir()
+    (job.folder / RESULT).mkdir()
+    (job.folder / RESULT / "result.json").write_text("{}")
+    table.remove(job)
+    table.close()
+    assert job.folder.exists()  # its worker has it
+    JobTable(tmp_path, 2.0).close()
+    assert [path.name for path in tmp_path.iterdir() if job.key.hex() in path.name] == []
+
+
+def test_a_disk_that_cannot_be_read_ends_the_start_and_costs_no_job(tmp_path: Path) -> None:
+    table, (job,) = table_with(tmp_path, "scan")
+    table.close()
+    without_database(tmp_path)
+    facts = (job.folder / jobs.JOB).rename(tmp_path / "facts")
+    (job.folder / jobs.JOB).symlink_to("/proc/self/mem")  # a file that says EIO at its start
+    with pytest.raises(OSError, match="Input/output error"):
+        JobTable(tmp_path, 1.0)
+    facts.replace(job.folder / jobs.JOB)
+    again = JobTable(tmp_path, 2.0)
+    assert [(one.key, one.state) for one in again] == [(job.key, State.WAITING)]
+    again.close()
+
+
+def test_what_a_job_is_made_anew_from_is_on_the_disk_before_it_is_told_to_be_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[int, int]] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    table, (job,) = table_with(tmp_path, "scan")
+    table.close()
+    facts = (job.folder / jobs.JOB).stat()
+    folders = [inode for inode, _ in synced]
+    assert synced.index((facts.st_ino, facts.st_size)) < folders.index(job.folder.stat().st_ino)
+    assert tmp_path.stat().st_ino in folders
 
 
 # ---- answers

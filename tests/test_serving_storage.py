@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -16,8 +17,9 @@ from bad_files import volume
 from serving_fixtures import LIMIT_S, Server, make_models, running, start, until
 from test_serving import Raw, expect_right_mask, expect_serving, scan_file, send_all, submit_of
 
+from lvseg.errors import InputError
 from lvseg.formats import write_volume
-from serving import protocol
+from serving import protocol, worker
 from serving.connection import ClientError
 from serving.jobs import STEPS, UPLOAD, WORK
 
@@ -250,6 +252,42 @@ def test_a_spool_that_cannot_be_read_is_not_blamed_on_the_scan(tmp_path: Path, k
             assert peer.ask(protocol.Close(job)) == protocol.Closed(job)
         assert server.spooled() == []
         expect_serving(server, tmp_path)
+
+
+def test_a_disk_that_fails_under_voxels_that_are_mapped_is_not_blamed_on_the_scan(tmp_path: Path) -> None:
+    """Cut behind its header, the file is as one whose pages cannot be read: the kernel says SIGBUS for both."""
+    scan = write_volume(volume(), tmp_path / "scan.nii")[0]
+    with running(tmp_path, limits=LIMITS) as server:
+        server.hold.touch()
+        with Raw(server.endpoint) as peer:
+            job = send_all(peer, scan.read_bytes(), name="scan.nii")
+            until(lambda: server.runs("scan.nii"), "its voxels are mapped")
+            os.truncate(server.spool / job.hex() / WORK / "scan.npy", 0)
+            server.hold.unlink()
+            error = peer.take_until(protocol.Error)
+            assert (error.job, error.code, error.fault, error.retryable) == (job, "STORAGE_FAILED", "server", True)
+            assert error.retry_after_ms > 0 and "scan.nii" in error.text
+            assert peer.ask(protocol.Close(job)) == protocol.Closed(job)
+        expect_serving(server, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.EIO, ("STORAGE_FAILED", "server")), (errno.EACCES, ("STORAGE_FAILED", "server")),
+        (errno.ENOSPC, ("STORAGE_FULL", "server")), (errno.ENOMEM, ("OUT_OF_MEMORY", "server")),
+        (errno.ENAMETOOLONG, ("NOT_READABLE", "input")), (errno.ENOTDIR, ("NOT_READABLE", "input")),
+        (errno.ELOOP, ("NOT_READABLE", "input")),
+    ],
+)  # fmt: skip
+def test_only_what_a_scan_cannot_bring_about_is_the_spool_s_fault(
+    tmp_path: Path, number: int, told: tuple[str, str]
+) -> None:
+    """Else a scan that names an impossible file would be tried for ever."""
+    work = protocol.Work(bytes(32), "a.mha", "file", "bright", 3, "", "vtk", "raw", 10, 0, 0)
+    error = InputError("NOT_READABLE", "Expected a readable scan, received another.")
+    error.__cause__ = OSError(number, os.strerror(number))
+    assert worker._explained(error, work, tmp_path / "job", tmp_path, "read")[:2] == told
 
 
 @pytest.mark.parametrize("error_name", ["MemoryError", "ResourceExhaustedError"])

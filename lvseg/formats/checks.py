@@ -22,6 +22,7 @@ SPACING_LIMITS_MM = (0.001, 1000.0)
 REACH_LIMIT_MM = 10_000.0
 # Deflate cannot shrink its input more than this, so a file that claims more is cut short or lies.
 DEFLATE_RATIO = 1032
+NAME_BYTES_MAX = 255  # of a file; not characters, of which many take more than a byte
 
 
 def limit_voxels(count: int) -> None:
@@ -135,7 +136,8 @@ def beside(path: Path, name: str) -> Path:
         InputError: UNSUPPORTED_FORMAT for a name that leads anywhere else, NOT_FOUND where there is no such file,
             NOT_READABLE for a link, a device or a pipe.
     """
-    if not name or name in (".", "..") or any(character in name for character in "/\\:\0") or len(name) > 255:
+    is_plain = name and name not in (".", "..") and not any(character in name for character in "/\\:\0")
+    if not is_plain or len(name.encode(errors="replace")) > NAME_BYTES_MAX:
         raise InputError(
             "UNSUPPORTED_FORMAT",
             f"Expected the name of a data file in the header's own folder, received {name[:80]!r} in {path}.",
