@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+import yaml
 from small_study import best_weights, python, rows, scan
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -362,6 +363,59 @@ def test_the_command_hands_the_loop_no_shard_of_a_test_patient(in_study, tmp_pat
     monkeypatch.setattr("lvseg.fit.Fit", stop)
     assert run_command(tmp_path) == 2 and "seen enough" in capfd.readouterr().err
     assert len(handed) == 18 and not {"a-001", "b-001"} & set(handed)
+
+
+def begun_run(runs, files, manifest):
+    """A run folder of the small experiment below `runs` as training would have left it, with these files alone."""
+    run = runs / "volume/small-fold0"
+    contents = {"config.yaml": yaml.safe_dump(load_experiment(Path("experiment.yaml"), [f"runs={runs}"]).model_dump()),
+                "manifest.json": json.dumps(manifest)}  # fmt: skip
+    for name in files:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(contents.get(name, "kept"))
+    return run
+
+
+BEGUN = {"sessions": [{"first_step": 0}]}
+RESUMED = {"sessions": [{"first_step": 0}, {"first_step": 50}]}
+FINISHED = {**BEGUN, "finished": True}
+
+
+@pytest.mark.parametrize(
+    ("files", "manifest", "settings", "code", "words"),
+    [
+        (("config.yaml", "manifest.json"), FINISHED, (), 0, "is finished"),
+        (("config.yaml", "manifest.json"), FINISHED, ("train.steps=9",), 2, "another train.steps than in"),
+        (("manifest.json",), FINISHED, (), 2, "without config.yaml in"),
+        (("manifest.json",), BEGUN, (), 2, "without config.yaml in"),
+        (("config.yaml", "manifest.json"), RESUMED, (), 2, "without checkpoints/checkpoint in"),
+        (("config.yaml", "manifest.json", "model/model.json"), BEGUN, (), 2, "without checkpoints/checkpoint in"),
+        (("checkpoints/checkpoint", "manifest.json"), BEGUN, (), 2, "without config.yaml in"),
+        (("checkpoints/checkpoint", "config.yaml"), BEGUN, (), 2, "without manifest.json in"),
+        (("checkpoints/checkpoint",), BEGUN, (), 2, "without manifest.json and config.yaml in"),
+    ],
+)
+def test_a_run_that_lost_files_is_never_trained_over(in_study, tmp_path, capfd, files, manifest, settings, code, words):
+    kept = ("metrics.csv", "logs/events", "checkpoints/best-50.npz", "checkpoints/ckpt-50.index")
+    run = begun_run(tmp_path, (*files, *kept), manifest)
+    assert run_command(tmp_path, *settings) == code
+    said = capfd.readouterr()
+    assert words in (said.err.strip().splitlines()[-1] if code else said.out) and str(run) in said.out + said.err
+    there = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert there == {*files, *kept}
+
+
+@pytest.mark.parametrize("files", [(), ("config.yaml",), ("config.yaml", "manifest.json")])
+@pytest.mark.parametrize("settings", [(), ("train.steps=9",)])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
+    in_study, tmp_path, monkeypatch, files, settings
+):
+    """Also with another config; beside what is asked for lie a log, best weights and a checkpoint not yet listed."""
+    others = ("logs/events", "checkpoints/best-1.npz", "checkpoints/ckpt-1.index") if files else ()
+    begun_run(tmp_path, (*files, *others), BEGUN)
+    asked = []
+    monkeypatch.setattr(train, "_train", lambda experiment, run, cluster: asked.append(run))
+    assert run_command(tmp_path, *settings) == 0 and asked == [tmp_path / "volume/small-fold0"]
 
 
 def test_a_second_process_on_a_run_folder_is_refused(in_study, tmp_path, capfd):
