@@ -1,5 +1,6 @@
 """The training loop from within: what a step computes, when it stops, what it keeps; and every switch of a config."""
 
+import contextlib
 import functools
 import json
 import re
@@ -310,7 +311,7 @@ def test_the_best_weights_are_kept_and_exported_not_the_last(fit, tmp_path):
 
 def test_a_validation_that_was_interrupted_is_made_up_for(fit, monkeypatch):
     stopped = fit()
-    monkeypatch.setattr(stopped, "_validate", lambda number, board: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(stopped, "_validate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
     resumed = fit()
@@ -319,6 +320,63 @@ def test_a_validation_that_was_interrupted_is_made_up_for(fit, monkeypatch):
     assert [int(row["step"]) for row in rows(resumed.run_folder / "metrics.csv")] == [4]
     assert resumed.best_weights.is_file()
     assert int(fit().step.number) == 4
+
+
+LOGGED = ("step", "loss", "dice", "validation_dice", "validation_volume_error_percent", "learning_rate")
+TIMES = ("time/input_wait_share", "time/step_seconds")
+
+
+def logged(run):
+    """What a run wrote: the columns of metrics.csv without times, and of TensorBoard every value by tag and step."""
+    events = EventAccumulator(str(run / "logs"), size_guidance={"tensors": 0}).Reload()
+    values = [
+        (tag, event.step, tf.make_ndarray(event.tensor_proto).tolist())
+        for tag in sorted(events.Tags()["tensors"])
+        if tag not in TIMES
+        for event in events.Tensors(tag)
+    ]
+    return [{name: row[name] for name in LOGGED} for row in rows(run / "metrics.csv")], values
+
+
+@pytest.mark.parametrize(("number", "when"), [(2, "at the step"), (4, "amid its validation")])
+def test_who_asks_to_stop_waits_for_no_validation_which_is_made_up_for_first(fit, tmp_path, monkeypatch, number, when):
+    make = functools.partial(fit, "train.validate_every=2", "train.deterministic=true", ELASTIC,
+                             "train.early_stopping={patience: 9}")  # fmt: skip
+    whole = make()
+    whole.run()
+    whole.run_folder.rename(tmp_path / "whole")
+    asked = []
+    monkeypatch.setattr("lvseg.command.stop_requests", lambda: contextlib.nullcontext(lambda: bool(asked)))
+    for attempt in range(2):  # the second is asked while it makes up for the validation
+        stopped, seen = make(), []
+        assert int(stopped.step.number) == (number if attempt else 0)
+
+        def look(volume, step=stopped.step, seen=seen, labels=stopped.step.labels):
+            seen.append(int(step.number))
+            if seen.count(number) == 2:
+                asked.append("amid its validation")
+            return labels(volume)
+
+        def train_step(samples, step=stopped.step, run=stopped.step._run):
+            run(samples)
+            if int(step.number) == number and when == "at the step":
+                asked.append(when)
+
+        stopped.step.labels, stopped.step._run = look, train_step
+        with pytest.raises(KeyboardInterrupt):
+            stopped.run()
+        assert asked.pop() and seen.count(number) == (2 if attempt or when != "at the step" else 0)
+    resumed = make()
+    resumed.run()
+    assert int(resumed.step.number) == 4 and logged(resumed.run_folder) == logged(tmp_path / "whole")
+    for one, other in zip(*(tf.nest.flatten(run.step.state) for run in (resumed, whole)), strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+    for name in ("best_dice", "best_step", "to_beat", "validations_since"):
+        assert getattr(resumed, name).numpy() == getattr(whole, name).numpy()
+    best = tmp_path / "whole/checkpoints" / whole.best_weights.name
+    with np.load(resumed.best_weights) as one, np.load(best) as other:
+        for name in other.files:
+            np.testing.assert_array_equal(one[name], other[name])
 
 
 @pytest.mark.parametrize("dice, steps", [((0.5, 0.6, 0.6, 0.7), 8), ((0.5, 0.6, 0.6, 0.5), 8), ((0.6, 0.5, 0.6), 6)])
