@@ -283,10 +283,15 @@ def _sources_if_made(scan: Scan, folder: Path) -> tuple[str, ...] | None:
 def _finished(scan: Scan, folder: Path, sources: tuple[str, ...]) -> dict[str, Any] | None:
     """The manifest row of a scan's shard if it was made of files with these hashes."""
     from lvseg import records
+    from lvseg.phantom.anatomy import Tissue
 
-    row = records.read_row(_shard_path(scan, folder))
+    path = _shard_path(scan, folder)
+    row = records.read_row(path)
     made_of = {"patient": scan.patient, "study": scan.study, "sources": list(sources)}
-    return row if made_of.items() <= row.items() else None
+    if not made_of.items() <= row.items():
+        return None
+    # Earlier versions took any map of tissues; made anew, such a shard is refused by its file.
+    return row if scan.tissues is None or records.largest_tissue(path) <= max(Tissue) else None
 
 
 def _make_shard(task: Task) -> dict[str, Any]:

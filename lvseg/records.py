@@ -203,6 +203,22 @@ def _unpack(packed: tf.Tensor, size: int) -> tf.Tensor:
     return tf.reshape(labels[:, : size * size], [-1, size, size])
 
 
+def largest_tissue(path: Path) -> int:
+    """The largest number in a shard's map of tissues, 0 where it has none."""
+    example = tf.train.SequenceExample.FromString(next(iter(tf.data.TFRecordDataset(str(path)))).numpy())
+    largest = 0
+    for plane in example.feature_lists.feature_list["tissues"].feature:
+        packed = np.frombuffer(zlib.decompress(plane.bytes_list.value[0]), np.uint8)
+        bits = packed.reshape(-1, -(-(example.context.feature["size"].int64_list.value[0] ** 2) // 8))
+        value, candidates = 0, np.full(bits.shape[1], 255, np.uint8)  # pixels that no other exceeds in higher bits
+        for number in reversed(range(len(bits))):
+            having = bits[number] & candidates
+            if having.any():
+                value, candidates = value | 1 << number, having
+        largest = max(largest, value)
+    return largest
+
+
 def write_shard(volume: Harmonised, path: Path) -> None:
     """Writes a volume's shard under its final name only once it is whole."""
     with atomic(path) as temporary, tf.io.TFRecordWriter(str(temporary)) as writer:

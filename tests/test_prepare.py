@@ -27,7 +27,8 @@ from lvseg import prepare, preprocess, records, workers
 from lvseg.cards import find_scans, load_card
 from lvseg.config import Data
 from lvseg.errors import InputError
-from lvseg.formats import read_volume, write_volume
+from lvseg.formats import read_mask, read_volume, write_volume
+from lvseg.phantom.anatomy import Tissue
 from lvseg.volume import Volume, check_same_grid
 from lvseg.workers import Engine
 
@@ -309,6 +310,26 @@ def test_tissues_come_from_their_own_file(own_study):
         planes = np.unpackbits(packed).reshape(-1, 32 * 32)
         found |= set(np.unique((planes << np.arange(len(planes))[:, None].astype(np.uint8)).sum(axis=0)).tolist())
     assert found == {0, 1, 6}  # outside, and the two tissues
+
+
+@pytest.mark.parametrize("value", [max(Tissue) + 1, 300])  # 300 is 44 in eight bits
+def test_maps_of_tissues_in_another_numbering_are_refused_by_file_and_in_shards_of_earlier_versions(own_study, value):
+    for number in range(PATIENTS):
+        _, mask = scan("a", number)
+        tissues = mask.voxels.astype(np.uint16) * (value if number == 4 else max(Tissue))
+        write_volume(mask.with_voxels(tissues), own_study / f"raw/a/a-{number:03d}/tissues.nii.gz")
+    write_card(own_study, "a", tissues="{patient}/tissues.nii.gz")
+    with pytest.raises(InputError, match=rf"tissues 0 to 32 .* received {value} in .*a-004/tissues\.nii\.gz"):
+        prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)
+
+    def unchecked(scan, image):
+        return image.with_voxels(read_mask(scan.tissues, image).voxels.astype(np.uint8))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lvseg.cards.read_tissues", unchecked)
+        prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)
+    with pytest.raises(InputError, match=rf"received {value} in .*a-004/tissues\.nii\.gz"):
+        prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)
 
 
 def test_a_class_that_no_mask_holds_is_refused(own_study):

@@ -52,6 +52,16 @@ def test_the_same_volume_gives_the_same_bytes():
     assert records.encode(harmonised()) != records.encode(harmonised(seed=1))
 
 
+@pytest.mark.parametrize("highest", [1, 32, 33, 255])
+def test_the_largest_tissue_of_a_shard_is_found(tmp_path, highest):
+    tissues = np.random.default_rng(highest).integers(0, highest, (5, 15, 15)).astype(np.uint8)
+    tissues[3, -1, -1] = highest
+    volume = harmonised(size=15)
+    for one, expected in ((tissues, highest), (np.zeros_like(tissues), 0), (None, 0)):
+        records.write_shard(replace(volume, tissues=one), tmp_path / "one.tfrecord")
+        assert records.largest_tissue(tmp_path / "one.tfrecord") == expected
+
+
 def test_masks_of_any_class_come_back():
     volume = harmonised()
     mask = np.random.default_rng(1).integers(0, 256, volume.mask.shape).astype(np.uint8)
