@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,15 @@ def is_started(run: Path) -> bool:
     return (run / "config.yaml").is_file() and (run / "checkpoints" / "checkpoint").is_file()
 
 
+def _state_of(file: Path) -> tuple[int, int, int] | None:
+    """What changes where a file is replaced or written to; None where there is none."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 class Fit:
     """One fold's training, from its last checkpoint on.
 
@@ -59,6 +69,7 @@ class Fit:
         self.training = [(row, file) for row, file in rows if row["patient"] in split.train]
         self.validation = [(row, file) for row, file in rows if row["patient"] in split.validation]
         self.files = [file for _, file in self.training]
+        self._read_from = {file: _state_of(file) for _, file in (*self.training, *self.validation)}
         self.slices = sum(row["shape"][0] for row, _ in self.training)
         bounds, scaled = pipeline.training_bounds(self.files, data.size, data.clip_percentiles, split.train)
         self.global_bounds = bounds if data.normalise == "global" else None
@@ -125,6 +136,7 @@ class Fit:
 
         Raises:
             FloatingPointError: for a loss or gradients that are not finite, naming the step and its slices.
+            RunError: for a shard that was changed meanwhile, or a checkpoint that cannot be written.
         """
         train, first = self.experiment.train, int(self.step.number.numpy())
         left_over = self._lacks_validation(first)
@@ -139,6 +151,7 @@ class Fit:
                 done = self._validate_and_log(self._averages(first), rows, board, started, stop_requested)
                 ends = first >= train.steps or self._stopped_early()
                 if done and ends:
+                    self._check_shards()
                     self._conclude(first, board)
                 if not done or (ends and self._asked_alone(stop_requested)):
                     raise KeyboardInterrupt
@@ -171,6 +184,8 @@ class Fit:
                     waited, since, steps = 0.0, time.monotonic(), 0
                 stops = stops or left_out
                 ends = validates and not left_out and (number == train.steps or self._stopped_early())
+                if saves or stops or ends:
+                    self._check_shards()
                 if ends:  # before the last checkpoint, after which nothing is repeated
                     self._conclude(number, board)
                 if (saves or stops or ends) and self.cluster.is_chief:
@@ -362,6 +377,20 @@ class Fit:
             f"Expected finite numbers, received a {what} that is not finite at step {step} ({', '.join(named)});"
             " look at those scans, lower train.learning_rate or set train.clip_norm."
         )
+
+    def _check_shards(self) -> None:
+        """RunError if a shard is no longer the one that the manifest has the hash of: every epoch opens them anew."""
+        for row, file in (*self.training, *self.validation):
+            state = _state_of(file)
+            if state == self._read_from[file]:
+                continue
+            if state is None or hashlib.sha256(file.read_bytes()).hexdigest() != row["shard_sha256"]:
+                raise RunError(
+                    "Expected shards that stay as they are while a run trains on them, received"
+                    f" {'none' if state is None else 'another'} at {file} than when it began; no checkpoint was written"
+                    " since; put its scan back as it was and give the same command, or the experiment another name."
+                )
+            self._read_from[file] = state  # made anew of the same scan
 
     def _say(self, row: dict[str, Any]) -> None:
         print(

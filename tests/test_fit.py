@@ -81,6 +81,36 @@ def test_a_checkpoint_that_cannot_be_written_is_a_sentence(fit, monkeypatch):
         one.run()
 
 
+@pytest.mark.parametrize("change", ["replaced", "removed", "made anew"])
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_a_shard_that_changes_while_a_run_trains_on_it_ends_the_run_before_the_next_checkpoint(
+    fit, monkeypatch, part, change
+):
+    one = fit()
+    _, file = getattr(one, part)[-1]
+    kept, train_step = file.read_bytes(), one.step._run
+    was_at = file.with_suffix(".kept")
+
+    def change_at_third(samples):
+        train_step(samples)
+        if int(one.step.number) == 3:
+            file.rename(was_at)
+            if change != "removed":
+                file.write_bytes(kept if change == "made anew" else getattr(one, part)[0][1].read_bytes())
+
+    monkeypatch.setattr(one.step, "_run", change_at_third)
+    monkeypatch.setattr(one, "_validate", lambda *_: {"validation_dice": 0.5})
+    try:
+        if change == "made anew":
+            one.run()
+        else:
+            with pytest.raises(RunError, match=rf"(none|another) at {re.escape(str(file))}"):
+                one.run()
+    finally:
+        was_at.replace(file)
+    assert Path(one.manager.latest_checkpoint).name == ("ckpt-4" if change == "made anew" else "ckpt-2")
+
+
 def test_a_run_that_goes_on_does_not_need_the_weights_it_started_from(in_study, tmp_path, fit, capfd):
     weights = tmp_path / "first.safetensors"
     settings = ("model.encoder=vgg11", "model.width=2", f"model.encoder_weights={weights}", "train.steps=2",
