@@ -288,6 +288,14 @@ class Fit:
             return None
         folder = newest_version(Path(named))
         info = read_json(folder / "model.json")
+        # Classes in another order have weights of the same shapes, and slices along another axis any.
+        asked = {"task": self.experiment.task, "labels": self.classes, "axis": self.experiment.data.axis}
+        if others := [key for key, value in asked.items() if info.get(key) != value]:
+            raise InputError(
+                "BAD_CONFIG",
+                f"Expected a model of {' and '.join(f'{key} {asked[key]}' for key in others)} in model.start_from,"
+                f" received {' and '.join(f'{key} {info.get(key)}' for key in others)} in {folder / 'model.json'}.",
+            )
         weights, own = export.weights(folder), self.step.model.get_weights()
         if [array.shape for array in weights] != [array.shape for array in own]:
             raise InputError(

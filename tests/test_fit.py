@@ -164,6 +164,11 @@ def test_a_run_starts_from_another_model_and_goes_on_without_it(trained, in_stud
         (("model.start_from=nowhere",), "received nowhere"),
         (("model.start_from=ENSEMBLE",), "one trained network"),
         (("model.start_from=MODEL", "model.width=2"), "the same network"),
+        (
+            ("model.start_from=EXCHANGED",),
+            "labels ['background', 'organ'] in model.start_from, received labels ['organ',",
+        ),
+        (("model.start_from=MODEL", "data.axis=coronal"), "a model of axis coronal"),
         (("model.start_from=MODEL", "data.test_patients=[a-002, b-002]"), "a-00"),
         (("model.start_from=GRANDCHILD",), "a-001"),
         (("model.start_from=UNKNOWN",), "says whom"),
@@ -180,8 +185,11 @@ def test_a_model_that_a_run_cannot_start_from_is_a_sentence(trained, in_study, t
     (tmp_path / "grandchild/model.json").write_text(json.dumps(info))
     shutil.copytree(trained / "model", tmp_path / "unknown")
     (tmp_path / "unknown/model.json").write_text(json.dumps({**info, "provenance": None}))
+    shutil.copytree(trained / "model", tmp_path / "exchanged")
+    own = json.loads((trained / "model/model.json").read_text())
+    (tmp_path / "exchanged/model.json").write_text(json.dumps({**own, "labels": own["labels"][::-1]}))
     places = {"MODEL": str(trained / "model"), "ENSEMBLE": str(tmp_path / "several"),
-              **{name.upper(): str(tmp_path / name) for name in ("grandchild", "unknown")}}  # fmt: skip
+              **{name.upper(): str(tmp_path / name) for name in ("grandchild", "unknown", "exchanged")}}  # fmt: skip
     settings = [
         functools.reduce(lambda text, name: text.replace(name, places[name]), places, each) for each in settings
     ]
