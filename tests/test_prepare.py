@@ -161,6 +161,32 @@ def test_a_scan_that_no_network_answers_is_not_prepared(own_study, shape, code):
     assert told.value.code == code
 
 
+@pytest.mark.parametrize("outlier", [1e7, -1e7])
+def test_a_scan_whose_outlier_leaves_tissue_few_values_is_refused_with_what_it_is(own_study, outlier):
+    path = own_study / "raw/a/a-002/image.nii.gz"
+    image = read_volume(path)
+    voxels = image.voxels.astype(np.float32)
+    bright = np.percentile(voxels, 99.5)
+    voxels[4, 3, 2] = outlier
+    write_volume(image.with_voxels(voxels), path)
+    with pytest.raises(InputError, match=r"a-002/image\.nii\.gz") as told:
+        prepare.prepare(data(), jobs=1)
+    assert told.value.code == "OUTLIER" and f"percentile is {bright:.3g}"[:-1] in told.value.sentence
+    assert f"{outlier:g} where" in told.value.sentence or f"(lowest {outlier:g}" in told.value.sentence
+
+
+@pytest.mark.parametrize(("dtype", "brightest"), [(np.float32, 4000.0), (np.int16, 32767)])
+def test_a_bright_voxel_that_leaves_tissue_its_values_is_no_outlier(own_study, dtype, brightest):
+    """Of an int16 scan each value is kept, whatever is left between the percentiles."""
+    path = own_study / "raw/a/a-002/image.nii.gz"
+    image = read_volume(path)
+    voxels = (image.voxels if dtype is np.float32 else image.voxels // 8).astype(dtype)
+    voxels[4, 3, 2] = brightest
+    write_volume(image.with_voxels(voxels), path)
+    shards = prepare.prepare(data(), jobs=1)[0]
+    assert [row["maximum"] for row in shards.rows if row["patient"] == "a-002"] == [brightest]
+
+
 def test_other_spacing_gets_shards_of_its_own(own_study):
     folders = {prepare.prepare(data(spacing_mm=[mm, mm]), jobs=1)[0].folder for mm in (4.0, 5.0)}
     assert len(folders) == 2
