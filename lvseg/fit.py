@@ -90,6 +90,7 @@ class Fit:
                 f"Expected training scans of more than one intensity, received {scaled[0]:g} for both their 0.5th and"
                 " 99.5th percentiles (medians); look at the page that lvseg.prepare writes, or set data.normalise.",
             )
+        self._check_bounds()
         # What a checkpoint goes on from, it holds: the encoder's first weights need not be at hand any more.
         manifest = read_json(run / "manifest.json") if is_started(run) else {}
         known = manifest.get("encoder_weights")
@@ -262,6 +263,20 @@ class Fit:
             "provenance": manifest,
         }
         return export.export_model(model, card, folder)
+
+    def _check_bounds(self) -> None:
+        """InputError BAD_SCANS for a scan of which data.clip_percentiles leave one intensity, such as padding."""
+        if self.reading.clip_percentiles is None:
+            return  # preparation refuses scans of one value
+        read = [*self.training, *self.validation]
+        for (row, file), blank in zip(read, pipeline.are_blank([file for _, file in read], self.reading), strict=True):
+            if blank:
+                low, high = self.reading.clip_percentiles
+                raise InputError(
+                    "BAD_SCANS",
+                    f"Expected data.clip_percentiles that differ in every scan, received one intensity for the"
+                    f" {low:g}th and the {high:g}th of patient {row['patient']}, study {row['study']} ({file}).",
+                )
 
     def _restore(self) -> None:
         path = self.manager.latest_checkpoint

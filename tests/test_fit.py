@@ -14,7 +14,7 @@ import yaml
 from small_study import best_weights, python, rows, scan
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lvseg import draws, pipeline, prepare, train
+from lvseg import draws, pipeline, prepare, preprocess, records, train
 from lvseg.board import Board
 from lvseg.command import alone as lock
 from lvseg.config import load_experiment
@@ -109,6 +109,32 @@ def test_a_shard_that_changes_while_a_run_trains_on_it_ends_the_run_before_the_n
     finally:
         was_at.replace(file)
     assert Path(one.manager.latest_checkpoint).name == ("ckpt-4" if change == "made anew" else "ckpt-2")
+
+
+@pytest.mark.parametrize("normalise", ["none", "slice", "patient", "global"])
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_a_scan_of_which_clipping_leaves_one_intensity_is_refused_by_name(fit, tmp_path, monkeypatch, normalise, part):
+    settings = (f"data.normalise={normalise}", "data.clip_percentiles=[0.5, 50]")
+    row, file = getattr(fit(*settings), part)[0]
+    kept = file.read_bytes()
+    image = np.zeros((row["shape"][0], 32, 32), np.float32)
+    image[:, 10:20, 10:20] = 100.0  # a tenth of each slice, the others are padding
+    padded = records.Harmonised(
+        row["patient"], row["study"], row["scanner"], row["dataset"], tuple(row["sources"]), "digest",
+        tuple(row["shape"]), tuple(row["spacing_mm"]), preprocess.statistics(tf.constant(image)), image,
+        (image > 0).astype(np.uint8), None,
+    )  # fmt: skip
+    try:
+        records.write_shard(padded, file)
+        if normalise == "global":  # the bounds of all scans are no scan's own
+            fit(*settings)
+        else:
+            with pytest.raises(InputError, match=rf"0\.5th and the 50th of patient {row['patient']}, study 1") as told:
+                fit(*settings)
+            assert told.value.code == "BAD_SCANS"
+        fit(f"data.normalise={normalise}", "data.clip_percentiles=[0.5, 99.5]")
+    finally:
+        file.write_bytes(kept)
 
 
 def test_a_run_that_goes_on_does_not_need_the_weights_it_started_from(in_study, tmp_path, fit, capfd):
