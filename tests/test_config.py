@@ -141,6 +141,7 @@ def test_changed_keys_are_named_dotted_and_digest_ignores_order():
         ("data={datasets: [x], axis: coronal}; augment={arms: {}}", "arms"),
         ("data={datasets: [x], axis: sagittal}; augment={table: {}}", "table"),
         ("data={datasets: [x], neighbours: 0}; augment={thickness: {}}", "neighbours"),
+        ("augment={field_of_view: {max_share: 0.21}}", "equal to 0.2 for augment.field_of_view.max_share"),
         ("data={datasets: [x], ct_window_hu: [1000, 1000.00001]}", "ct_window_hu"),
     ],
 )
