@@ -405,7 +405,7 @@ def logged(run):
 @pytest.mark.parametrize(("number", "when"), [(2, "at the step"), (4, "amid its validation")])
 def test_who_asks_to_stop_waits_for_no_validation_which_is_made_up_for_first(fit, tmp_path, monkeypatch, number, when):
     make = functools.partial(fit, "train.validate_every=2", "train.deterministic=true", ELASTIC,
-                             "train.early_stopping={patience: 9}")  # fmt: skip
+                             "train.early_stopping={patience: 2}")  # fmt: skip
     whole = make()
     whole.run()
     whole.run_folder.rename(tmp_path / "whole")
