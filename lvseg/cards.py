@@ -66,10 +66,11 @@ class Card(Keys):
     (one choice for all images, or one by image key). `kind: fat_fraction` makes the fat-fraction image in percent: of a
     pair, or of an `image` as the scanner stored it, where `scale` (percent a unit) overrides its fields.
     `mask` is one pattern, or one for each class. `labels` names each class and the values it has in the mask files, as
-    numbers or ranges ("55-70"); every other value is background. `patient_pattern` is a regular expression for the ids
-    that belong to the card, needed where a path could be read two ways, `patients` names them, and `patient_prefix`
-    goes before them, so that the patients 1 of two hospitals stay two people. `spacing_mm` (row,
-    column) is what the experiment takes where it names none.
+    numbers or ranges ("55-70"); every other value is background. `tissues` are maps in the numbering of
+    `lvseg.phantom.anatomy.Tissue` (0 air to 32) and no other, which `augment.contrast` renders. `patient_pattern` is a
+    regular expression for the ids that belong to the card, needed where a path could be read two ways, `patients` names
+    them, and `patient_prefix` goes before them, so that the patients 1 of two hospitals stay two people. `spacing_mm`
+    (row, column) is what the experiment takes where it names none.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -365,12 +366,24 @@ def read_labels(scan: Scan, image: Volume) -> Volume:
 
 
 def read_tissues(scan: Scan, image: Volume) -> Volume | None:
-    """Reads a simulated patient's tissue numbers on the image's grid, uint8; None where the card names none."""
+    """Reads a simulated patient's tissue numbers on the image's grid, uint8; None where the card names none.
+
+    Raises:
+        InputError: what the formats say; BAD_TISSUES for numbers that are no tissue's.
+    """
     from lvseg.formats import read_mask
+    from lvseg.phantom.anatomy import Tissue
 
     if scan.tissues is None:
         return None
     tissues = read_mask(scan.tissues, image)
+    highest = int(tissues.voxels.max(initial=0))
+    if highest > max(Tissue):
+        raise InputError(
+            "BAD_TISSUES",
+            f"Expected the tissues 0 to {max(Tissue):d} of lvseg.phantom.anatomy, received {highest} in {scan.tissues};"
+            " maps in another numbering have to be renumbered, or left out of the card.",
+        )
     return tissues.with_voxels(tissues.voxels.astype(np.uint8, copy=False))
 
 

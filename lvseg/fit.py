@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,15 @@ def is_started(run: Path) -> bool:
     return (run / "config.yaml").is_file() and (run / "checkpoints" / "checkpoint").is_file()
 
 
+def _state_of(file: Path) -> tuple[int, int, int] | None:
+    """What changes where a file is replaced or written to; None where there is none."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 class Fit:
     """One fold's training, from its last checkpoint on.
 
@@ -59,6 +69,7 @@ class Fit:
         self.training = [(row, file) for row, file in rows if row["patient"] in split.train]
         self.validation = [(row, file) for row, file in rows if row["patient"] in split.validation]
         self.files = [file for _, file in self.training]
+        self._read_from = {file: _state_of(file) for _, file in (*self.training, *self.validation)}
         self.slices = sum(row["shape"][0] for row, _ in self.training)
         bounds, scaled = pipeline.training_bounds(self.files, data.size, data.clip_percentiles, split.train)
         self.global_bounds = bounds if data.normalise == "global" else None
@@ -79,6 +90,7 @@ class Fit:
                 f"Expected training scans of more than one intensity, received {scaled[0]:g} for both their 0.5th and"
                 " 99.5th percentiles (medians); look at the page that lvseg.prepare writes, or set data.normalise.",
             )
+        self._check_bounds()
         # What a checkpoint goes on from, it holds: the encoder's first weights need not be at hand any more.
         manifest = read_json(run / "manifest.json") if is_started(run) else {}
         known = manifest.get("encoder_weights")
@@ -120,18 +132,34 @@ class Fit:
     def run(self) -> None:
         """Trains to the last step; asked to stop, it finishes the step at hand, saves a checkpoint and interrupts.
 
+        A validation is not waited for then: who asks often kills half a minute later. It is the first that is done when
+        the run goes on; several machines, none of which can leave a validation alone, decide before one begins.
+
         Raises:
             FloatingPointError: for a loss or gradients that are not finite, naming the step and its slices.
+            RunError: for a shard that was changed meanwhile, or a checkpoint that cannot be written.
         """
         train, first = self.experiment.train, int(self.step.number.numpy())
-        if first >= train.steps or self._stopped_early():
+        left_over = self._lacks_validation(first)
+        if not left_over and (first >= train.steps or self._stopped_early()):
             return
-        rows = [row for row in self._read_metrics() if int(row["step"]) <= first]
+        rows = [row for row in self._read_metrics() if int(row["step"]) < first + (not left_over)]
         board = Board(self.run_folder / "logs" if self.cluster.is_chief else None, train.profile_steps)
-        batches = self._distributed(first)
         started = time.monotonic()
-        waited, since, steps = 0.0, started, 0
         with command.stop_requests() as stop_requested, contextlib.closing(board):
+            if left_over:
+                # Nothing is saved before the next checkpoint is due: the listed one of this step is never written over.
+                done = self._validate_and_log(self._averages(first), rows, board, started, stop_requested)
+                ends = first >= train.steps or self._stopped_early()
+                if done and ends:
+                    self._check_shards()
+                    self._conclude(first, board)
+                if not done or (ends and self._asked_alone(stop_requested)):
+                    raise KeyboardInterrupt
+                if ends:
+                    return
+            batches = self._distributed(first)
+            waited, since, steps = 0.0, time.monotonic(), 0
             for number in command.progress(range(first + 1, train.steps + 1), "training"):
                 board.before_step(number)
                 before = time.monotonic()
@@ -145,34 +173,69 @@ class Fit:
                 stops = self._stops(number, stop_requested)
                 if validates or saves or stops or number % LOG_EVERY == 0:
                     self._check_finite()
-                if validates or number % LOG_EVERY == 0:
+                left_out = validates and stops
+                if (validates or number % LOG_EVERY == 0) and not left_out:
                     row = self._averages(number)
                     seconds = time.monotonic() - since
                     row |= {"input_wait_share": waited / seconds, "step_seconds": seconds / steps}
                     if validates:
-                        row |= self._validate(number, board)
-                        row["seconds"] = round(time.monotonic() - started, 1)
-                        rows.append({name: row.get(name) for name in METRICS})
-                        if self.cluster.is_chief:
-                            self._write_metrics(rows)
-                            self._say(row)
-                    board.scalars(row)
-                    self.step.sums.assign(tf.zeros_like(self.step.sums))
+                        left_out = not self._validate_and_log(row, rows, board, started, stop_requested)
+                    else:
+                        self._log(row, board)
                     waited, since, steps = 0.0, time.monotonic(), 0
-                ends = validates and self._stopped_early()
-                if ends or number == train.steps:  # before the last checkpoint, after which nothing is repeated
-                    board.hyperparameters(self.experiment.model_dump(), float(self.best_dice))
+                stops = stops or left_out
+                ends = validates and not left_out and (number == train.steps or self._stopped_early())
+                if saves or stops or ends:
+                    self._check_shards()
+                if ends:  # before the last checkpoint, after which nothing is repeated
+                    self._conclude(number, board)
                 if (saves or stops or ends) and self.cluster.is_chief:
                     self._save(number)
-                if ends:
-                    patience = train.early_stopping.patience if train.early_stopping else 0
-                    print(f"stopped early at step {number}: {patience} validations without a better Dice.")
-                    break
                 if stops:
                     print(f"stopped at step {number}; the same command goes on from there.")
                     raise KeyboardInterrupt
-            if self.cluster.workers == 1 and stop_requested():  # it came during the last validation
+                if ends:
+                    break
+            if self._asked_alone(stop_requested):  # it came after the last validation
                 raise KeyboardInterrupt
+
+    def _lacks_validation(self, step: int) -> bool:
+        """Whether a checkpoint was saved without the validation of its step, after which no sums are left."""
+        train = self.experiment.train
+        due = step > 0 and (step % train.validate_every == 0 or step == train.steps)
+        return due and bool(self.step.sums.numpy()[0])
+
+    def _validate_and_log(
+        self,
+        row: dict[str, Any],
+        rows: list[dict[str, Any]],
+        board: Board,
+        started: float,
+        stop_requested: Callable[[], bool],
+    ) -> bool:
+        """Validates and writes a row of metrics; False if asked to stop before that was done, and nothing changed."""
+        found = self._validate(row["step"], board, lambda: self._asked_alone(stop_requested))
+        if found is None:
+            return False
+        row |= {**found, "seconds": round(time.monotonic() - started, 1)}
+        rows.append({name: row.get(name) for name in METRICS})
+        if self.cluster.is_chief:
+            self._write_metrics(rows)
+            self._say(row)
+        self._log(row, board)
+        return True
+
+    def _log(self, row: dict[str, Any], board: Board) -> None:
+        board.scalars(row)
+        self.step.sums.assign(tf.zeros_like(self.step.sums))
+
+    def _conclude(self, number: int, board: Board) -> None:
+        """Notes what the hyperparameters led to, once the last validation is done."""
+        train = self.experiment.train
+        board.hyperparameters(self.experiment.model_dump(), float(self.best_dice))
+        if self._stopped_early():
+            patience = train.early_stopping.patience if train.early_stopping else 0
+            print(f"stopped early at step {number}: {patience} validations without a better Dice.")
 
     def export(self, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         """Exports the weights with the best validation Dice, in float32; returns the model card."""
@@ -201,6 +264,20 @@ class Fit:
         }
         return export.export_model(model, card, folder)
 
+    def _check_bounds(self) -> None:
+        """InputError BAD_SCANS for a scan of which data.clip_percentiles leave one intensity, such as padding."""
+        if self.reading.clip_percentiles is None:
+            return  # preparation refuses scans of one value
+        read = [*self.training, *self.validation]
+        for (row, file), blank in zip(read, pipeline.are_blank([file for _, file in read], self.reading), strict=True):
+            if blank:
+                low, high = self.reading.clip_percentiles
+                raise InputError(
+                    "BAD_SCANS",
+                    f"Expected data.clip_percentiles that differ in every scan, received one intensity for the"
+                    f" {low:g}th and the {high:g}th of patient {row['patient']}, study {row['study']} ({file}).",
+                )
+
     def _restore(self) -> None:
         path = self.manager.latest_checkpoint
         if not path:
@@ -226,6 +303,14 @@ class Fit:
             return None
         folder = newest_version(Path(named))
         info = read_json(folder / "model.json")
+        # Classes in another order have weights of the same shapes, and slices along another axis any.
+        asked = {"task": self.experiment.task, "labels": self.classes, "axis": self.experiment.data.axis}
+        if others := [key for key, value in asked.items() if info.get(key) != value]:
+            raise InputError(
+                "BAD_CONFIG",
+                f"Expected a model of {' and '.join(f'{key} {asked[key]}' for key in others)} in model.start_from,"
+                f" received {' and '.join(f'{key} {info.get(key)}' for key in others)} in {folder / 'model.json'}.",
+            )
         weights, own = export.weights(folder), self.step.model.get_weights()
         if [array.shape for array in weights] != [array.shape for array in own]:
             raise InputError(
@@ -277,6 +362,10 @@ class Fit:
         agrees = number % AGREE_EVERY == 0 or number == self.experiment.train.steps
         return agrees and self._over_machines(np.array([float(requested())]))[0] > 0
 
+    def _asked_alone(self, requested: Callable[[], bool]) -> bool:
+        """Whether to stop amid what several machines do together, which one of them cannot leave."""
+        return self.cluster.workers == 1 and requested()
+
     def _over_machines(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Sum of every machine's numbers, float64 [N]."""
         if self.cluster.workers == 1:
@@ -313,6 +402,20 @@ class Fit:
             " look at those scans, lower train.learning_rate or set train.clip_norm."
         )
 
+    def _check_shards(self) -> None:
+        """RunError if a shard is no longer the one that the manifest has the hash of: every epoch opens them anew."""
+        for row, file in (*self.training, *self.validation):
+            state = _state_of(file)
+            if state == self._read_from[file]:
+                continue
+            if state is None or hashlib.sha256(file.read_bytes()).hexdigest() != row["shard_sha256"]:
+                raise RunError(
+                    "Expected shards that stay as they are while a run trains on them, received"
+                    f" {'none' if state is None else 'another'} at {file} than when it began; no checkpoint was written"
+                    " since; put its scan back as it was and give the same command, or the experiment another name."
+                )
+            self._read_from[file] = state  # made anew of the same scan
+
     def _say(self, row: dict[str, Any]) -> None:
         print(
             f"step {row['step']} of {self.experiment.train.steps}: loss {row['loss']:.4f}, Dice {row['dice']:.3f},"
@@ -334,10 +437,16 @@ class Fit:
             row["loss_scale"] = float(self.step.optimiser.loss_scale.numpy())
         return row
 
-    def _validate(self, number: int, board: Board) -> dict[str, float]:
+    def _validate(
+        self, number: int, board: Board, stops: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
         """Means over patients on the harmonised grid; keeps the weights if their Dice is the best so far.
 
+        Args:
+            number: of the step; board: for pictures; stops: asked before every scan; True ends it without a trace.
+
         Returns:
+            None if it was ended, otherwise
             validation_dice, of the foreground's classes; validation_volume_error_percent, absolute, of the first class;
             validation_fat_error_points, absolute, of its mean fat fraction where that is the task.
         """
@@ -345,9 +454,12 @@ class Fit:
         shown = set(np.linspace(0, len(self.validation) - 1, OVERLAYS * self.cluster.is_chief).round().astype(int))
         own = set(range(self.cluster.worker, len(self.validation), self.cluster.workers))
         scores = np.zeros((3, len(self.validation)))
+        pictures = {}
         read = sorted(own | shown)
         volumes = pipeline.volume_samples([self.validation[place][1] for place in read], self.reading)
         for place, volume in zip(read, volumes, strict=True):
+            if stops():
+                return None
             row, _ = self.validation[place]
             predicted = self.step.labels(volume)
             true = volume.mask.numpy()[..., 0]
@@ -358,8 +470,10 @@ class Fit:
                 study = f" {row['study']}" if row["study"] else ""
                 largest = int(np.argmax(np.count_nonzero(true, axis=(1, 2))))
                 grey = volume.stack[largest, self.reading.neighbours].numpy()
-                picture = overlays.overlay_rgb(grey, predicted[largest] > 0, true[largest] > 0)
-                board.image(f"validation/{row['patient']}{study} {row['scanner']}", picture, number)
+                tag = f"validation/{row['patient']}{study} {row['scanner']}"
+                pictures[tag] = overlays.overlay_rgb(grey, predicted[largest] > 0, true[largest] > 0)
+        for tag, picture in pictures.items():
+            board.image(tag, picture, number)
         scores = self._over_machines(scores)
         dice, *errors = (
             float(np.mean([np.mean(kind[places]) for places in self._patients().values()])) for kind in scores

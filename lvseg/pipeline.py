@@ -223,6 +223,21 @@ def _volume(record: tf.Tensor, reading: Reading) -> _Volume:
     return _Volume(tf.gather(volume.image, repeated), volume.mask[..., None], tf.gather(scale, repeated), tissues)
 
 
+@tf.autograph.experimental.do_not_convert
+def are_blank(files: Sequence[Path], reading: Reading) -> list[bool]:
+    """Of each shard whether its bounds coincide in every slice, so that the network would see nothing but one value."""
+
+    def is_blank(record: tf.Tensor) -> tf.Tensor:  # a graph, which unpacks no image for the statistics
+        scan = records.decode(record, reading.size, reading.patients).statistics
+        low, high = preprocess.intensity_bounds(
+            scan, reading.normalisation, reading.clip_percentiles, reading.global_bounds
+        )
+        return tf.reduce_all(low >= high)
+
+    names = tf.constant([str(file) for file in files], tf.string)
+    return [bool(blank) for blank in tf.data.TFRecordDataset(names).map(is_blank)]
+
+
 def intensities(samples: Samples, normalisation: Normalisation) -> tf.Tensor:
     """Normalised float32 [B, size, size, 2n+1] of samples; runs on the device, where 16 bits travel faster than 32."""
     slope, intercept, low, high = tf.unstack(samples.scale[:, None, None], axis=-1)

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
 from lvseg import cards, command, workers
 from lvseg.cards import Card, Scan, load_card, survey
 from lvseg.config import Data, add_experiment_arguments, load_experiment
@@ -39,6 +41,7 @@ MANIFEST = "manifest.json"
 PACKAGES = ("lvseg", "tensorflow", "numpy", "nibabel", "pydicom", "highdicom", "SimpleITK", "vtk")
 # Of a scan's metadata, what is kept with the shard; nothing that names a person.
 KEPT_METADATA = ("modality", "manufacturer", "units", "fat_fraction")
+LEAST_STEPS = 250  # of a shard's values from a scan's 0.5th to its 99.5th percentile
 HASHING_THREADS = 8  # they wait for the disk more than for a core
 
 
@@ -330,7 +333,8 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data, root: Path | 
 
     Raises:
         InputError: an unreadable file; GEOMETRY_MISMATCH if mask and image do not lie on one grid; EMPTY_IMAGE for an
-            image of one value or a CT without tissue in its window; DIMS_LIMIT.
+            image of one value or a CT without tissue in its window; OUTLIER where the brightest or darkest voxels would
+            leave tissue too few of the values that a shard has; DIMS_LIMIT.
     """
     import tensorflow as tf
 
@@ -356,6 +360,7 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data, root: Path | 
         raise InputError("EMPTY_IMAGE", f"Expected tissue within data.ct_window_hu, received none in {image.source}.")
     intensities = tf.constant(seen)
     statistics = preprocess.statistics(intensities)
+    _check_steps(statistics, image)
     target = data.spacing_mm
 
     def harmonised(labels: Volume) -> Any:
@@ -379,6 +384,24 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data, root: Path | 
         tissues=None if tissues is None else harmonised(tissues),
         metadata=_relative(kept, f"{root}/" if root is not None else ""),
     )
+
+
+def _check_steps(statistics: Any, image: Volume) -> None:
+    """InputError OUTLIER if a shard's 16 bits, spread from minimum to maximum, are too coarse for what lies between."""
+    from lvseg import preprocess, records
+
+    lowest, highest = float(statistics.minimum), float(statistics.maximum)
+    dark, bright = (float(preprocess.percentile(statistics.percentiles, percent)) for percent in (0.5, 99.5))
+    step = (highest - lowest) / records.LARGEST_STORED
+    # Whole numbers of steps of 1 and less come out as they went in, however few they are.
+    exact = step <= 1 and np.issubdtype(image.voxels.dtype, np.integer)
+    if bright > dark and step > (bright - dark) / LEAST_STEPS and not exact:
+        raise InputError(
+            "OUTLIER",
+            f"Expected intensities of which the highest lies near the others, received {highest:g} where the 99.5th"
+            f" percentile is {bright:g} (lowest {lowest:g}, 0.5th percentile {dark:g}) in {image.source}; 16 bits leave"
+            f" {(bright - dark) / step:.0f} values between those percentiles.",
+        )
 
 
 def _relative(values: Any, prefix: str) -> Any:
@@ -451,7 +474,6 @@ def check(data: Data, engine: Engine) -> list[str]:
 
 def _check_shard(what: tuple[Path, dict[str, Any], int, int]) -> str:
     """What is wrong with a shard that has this manifest row, empty if nothing is; runs in a worker."""
-    import numpy as np
     import tensorflow as tf
 
     from lvseg import records

@@ -28,6 +28,7 @@ from lvseg.preprocess import Statistics
 from lvseg.volume import Array
 
 ZLIB_LEVEL = 6
+LARGEST_STORED = 65535  # of the 16 bits that the intensities from a scan's minimum to its maximum are spread over
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def voxels_sha256(voxels: Array) -> str:
 def encode(volume: Harmonised) -> bytes:
     """Serialises a volume; the same volume gives the same bytes."""
     low, high = float(volume.statistics.minimum), float(volume.statistics.maximum)
-    slope = (high - low) / 65535 or 1.0
-    stored = np.rint((volume.image.astype(np.float64) - low) / slope).clip(0, 65535).astype("<u2")
+    slope = (high - low) / LARGEST_STORED or 1.0
+    stored = np.rint((volume.image.astype(np.float64) - low) / slope).clip(0, LARGEST_STORED).astype("<u2")
     context = {
         "patient": _text(volume.patient),
         "study": _text(volume.study),

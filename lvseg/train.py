@@ -36,7 +36,8 @@ def train(experiment: Experiment) -> None:
     """Trains an experiment's fold in its run folder, or goes on where it was stopped.
 
     Raises:
-        InputError: input that cannot be used; CHANGED_CONFIG if the run was started with another config.
+        InputError: input that cannot be used; CHANGED_CONFIG if the run was started with another config; BAD_RUN if it
+            lost files that training writes, and is not begun anew over what is left.
     """
     run = experiment.run_folder
     if _is_finished(run, experiment):
@@ -119,20 +120,33 @@ def _remove_left_overs(run: Path, going_on: bool) -> None:
 
 
 def _is_finished(run: Path, experiment: Experiment) -> bool:
-    """Whether the run is done; InputError CHANGED_CONFIG if it belongs to another config."""
-    if not (run / "config.yaml").is_file() or not (run / "checkpoints" / "checkpoint").is_file():
+    """Whether the run is done; InputError CHANGED_CONFIG if it belongs to another config, BAD_RUN if it lacks files."""
+    # Asked for against the order they are written in, so that of a run that begins meanwhile none seems to be missing.
+    listed, manifest, config = (run / name for name in ("checkpoints/checkpoint", "manifest.json", "config.yaml"))
+    was_listed, has_manifest = listed.is_file(), manifest.is_file()
+    known = read_json(manifest) if has_manifest else {}
+    finished = bool(known.get("finished"))
+    # A process that is killed before its first checkpoint leaves none of these, and its run begins anew.
+    trained = was_listed or (run / "model").exists() or any(each["first_step"] for each in known.get("sessions", []))
+    needed = [config] if finished else [listed, manifest, config] if trained else [config] if has_manifest else []
+    if missing := [path for path in needed if not path.is_file()]:
+        raise InputError(
+            "BAD_RUN",
+            f"Expected a run folder as training leaves it, received one without"
+            f" {' and '.join(path.relative_to(run).as_posix() for path in missing)} in {run}; put back what was"
+            " deleted, delete the folder, or give the experiment another name.",
+        )
+    if not finished and not trained:
         return False
-    path = run / "config.yaml"
     # Keys that later versions know have their default in runs of earlier ones.
-    keys = changed_keys(check_keys(Experiment, read_yaml(path), str(path)).model_dump(), experiment.model_dump())
+    keys = changed_keys(check_keys(Experiment, read_yaml(config), str(config)).model_dump(), experiment.model_dump())
     if keys:
         raise InputError(
             "CHANGED_CONFIG",
-            f"Expected the config that the run was started with, received another {', '.join(keys)} than in {path};"
+            f"Expected the config that the run was started with, received another {', '.join(keys)} than in {config};"
             " give the experiment another name.",
         )
-    manifest = run / "manifest.json"
-    return manifest.is_file() and bool(read_json(manifest).get("finished"))
+    return finished
 
 
 def main(argv: Sequence[str] | None = None) -> int:

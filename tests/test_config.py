@@ -141,10 +141,36 @@ def test_changed_keys_are_named_dotted_and_digest_ignores_order():
         ("data={datasets: [x], axis: coronal}; augment={arms: {}}", "arms"),
         ("data={datasets: [x], axis: sagittal}; augment={table: {}}", "table"),
         ("data={datasets: [x], neighbours: 0}; augment={thickness: {}}", "neighbours"),
+        ("augment={field_of_view: {max_share: 0.21}}", "equal to 0.2 for augment.field_of_view.max_share"),
         ("data={datasets: [x], ct_window_hu: [1000, 1000.00001]}", "ct_window_hu"),
+        ("task=fatfraction; data={datasets: [x], ct_window_hu: [-160, 240]}", "no data.ct_window_hu"),
+        ("task=fatfraction; augment={table: {}}", "no augment.table"),
+        ("task=fatfraction; augment={arms: {}, contrast: {kind: fraction}}", "no augment.arms"),
+        ("task=fatfraction; augment={bias_field: {}}", "no augment.bias_field"),
+        ("task=fatfraction; augment={noise: {kind: rician}}", "no augment.noise.kind=rician"),
+        ("model={encoder_weights: none, freeze_encoder_steps: 10}", "freeze_encoder_steps below train.steps=10"),
+        ("train={steps: 10, validate_every: 4, early_stopping: {patience: 3}}", "early_stopping.patience"),
+        ("train={steps: 10, beta_1: 0.99999999}", "beta_1 below 1 in float32"),
+        ("train={steps: 10, beta_2: 0.99999999}", "beta_2 below 1 in float32"),
     ],
 )
 def test_a_setting_that_would_do_nothing_or_cannot_be_had_is_refused(tmp_path, override, key):
     path = write(tmp_path, MINIMAL)
     with pytest.raises(InputError, match=key):
         load_experiment(path, ["train.steps=10", *override.split("; ")])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("task=fatfraction", "augment={noise: {}, gamma: {}}"),
+        ("task=fatfraction", "augment={noise: {kind: rician}, bias_field: {}, contrast: {kind: fraction}}"),
+        ("model={freeze_encoder_steps: 10}",),
+        ("model={encoder_weights: none, freeze_encoder_steps: 9}",),
+        ("model={encoder_weights: none, freeze_encoder_steps: 10, start_from: models/volume/1}",),
+        ("train={steps: 10, validate_every: 5, early_stopping: {patience: 2}}",),
+        ("train={steps: 10, beta_1: 0.0, beta_2: 0.9999999}",),
+    ],
+)
+def test_a_setting_beside_those_is_taken(tmp_path, settings):
+    load_experiment(write(tmp_path, MINIMAL), ["train.steps=10", *settings])

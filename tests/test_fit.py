@@ -1,5 +1,6 @@
 """The training loop from within: what a step computes, when it stops, what it keeps; and every switch of a config."""
 
+import contextlib
 import functools
 import json
 import re
@@ -9,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+import yaml
 from small_study import best_weights, python, rows, scan
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lvseg import draws, pipeline, prepare, train
+from lvseg import draws, pipeline, prepare, preprocess, records, train
 from lvseg.board import Board
 from lvseg.command import alone as lock
 from lvseg.config import load_experiment
@@ -79,6 +81,62 @@ def test_a_checkpoint_that_cannot_be_written_is_a_sentence(fit, monkeypatch):
         one.run()
 
 
+@pytest.mark.parametrize("change", ["replaced", "removed", "made anew"])
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_a_shard_that_changes_while_a_run_trains_on_it_ends_the_run_before_the_next_checkpoint(
+    fit, monkeypatch, part, change
+):
+    one = fit()
+    _, file = getattr(one, part)[-1]
+    kept, train_step = file.read_bytes(), one.step._run
+    was_at = file.with_suffix(".kept")
+
+    def change_at_third(samples):
+        train_step(samples)
+        if int(one.step.number) == 3:
+            file.rename(was_at)
+            if change != "removed":
+                file.write_bytes(kept if change == "made anew" else getattr(one, part)[0][1].read_bytes())
+
+    monkeypatch.setattr(one.step, "_run", change_at_third)
+    monkeypatch.setattr(one, "_validate", lambda *_: {"validation_dice": 0.5})
+    try:
+        if change == "made anew":
+            one.run()
+        else:
+            with pytest.raises(RunError, match=rf"(none|another) at {re.escape(str(file))}"):
+                one.run()
+    finally:
+        was_at.replace(file)
+    assert Path(one.manager.latest_checkpoint).name == ("ckpt-4" if change == "made anew" else "ckpt-2")
+
+
+@pytest.mark.parametrize("normalise", ["none", "slice", "patient", "global"])
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_a_scan_of_which_clipping_leaves_one_intensity_is_refused_by_name(fit, tmp_path, monkeypatch, normalise, part):
+    settings = (f"data.normalise={normalise}", "data.clip_percentiles=[0.5, 50]")
+    row, file = getattr(fit(*settings), part)[0]
+    kept = file.read_bytes()
+    image = np.zeros((row["shape"][0], 32, 32), np.float32)
+    image[:, 10:20, 10:20] = 100.0  # a tenth of each slice, the others are padding
+    padded = records.Harmonised(
+        row["patient"], row["study"], row["scanner"], row["dataset"], tuple(row["sources"]), "digest",
+        tuple(row["shape"]), tuple(row["spacing_mm"]), preprocess.statistics(tf.constant(image)), image,
+        (image > 0).astype(np.uint8), None,
+    )  # fmt: skip
+    try:
+        records.write_shard(padded, file)
+        if normalise == "global":  # the bounds of all scans are no scan's own
+            fit(*settings)
+        else:
+            with pytest.raises(InputError, match=rf"0\.5th and the 50th of patient {row['patient']}, study 1") as told:
+                fit(*settings)
+            assert told.value.code == "BAD_SCANS"
+        fit(f"data.normalise={normalise}", "data.clip_percentiles=[0.5, 99.5]")
+    finally:
+        file.write_bytes(kept)
+
+
 def test_a_run_that_goes_on_does_not_need_the_weights_it_started_from(in_study, tmp_path, fit, capfd):
     weights = tmp_path / "first.safetensors"
     settings = ("model.encoder=vgg11", "model.width=2", f"model.encoder_weights={weights}", "train.steps=2",
@@ -132,6 +190,11 @@ def test_a_run_starts_from_another_model_and_goes_on_without_it(trained, in_stud
         (("model.start_from=nowhere",), "received nowhere"),
         (("model.start_from=ENSEMBLE",), "one trained network"),
         (("model.start_from=MODEL", "model.width=2"), "the same network"),
+        (
+            ("model.start_from=EXCHANGED",),
+            "labels ['background', 'organ'] in model.start_from, received labels ['organ',",
+        ),
+        (("model.start_from=MODEL", "data.axis=coronal"), "a model of axis coronal"),
         (("model.start_from=MODEL", "data.test_patients=[a-002, b-002]"), "a-00"),
         (("model.start_from=GRANDCHILD",), "a-001"),
         (("model.start_from=UNKNOWN",), "says whom"),
@@ -148,8 +211,11 @@ def test_a_model_that_a_run_cannot_start_from_is_a_sentence(trained, in_study, t
     (tmp_path / "grandchild/model.json").write_text(json.dumps(info))
     shutil.copytree(trained / "model", tmp_path / "unknown")
     (tmp_path / "unknown/model.json").write_text(json.dumps({**info, "provenance": None}))
+    shutil.copytree(trained / "model", tmp_path / "exchanged")
+    own = json.loads((trained / "model/model.json").read_text())
+    (tmp_path / "exchanged/model.json").write_text(json.dumps({**own, "labels": own["labels"][::-1]}))
     places = {"MODEL": str(trained / "model"), "ENSEMBLE": str(tmp_path / "several"),
-              **{name.upper(): str(tmp_path / name) for name in ("grandchild", "unknown")}}  # fmt: skip
+              **{name.upper(): str(tmp_path / name) for name in ("grandchild", "unknown", "exchanged")}}  # fmt: skip
     settings = [
         functools.reduce(lambda text, name: text.replace(name, places[name]), places, each) for each in settings
     ]
@@ -309,7 +375,7 @@ def test_the_best_weights_are_kept_and_exported_not_the_last(fit, tmp_path):
 
 def test_a_validation_that_was_interrupted_is_made_up_for(fit, monkeypatch):
     stopped = fit()
-    monkeypatch.setattr(stopped, "_validate", lambda number, board: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(stopped, "_validate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
     resumed = fit()
@@ -318,6 +384,63 @@ def test_a_validation_that_was_interrupted_is_made_up_for(fit, monkeypatch):
     assert [int(row["step"]) for row in rows(resumed.run_folder / "metrics.csv")] == [4]
     assert resumed.best_weights.is_file()
     assert int(fit().step.number) == 4
+
+
+LOGGED = ("step", "loss", "dice", "validation_dice", "validation_volume_error_percent", "learning_rate")
+TIMES = ("time/input_wait_share", "time/step_seconds")
+
+
+def logged(run):
+    """What a run wrote: the columns of metrics.csv without times, and of TensorBoard every value by tag and step."""
+    events = EventAccumulator(str(run / "logs"), size_guidance={"tensors": 0}).Reload()
+    values = [
+        (tag, event.step, tf.make_ndarray(event.tensor_proto).tolist())
+        for tag in sorted(events.Tags()["tensors"])
+        if tag not in TIMES
+        for event in events.Tensors(tag)
+    ]
+    return [{name: row[name] for name in LOGGED} for row in rows(run / "metrics.csv")], values
+
+
+@pytest.mark.parametrize(("number", "when"), [(2, "at the step"), (4, "amid its validation")])
+def test_who_asks_to_stop_waits_for_no_validation_which_is_made_up_for_first(fit, tmp_path, monkeypatch, number, when):
+    make = functools.partial(fit, "train.validate_every=2", "train.deterministic=true", ELASTIC,
+                             "train.early_stopping={patience: 2}")  # fmt: skip
+    whole = make()
+    whole.run()
+    whole.run_folder.rename(tmp_path / "whole")
+    asked = []
+    monkeypatch.setattr("lvseg.command.stop_requests", lambda: contextlib.nullcontext(lambda: bool(asked)))
+    for attempt in range(2):  # the second is asked while it makes up for the validation
+        stopped, seen = make(), []
+        assert int(stopped.step.number) == (number if attempt else 0)
+
+        def look(volume, step=stopped.step, seen=seen, labels=stopped.step.labels):
+            seen.append(int(step.number))
+            if seen.count(number) == 2:
+                asked.append("amid its validation")
+            return labels(volume)
+
+        def train_step(samples, step=stopped.step, run=stopped.step._run):
+            run(samples)
+            if int(step.number) == number and when == "at the step":
+                asked.append(when)
+
+        stopped.step.labels, stopped.step._run = look, train_step
+        with pytest.raises(KeyboardInterrupt):
+            stopped.run()
+        assert asked.pop() and seen.count(number) == (2 if attempt or when != "at the step" else 0)
+    resumed = make()
+    resumed.run()
+    assert int(resumed.step.number) == 4 and logged(resumed.run_folder) == logged(tmp_path / "whole")
+    for one, other in zip(*(tf.nest.flatten(run.step.state) for run in (resumed, whole)), strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+    for name in ("best_dice", "best_step", "to_beat", "validations_since"):
+        assert getattr(resumed, name).numpy() == getattr(whole, name).numpy()
+    best = tmp_path / "whole/checkpoints" / whole.best_weights.name
+    with np.load(resumed.best_weights) as one, np.load(best) as other:
+        for name in other.files:
+            np.testing.assert_array_equal(one[name], other[name])
 
 
 @pytest.mark.parametrize("dice, steps", [((0.5, 0.6, 0.6, 0.7), 8), ((0.5, 0.6, 0.6, 0.5), 8), ((0.6, 0.5, 0.6), 6)])
@@ -362,6 +485,59 @@ def test_the_command_hands_the_loop_no_shard_of_a_test_patient(in_study, tmp_pat
     monkeypatch.setattr("lvseg.fit.Fit", stop)
     assert run_command(tmp_path) == 2 and "seen enough" in capfd.readouterr().err
     assert len(handed) == 18 and not {"a-001", "b-001"} & set(handed)
+
+
+def begun_run(runs, files, manifest):
+    """A run folder of the small experiment below `runs` as training would have left it, with these files alone."""
+    run = runs / "volume/small-fold0"
+    contents = {"config.yaml": yaml.safe_dump(load_experiment(Path("experiment.yaml"), [f"runs={runs}"]).model_dump()),
+                "manifest.json": json.dumps(manifest)}  # fmt: skip
+    for name in files:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(contents.get(name, "kept"))
+    return run
+
+
+BEGUN = {"sessions": [{"first_step": 0}]}
+RESUMED = {"sessions": [{"first_step": 0}, {"first_step": 50}]}
+FINISHED = {**BEGUN, "finished": True}
+
+
+@pytest.mark.parametrize(
+    ("files", "manifest", "settings", "code", "words"),
+    [
+        (("config.yaml", "manifest.json"), FINISHED, (), 0, "is finished"),
+        (("config.yaml", "manifest.json"), FINISHED, ("train.steps=9",), 2, "another train.steps than in"),
+        (("manifest.json",), FINISHED, (), 2, "without config.yaml in"),
+        (("manifest.json",), BEGUN, (), 2, "without config.yaml in"),
+        (("config.yaml", "manifest.json"), RESUMED, (), 2, "without checkpoints/checkpoint in"),
+        (("config.yaml", "manifest.json", "model/model.json"), BEGUN, (), 2, "without checkpoints/checkpoint in"),
+        (("checkpoints/checkpoint", "manifest.json"), BEGUN, (), 2, "without config.yaml in"),
+        (("checkpoints/checkpoint", "config.yaml"), BEGUN, (), 2, "without manifest.json in"),
+        (("checkpoints/checkpoint",), BEGUN, (), 2, "without manifest.json and config.yaml in"),
+    ],
+)
+def test_a_run_that_lost_files_is_never_trained_over(in_study, tmp_path, capfd, files, manifest, settings, code, words):
+    kept = ("metrics.csv", "logs/events", "checkpoints/best-50.npz", "checkpoints/ckpt-50.index")
+    run = begun_run(tmp_path, (*files, *kept), manifest)
+    assert run_command(tmp_path, *settings) == code
+    said = capfd.readouterr()
+    assert words in (said.err.strip().splitlines()[-1] if code else said.out) and str(run) in said.out + said.err
+    there = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert there == {*files, *kept}
+
+
+@pytest.mark.parametrize("files", [(), ("config.yaml",), ("config.yaml", "manifest.json")])
+@pytest.mark.parametrize("settings", [(), ("train.steps=9",)])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
+    in_study, tmp_path, monkeypatch, files, settings
+):
+    """Also with another config; beside what is asked for lie a log, best weights and a checkpoint not yet listed."""
+    others = ("logs/events", "checkpoints/best-1.npz", "checkpoints/ckpt-1.index") if files else ()
+    begun_run(tmp_path, (*files, *others), BEGUN)
+    asked = []
+    monkeypatch.setattr(train, "_train", lambda experiment, run, cluster: asked.append(run))
+    assert run_command(tmp_path, *settings) == 0 and asked == [tmp_path / "volume/small-fold0"]
 
 
 def test_a_second_process_on_a_run_folder_is_refused(in_study, tmp_path, capfd):

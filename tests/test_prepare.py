@@ -28,6 +28,7 @@ from lvseg.cards import find_scans, load_card
 from lvseg.config import Data
 from lvseg.errors import InputError
 from lvseg.formats import read_volume, write_volume
+from lvseg.phantom.anatomy import Tissue
 from lvseg.volume import Volume, check_same_grid
 from lvseg.workers import Engine
 
@@ -158,6 +159,32 @@ def test_a_scan_that_no_network_answers_is_not_prepared(own_study, shape, code):
     with pytest.raises(InputError, match=r"a-002/image\.nii\.gz") as told:
         prepare.prepare(data(), jobs=1)
     assert told.value.code == code
+
+
+@pytest.mark.parametrize("outlier", [1e7, -1e7])
+def test_a_scan_whose_outlier_leaves_tissue_few_values_is_refused_with_what_it_is(own_study, outlier):
+    path = own_study / "raw/a/a-002/image.nii.gz"
+    image = read_volume(path)
+    voxels = image.voxels.astype(np.float32)
+    bright = np.percentile(voxels, 99.5)
+    voxels[4, 3, 2] = outlier
+    write_volume(image.with_voxels(voxels), path)
+    with pytest.raises(InputError, match=r"a-002/image\.nii\.gz") as told:
+        prepare.prepare(data(), jobs=1)
+    assert told.value.code == "OUTLIER" and f"percentile is {bright:.3g}"[:-1] in told.value.sentence
+    assert f"{outlier:g} where" in told.value.sentence or f"(lowest {outlier:g}" in told.value.sentence
+
+
+@pytest.mark.parametrize(("dtype", "brightest"), [(np.float32, 4000.0), (np.int16, 32767)])
+def test_a_bright_voxel_that_leaves_tissue_its_values_is_no_outlier(own_study, dtype, brightest):
+    """Of an int16 scan each value is kept, whatever is left between the percentiles."""
+    path = own_study / "raw/a/a-002/image.nii.gz"
+    image = read_volume(path)
+    voxels = (image.voxels if dtype is np.float32 else image.voxels // 8).astype(dtype)
+    voxels[4, 3, 2] = brightest
+    write_volume(image.with_voxels(voxels), path)
+    shards = prepare.prepare(data(), jobs=1)[0]
+    assert [row["maximum"] for row in shards.rows if row["patient"] == "a-002"] == [brightest]
 
 
 def test_other_spacing_gets_shards_of_its_own(own_study):
@@ -309,6 +336,17 @@ def test_tissues_come_from_their_own_file(own_study):
         planes = np.unpackbits(packed).reshape(-1, 32 * 32)
         found |= set(np.unique((planes << np.arange(len(planes))[:, None].astype(np.uint8)).sum(axis=0)).tolist())
     assert found == {0, 1, 6}  # outside, and the two tissues
+
+
+@pytest.mark.parametrize("value", [max(Tissue) + 1, 300])  # 300 is 44 in eight bits
+def test_maps_of_tissues_in_another_numbering_are_refused_by_file(own_study, value):
+    for number in range(PATIENTS):
+        _, mask = scan("a", number)
+        tissues = mask.voxels.astype(np.uint16) * (value if number == 4 else max(Tissue))
+        write_volume(mask.with_voxels(tissues), own_study / f"raw/a/a-{number:03d}/tissues.nii.gz")
+    write_card(own_study, "a", tissues="{patient}/tissues.nii.gz")
+    with pytest.raises(InputError, match=rf"tissues 0 to 32 .* received {value} in .*a-004/tissues\.nii\.gz"):
+        prepare.prepare(data(datasets=["cards/a.yaml"]), jobs=1)
 
 
 def test_a_class_that_no_mask_holds_is_refused(own_study):
