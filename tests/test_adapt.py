@@ -449,11 +449,13 @@ def test_own_masks_replace_segmented_patients(trained, study, monkeypatch, tmp_p
     assert "noise.nii.gz" in capsys.readouterr().err
     assert measured["adapted_on"]["patients"] <= len(scans)
     assert measured["adapted_on"]["after"] >= measured["adapted_on"]["before"] > 0.8
-    digest = records.voxels_sha256(read_volume(scans[0]).canonical().voxels)[:SCAN_DIGITS]
-    info = json.loads((tmp_path / "out/1/model.json").read_text())
-    assert digest in scans_seen_by(info, "train") and digest not in scans_seen_by(info, "validation")
     known_one = study / "raw/b/b-001/image.nii.gz"
+    for name, value in {"ENOUGH": -1.0, "MOST_FORGOTTEN": 1.0}.items():
+        monkeypatch.setattr(finetune, name, value)  # a version is written, whatever it is worth
     again = adapt.adapt_to_own_masks(trained / "model", [scans[0], known_one], tmp_path / "two", plan)
+    digest = records.voxels_sha256(read_volume(scans[0]).canonical().voxels)[:SCAN_DIGITS]
+    info = json.loads((tmp_path / "two/1/model.json").read_text())
+    assert digest in scans_seen_by(info, "train") and digest not in scans_seen_by(info, "validation")
     assert again["adapted_on"]["patients"] == 1 and f"{known_one} has the voxels of" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"can be trusted to 0\.85, received 1 without"):
         adapt.adapt_to_own_masks(trained / "model", [tmp_path / "noise.nii.gz"], tmp_path / "none", plan)

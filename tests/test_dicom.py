@@ -120,6 +120,7 @@ def test_slices_lie_where_their_positions_say_whatever_their_names_numbers_and_t
         "rescale_type": "",
         "units": "",
         "real_world_values": [],
+        "slice_warnings": [],
         "slice_distance_source": "positions",
         "slice_files": tuple(names),
         "format": "DICOM",
