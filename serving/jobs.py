@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from serving import protocol
+from serving.durable import sync_folder
 
 LOSSES_MAX = 2  # a scan that twice took its worker down is not given a third
 STEPS = ("unpack", "segment", "pack")  # each by a kind of worker of its own
@@ -295,8 +296,8 @@ class JobTable:
             return False
         if job.file is not None:
             os.fsync(job.file.fileno())
-        _sync_folder(job.folder)
-        _sync_folder(self._spool)
+        sync_folder(job.folder)
+        sync_folder(self._spool)
         self._close_file(job)
         job.durable, job.waits = job.offset, now
         job.state, job.step = State.WAITING, 0
@@ -380,8 +381,8 @@ class JobTable:
         for file in files:
             with (job.folder / RESULT / file.name).open("rb") as result:
                 os.fsync(result.fileno())
-        _sync_folder(job.folder / RESULT)
-        _sync_folder(job.folder)
+        sync_folder(job.folder / RESULT)
+        sync_folder(job.folder)
         job.state, job.files, job.touched, job.progress = State.DONE, files, now, None
         if self._save_later(job):  # else a restart needs the scan again
             (job.folder / UPLOAD).unlink(missing_ok=True)
@@ -682,11 +683,3 @@ def described(path: Path) -> protocol.ResultFile:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return protocol.ResultFile(path.name, path.stat().st_size, digest)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from serving import protocol
+from serving import durable, protocol
 from serving.errors import EXIT_BAD_INPUT, ClientError
 from serving.scans import stem_of
 
@@ -114,11 +114,7 @@ def sync_file(path: Path) -> None:
 def sync_folder(folder: Path) -> None:
     """Waits until a folder's names are on the disk, where its file system can do that; OSError if the disk fails."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        durable.sync_folder(folder)
     except OSError as error:
         if error.errno not in NO_FOLDERS:
             raise
