@@ -107,7 +107,7 @@ def fit(found: Sequence[Mapping[str, float] | None], dice: Sequence[float], pati
     if len(known) < LEAST_SCANS or len(set(names)) < 3 or len(usual) < 3:
         return None
     usual_of = {
-        key: _usual([math.log(each["volume_ml"]) if key == "volume" else each["brightness"] for each in usual if each])
+        key: _usual([_log_ml(each) if key == "volume" else each["brightness"] for each in usual if each])
         for key in ("volume", "brightness")
     }
     table = np.array([_row(each, usual_of) for index in known if (each := found[index]) is not None])
@@ -201,7 +201,7 @@ def bent(slices: Array) -> Array:
 
 def _row(found: Mapping[str, float], usual: Mapping[str, Mapping[str, float]]) -> list[float]:
     """Features on scales where equal steps mean about equal factors of the Dice error."""
-    volume = (math.log(found["volume_ml"]) if found["volume_ml"] > 0 else -10.0) - usual["volume"]["median"]
+    volume = _log_ml(found) - usual["volume"]["median"]
     brightness = found["brightness"] - usual["brightness"]["median"]
     values = {
         **{name: math.log(1 - found[name] + FLOOR) for name in AGREEING},
@@ -211,6 +211,11 @@ def _row(found: Mapping[str, float], usual: Mapping[str, Mapping[str, float]]) -
         "brightness_z": min(abs(brightness) / usual["brightness"]["spread"], 10.0),
     }
     return [values[name] for name in FEATURES]
+
+
+def _log_ml(found: Mapping[str, float]) -> float:
+    """That of next to nothing for 0, where nothing of a mask on the network's grid is left on the scan's own."""
+    return math.log(found["volume_ml"]) if found["volume_ml"] > 0 else -10.0
 
 
 def _usual(values: Sequence[float]) -> dict[str, float]:

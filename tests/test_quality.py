@@ -163,3 +163,13 @@ def test_too_few_scans_or_patients_give_no_calibration():
     assert quality.fit(found[:7], dice[:7], list("abcdefg"), [True] * 7) is None
     assert quality.fit(found, dice, ["a"] * 5 + ["b"] * 5, [True] * 10) is None
     assert quality.fit([None] * 10, dice, list("abcdefghij"), [True] * 10) is None
+
+
+def test_a_mask_that_is_gone_on_the_scans_own_grid_is_calibrated_with_too():
+    # Of several classes none may be the likeliest where all of them together are.
+    found, dice = simulated(6, 12)
+    found[3]["volume_ml"] = 0.0
+    calibration = quality.fit(found, dice, [f"p{index}" for index in range(12)], [True] * 12)
+    assert calibration["scans"] == 12
+    assert calibration["usual"]["volume"]["median"] == pytest.approx(np.log(1500), abs=0.3)
+    assert 0 <= quality.expected(calibration, found[3])[0] <= 1
