@@ -65,7 +65,10 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[dict[str, Any]]:
     for organ in dict.fromkeys(key[3] for key in tables[0]):
         keys = [key for key in tables[0] if key[3] == organ]
         for column, name, higher in MEASURES:
-            numbers_of = [[_number(table[key], column) for key in keys] for table in tables]
+            numbers_of = [
+                [_number(table[key], column, folder) for key in keys]
+                for table, folder in zip(tables, (first, second), strict=True)
+            ]
             pairs = [
                 (key[1], one, other)
                 for key, one, other in zip(keys, *numbers_of, strict=True)
@@ -110,13 +113,16 @@ def _read(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
         raise InputError("BAD_FILE", f"Expected a table in UTF-8, received another file in {path}.") from error
     if not rows or not {*KEY, "dice"} <= set(rows[0]):
         raise InputError("BAD_SCANS", f"Expected rows that lvseg.evaluate wrote, received others in {path}.")
+    for line, row in enumerate(rows, start=1):
+        if None in row or None in row.values():  # what is cut off would count as a number that this run lacks
+            raise InputError("BAD_SCANS", f"Expected rows of one length, received another in row {line} of {path}.")
     table = {tuple(row[name] for name in KEY): row for row in rows}
     if len(table) < len(rows):
         raise InputError("BAD_SCANS", f"Expected a row a scan and class, received two of one in {path}.")
     return table
 
 
-def _number(row: dict[str, str], column: str) -> float | None:
+def _number(row: dict[str, str], column: str, folder: Path) -> float | None:
     """A row's measure as a number that is good or bad; errors by their size."""
     try:
         if column == "fat_error_points":
@@ -127,12 +133,14 @@ def _number(row: dict[str, str], column: str) -> float | None:
             number = abs(float(value)) if value else None
     except ValueError as error:
         raise InputError(
-            "BAD_SCANS", f"Expected numbers in the columns of {column}, received {error} for patient {row['patient']}."
+            "BAD_SCANS",
+            f"Expected numbers in the columns of {column}, received {error} for patient {row['patient']} in {folder}.",
         ) from error
     if number is not None and not math.isfinite(number):
         raise InputError(
             "BAD_SCANS",
-            f"Expected finite numbers in the columns of {column}, received {number} for patient {row['patient']}.",
+            f"Expected finite numbers in the columns of {column}, received {number} for patient {row['patient']} in"
+            f" {folder}.",
         )
     return number
 

@@ -55,7 +55,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, capsys, change, word)
     first, second = (write(tmp_path / name, [0.9] * 3, [1, 2, 3]) for name in "ab")
     (second / "patients.csv").write_text((second / "patients.csv").read_text().replace(*change, 1))
     assert compare.main([str(first), str(second)]) == 2
-    assert f"received {word} for patient p0" in capsys.readouterr().err
+    assert f"received {word} for patient p0 in {second}" in capsys.readouterr().err  # which of the two
 
 
 def test_evaluations_against_other_true_masks_are_refused(tmp_path, capsys):
@@ -90,6 +90,9 @@ def test_what_was_not_evaluated_is_told(tmp_path, capsys):
         (b"\xff\xfe", "in UTF-8"),
         (b"dataset,patient,study,class,dice\na,p,1,liver,good\n", "could not convert string to float: 'good'"),
         (b"dataset,patient,study,class,dice\na,p,1,liver,1\na,p,1,liver,0\n", "received two of one"),
+        (b"dataset,patient,study,class,dice\na,p,1,liver,1\na,q\n", "of one length, received another in row 2 of"),
+        (b"dataset,patient,study,class,dice,hausdorff_95_mm\na,p,1,liver,1\n", "received another in row 1 of"),
+        (b"dataset,patient,study,class,dice\na,p,1,liver,0,5\n", "received another in row 1 of"),
     ],
 )
 def test_broken_tables_are_one_sentence(tmp_path, capsys, content, said):
