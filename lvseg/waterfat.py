@@ -8,7 +8,7 @@ brought to percent.
 
 Noise. In magnitude images air is no zero, and F / (W + F) of two equal noises is about 50 %. So a voxel counts as
 signal where W^2 + F^2 exceeds what noise alone exceeds in one voxel of a thousand, and has the fraction 0 elsewhere: a
-rule of each voxel by itself, without smoothing, under which a voxel of water at six times the noise survives in 99 of
+rule of each voxel by itself, without smoothing, under which a voxel of water at six times the noise survives in 98 of
 100. The noise is measured in the images (`noise_floor`). The same noise lifts small fractions, since a magnitude has no
 negative values: fat of true signal 0 reads what air reads, sqrt(pi / 2) sigma on average, 4 points at a signal to noise
 ratio of 30 (Liu et al., Magn Reson Med 2007;58:354). Their remedy, magnitude discrimination, needs the complex images,
@@ -138,7 +138,7 @@ def from_water_fat(water: Volume, fat: Volume, remove_noise_bias: bool = False) 
 
     Raises:
         InputError: GEOMETRY_MISMATCH, NONFINITE_VOXELS, BAD_VALUES for images that go far below zero, or BAD_ARGUMENT
-            where the bias cannot be removed since the images are not magnitudes.
+            where the bias cannot be removed since the images are not magnitudes or show too little of their noise.
     """
     check_same_grid(water, fat)
     signals = _magnitudes((water, _on_grid_of(water, fat)))
@@ -146,26 +146,31 @@ def from_water_fat(water: Volume, fat: Volume, remove_noise_bias: bool = False) 
     signal = floor.signal(*signals)
     total = signals[0] + signals[1]
     typical = float(np.median(total[signal])) if signal.any() else 0.0
-    sds, means = floor.sds or (0.0, 0.0), floor.means or (0.0, 0.0)
-    bias_percent = 100 * means[1] / typical if typical > 0 else 0.0
+    bias_percent = None if floor.means is None else 100 * floor.means[1] / typical if typical > 0 else 0.0
     if remove_noise_bias:
+        if floor.sds is None:
+            raise InputError(
+                "BAD_ARGUMENT",
+                "Expected images whose noise can be measured to remove its bias, received too little air and even"
+                f" tissue for that in {water.source or 'the water image'}.",
+            )
         if floor.magnitudes is False:
             raise InputError(
                 "BAD_ARGUMENT",
                 "Expected magnitudes to remove the bias of their noise, received images whose air is that of a"
                 f" phase-sensitive reconstruction in {water.source or 'the water image'}.",
             )
-        signals = [_without_bias(values, sd) for values, sd in zip(signals, sds, strict=True)]
+        signals = [_without_bias(values, sd) for values, sd in zip(signals, floor.sds, strict=True)]
     percent, clipped = _ratio(signals[1], signals[0] + signals[1], signal)
 
     warnings = _same_image(signals)
-    ratio = sds[0] / sds[1] if sds[1] > 0 else 1.0
+    ratio = floor.sds[0] / floor.sds[1] if floor.sds is not None and floor.sds[1] > 0 else 1.0
     if not 1 / SCALES_DIFFER < ratio < SCALES_DIFFER:
         warnings.append(
             f"water and fat seem to be stored on different scales: the noise of the air is {ratio:.2f} times as strong"
             " in the water image, so fat fractions may be wrong"
         )
-    if bias_percent > NOISE_BIAS_TOLD_PERCENT and not remove_noise_bias:
+    if bias_percent is not None and bias_percent > NOISE_BIAS_TOLD_PERCENT and not remove_noise_bias:
         warnings.append(
             f"noise lifts fat fractions near 0 % by about {bias_percent:.1f} points"
             + ("" if floor.measured_in == "air" else " if these images are magnitudes")
@@ -176,8 +181,8 @@ def from_water_fat(water: Volume, fat: Volume, remove_noise_bias: bool = False) 
         "scale": {"percent_per_unit": 100.0, "from": "ratio of two images"},
         "noise_floor": {
             **_floor_facts(floor, signal),
-            "bias_at_zero_fat_percent": round(bias_percent, 3),
-            "bias_removed": remove_noise_bias and floor.sds is not None,
+            "bias_at_zero_fat_percent": None if bias_percent is None else round(bias_percent, 3),
+            "bias_removed": remove_noise_bias,
         },
         "clipped_voxels": clipped,
     }

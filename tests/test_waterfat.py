@@ -292,6 +292,17 @@ def test_bias_is_not_taken_off_images_that_have_none():
         from_water_fat(*pair, remove_noise_bias=True)
 
 
+def test_noise_that_cannot_be_measured_has_no_bias_to_state_or_to_take_off():
+    random = np.random.default_rng(10)
+    pair = [
+        volume(noisy(np.full((1, 12, 12), signal), 30, random), name) for signal, name in ((0.95, "w.nii"), (0.05, ""))
+    ]
+    floor = told(from_water_fat(*pair))["noise_floor"]
+    assert floor["measured_in"] == "nothing" and floor["bias_at_zero_fat_percent"] is None
+    with pytest.raises(InputError, match=r"noise can be measured .* in w\.nii"):
+        from_water_fat(*pair, remove_noise_bias=True)
+
+
 def test_fat_on_another_scale_than_water_is_noticed():
     water, fat = patient_pair(*PATIENTS[0])
     assert not any("scales" in warning for warning in told(from_water_fat(water, fat))["warnings"])
