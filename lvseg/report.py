@@ -33,12 +33,12 @@ RELATIVE = (
     ("bias_percent", "bias, relative", 2),
     ("limit_of_agreement_lower_percent", "95 % limit of agreement, lower, relative", 2),
     ("limit_of_agreement_upper_percent", "95 % limit of agreement, upper, relative", 2),
-    ("mean_absolute_error_percent", "mean relative error", 2),
-    ("median_absolute_error_percent", "median relative error", 2),
-    ("largest_error_percent", "largest relative error", 2),
+    ("mean_absolute_error_percent", "mean absolute error, relative", 2),
+    ("median_absolute_error_percent", "median absolute error, relative", 2),
+    ("largest_error_percent", "largest absolute error, relative", 2),
 )
 COEFFICIENTS = (
-    ("share_within_5_percent", "share within 5 %", 3),
+    ("share_within_5_percent", "share within 5 % of the true number", 3),
     ("concordance", "Lin's concordance", 4),
     ("icc_a1", "ICC(A,1)", 4),
 )

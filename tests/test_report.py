@@ -90,6 +90,29 @@ def test_one_scan_has_a_page_without_limits_of_agreement(tmp_path):
     assert "<b>1</b>scan of 1 patient</div>" in page and "- to -" not in page
 
 
+def test_numbers_of_fat_say_of_how_many_scans_they_are(tmp_path):
+    rows = [row(index, 0.9) for index in range(6)]
+    rows[0] |= {f"predicted_fat_{key}_percent": None for key in ("mean", "median")}  # nothing was found
+    for index in (1, 2):  # nothing is there, so that there is no true fat fraction, whatever was found
+        rows[index] |= {f"true_fat_{key}_percent": None for key in ("mean", "median")}
+        rows[index] |= {"true_volume_ml": 0.0, "volume_error_percent": None}
+    page, summary = page_of(tmp_path, rows)
+    assert summary["fat_fraction_percent"]["n"] == 3 and summary["fat_unmeasured"] == 1
+    (counted,) = re.findall(r"agreement of fat are of the (\d+) scans.*?; (\d+) whose mask is empty", page)
+    assert counted == ("3", "1")
+    assert re.search(r"mean absolute error of volume, 4 scans", page)
+    page, _ = page_of(tmp_path, rows[3:])
+    assert "agreement of fat are of" not in page and "mean absolute error of volume</div>" in page
+
+
+def test_a_page_of_validation_patients_says_that_they_chose_the_weights(tmp_path):
+    page, summary = page_of(tmp_path, [row(0, 0.9)])
+    report.write(tmp_path, {**summary, "split": "validation"}, [{**row(0, 0.9), "picture": "p.jpg"}], PROVENANCE)
+    told = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "chosen by their Dice on validation patients" in told
+    assert "chosen by their Dice on validation patients" not in page
+
+
 def test_the_page_needs_nothing_else(folder):
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]", text)
