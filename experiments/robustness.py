@@ -101,14 +101,20 @@ def changed(image: Volume, truth: Volume, name: str, value: float, seed: int) ->
 
 
 def measure(model: Path, cards: Sequence[Path], scans: int, out: Path) -> list[dict[str, object]]:
-    """Writes and returns a row a scan and change."""
+    """Writes and returns a row a scan and change.
+
+    Raises:
+        InputError: as `open_model` and `Study.check_scan`; NO_PATIENTS.
+    """
     out.mkdir(parents=True, exist_ok=True)
     study, rows = open_model(model, cards), []
     names = dict.fromkeys(scan.card.name for scan in study.scans)
     chosen = [scan for name in names for scan in [scan for scan in study.scans if scan.card.name == name][:scans]]
     for seed, scan in enumerate(command.progress(chosen, "measuring")):
         image = read_image(scan)
+        study.check_scan(scan, image)
         truth = read_labels(scan, image)
+        truth = truth.with_voxels((truth.voxels == 1).astype(np.uint8))  # the first class is what is measured
         if not truth.voxels.any():
             print(f"left aside: {scan.patient} has no liver", file=sys.stderr)
             continue
@@ -121,7 +127,7 @@ def measure(model: Path, cards: Sequence[Path], scans: int, out: Path) -> list[d
                 rows.append(row | {"dice_largest_component": metrics.dice(largest, true.voxels)})
     if not rows:
         raise InputError("NO_PATIENTS", f"Expected scans with a liver in {', '.join(map(str, cards))}, received none.")
-    with command.atomic(out / "robustness.csv") as temporary, temporary.open("w", newline="") as file:
+    with command.atomic(out / "robustness.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)

@@ -335,6 +335,8 @@ def _page(
 ) -> str:
     labels = list(manifest["card"]["labels"])
     patients = {entry["patient"] for entry in entries}
+    means = [entry.get("fat_percent_mean", math.nan) for entry in entries]
+    fat_percent = [mean for mean in means if math.isfinite(mean)]  # an empty mask has none
     return page.template("overview.html").render(
         card=manifest["card"],
         made_by=manifest["made_by"],
@@ -346,7 +348,8 @@ def _page(
         measure=_measure(entries),
         colours=[f"rgb{COLOURS[number % len(COLOURS)]}" for number in range(len(labels))],
         is_fat_fraction=any("fat_percent_mean" in entry for entry in entries),
-        fatty=sum(entry.get("fat_percent_mean", 0) > FATTY_LIVER_PERCENT for entry in entries),
+        fatty=sum(mean > FATTY_LIVER_PERCENT for mean in fat_percent),
+        fat_measured=len(fat_percent),
         fatty_liver_percent=FATTY_LIVER_PERCENT,
         flagged=sorted((entry for entry in entries if entry["reasons"]), key=lambda entry: -len(entry["reasons"])),
         common=[(count, COMMON[kind]) for kind, count in common.items()],

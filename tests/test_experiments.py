@@ -421,6 +421,13 @@ def test_robustness_writes_a_row_a_scan_and_change_and_draws(trained, in_study, 
     ):
         assert measure(*arguments) == 2 and words in capsys.readouterr().err
     monkeypatch.setattr(robustness, "read_image", read_image)
+    assert (
+        measure("--model", model, "--card", "cards/a.yaml") == 2
+    )  # it was trained on these scans, whoever they are of
+    assert "under another name" in capsys.readouterr().err and not (tmp_path / "robustness.csv").exists()
+    info = json.loads((model / "model.json").read_text())
+    del info["provenance"]["scans_sha256"]
+    (model / "model.json").write_text(json.dumps(info))
     assert measure("--model", model, "--card", "cards/a.yaml", "--scans", 2) == 0
     rows = (tmp_path / "robustness.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * sum(len(values) for _, values in robustness.CHANGES.values())

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow as tf
-from dataset_trees import fat_study
+from dataset_trees import fat_study, write_nifti
 from small_study import EXPERIMENT, PATIENTS, scan, write_card
 
 from lvseg import overview, prepare, records
@@ -158,6 +158,15 @@ def test_fat_fractions_and_swapped_pairs_are_shown(tmp_path, monkeypatch):
             assert float(row[f"fat_percent_{name}"]) == pytest.approx(percent, abs=0.2)
     cards = {name[:2]: card for name, card in page.cards.items()}
     assert [name for name, card in cards.items() if "swapped" in card["text"]] == ["p4"] and cards["p4"]["flag"]
+
+
+def test_scans_without_a_mask_are_not_among_those_whose_fat_is_known(tmp_path, monkeypatch):
+    fat_study(tmp_path, 4)  # 4.0, 5.0, 5.9 and 6.8 % of fat
+    empty = tmp_path / "raw/fat/p3/mask.nii.gz"
+    write_nifti(empty, np.zeros((6, 60, 72), np.uint8))
+    shards = shards_of(tmp_path, monkeypatch, "fat", 80)
+    text = overview.write(shards.folder, ONE).read_text(encoding="utf-8")
+    assert "<b>1 of 3</b>above 5.56 % mean fat" in text
 
 
 def test_what_is_common_to_most_scans_is_said_once(tmp_path, monkeypatch):
