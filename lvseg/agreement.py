@@ -6,7 +6,8 @@ count as several measurements but are drawn, and counted in degrees of freedom, 
 
 - mean error (bias) and its standard deviation, limits of agreement: exact for normal errors of one scan a patient
   (Student's t, chi-squared, non-central t: Carkeet, Optom Vis Sci 2015, 92:e71), and MOVER for several (Zou, Stat
-  Methods Med Res 2013, 22:630);
+  Methods Med Res 2013, 22:630), with the deviation's by Satterthwaite (Biometrics Bull 1946, 2:110) where so few
+  patients have several that they tell less of the variance within patients than all tell of that between;
 - other means, concordance, ICC: bootstrap-t over patients (Efron and Tibshirani 1993, chapter 12), the two coefficients
   on Fisher's z scale, with standard errors from influence functions;
 - the same where one patient makes more than half of a number's variance: BCa (Efron, J Am Stat Assoc 1987, 82:171),
@@ -297,11 +298,15 @@ def limits_of_agreement(errors: npt.ArrayLike, patients: Sequence[str]) -> dict[
 
 
 def _total_deviation(residuals: Array, of_means: float, scans: npt.NDArray[np.int_]) -> tuple[float, Array]:
-    """The standard deviation of one measurement where patients have several, and its MOVER interval (Zou 2013)."""
+    """The standard deviation of one measurement where patients have several, and its interval (module docstring)."""
     n, freedom = len(scans), int(scans.sum()) - len(scans)
     within_share = 1 - float((1 / scans).mean())
     within = float((residuals**2).sum()) / freedom
     variance = of_means + within_share * within
+    if freedom < n - 1:  # one patient scanned twice would make MOVER's interval three times as wide as without
+        between = of_means / variance if variance else 1.0
+        known = 1 / (between**2 / (n - 1) + (1 - between) ** 2 / freedom)
+        return float(np.sqrt(variance)), np.sqrt(variance * known / stats.chi2.ppf(TAILS[::-1], known))
     chi_means, chi_within = stats.chi2.ppf(TAILS[::-1], n - 1), stats.chi2.ppf(TAILS[::-1], freedom)
     parts = np.hypot(of_means * (1 - (n - 1) / chi_means), within_share * within * (1 - freedom / chi_within))
     return float(np.sqrt(variance)), np.sqrt(np.maximum(variance + np.array([-1, 1]) * parts, 0))

@@ -205,6 +205,27 @@ def test_several_scans_a_patient_add_up_the_variance_between_and_within():
     assert found["limit_of_agreement_upper"] == pytest.approx(3 + 1.96 * math.sqrt(10.5))
 
 
+def test_a_second_scan_of_one_patient_makes_no_interval_much_wider():
+    """One of 30 patients, half of the variance within patients; and the truth is held as often as said."""
+    rng, people, held, studies = np.random.default_rng(12), names(30), np.zeros(2), 400
+    widths = []
+    for _ in range(studies):
+        own, first, second = (rng.normal(0, math.sqrt(0.5), count) for count in (30, 30, 1))
+        once = limits_of_agreement(own + first, people)["intervals"]
+        twice = limits_of_agreement([*(own + first), own[0] + second[0]], [*people, people[0]])["intervals"]
+        held += [twice[name][0] <= truth <= twice[name][1] for name, truth in
+                 (("sd", 1.0), ("limit_of_agreement_upper", 1.96))]  # fmt: skip
+        widths.append([np.ptp(each[name]) for each in (once, twice) for name in ("sd", "limit_of_agreement_lower")])
+    before, after = np.split(np.array(widths), 2, axis=1)
+    assert (np.median(after / before, axis=0) < 1.05).all() and (after < 1.5 * before).all()
+    assert (held / studies > 0.92).all() and (held / studies < 0.98).all()
+
+
+def test_scans_without_any_error_have_limits_without_width():
+    found = limits_of_agreement([0.0] * 7, [*names(6), "p0000"])
+    assert found["sd"] == 0 and found["intervals"]["limit_of_agreement_upper"] == [0, 0]
+
+
 def test_limits_reproduce_planted_bias_and_spread():
     rng = np.random.default_rng(7)
     true = rng.normal(1500, 300, 40_000)
