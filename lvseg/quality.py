@@ -58,13 +58,14 @@ def features(segmenter: Segmenter, answer: Segmentation) -> dict[str, float] | N
     Returns:
         mirrored_dice, contrast_dice, shifted_dice (of the mask on the network's grid with those of the changed scan),
         neighbour_dice (mean over pairs of slices), largest_part and holes (shares of the mask), doubt (p (1 - p) over
-        p, summed), volume_ml and brightness (mean of what the network saw inside). None for an empty mask.
+        p, summed), volume_ml and brightness (mean of what the network saw inside). None for an empty mask, be it on the
+        network's grid or on the scan's own.
     """
     slices, foreground = answer.slices, answer.foreground
     if slices is None or foreground is None:
         raise ValueError("Expected an answer with what the network saw, received one without; segment with keep=True.")
-    mask = foreground > 0.5
-    if not mask.any():
+    mask, volume_ml = foreground > 0.5, float(sum(answer.measurements["volume_ml"].values()))
+    if not mask.any() or not volume_ml:
         return None
     shift = max(1, round(SHIFT_SHARE * slices.shape[1]))
     changed = {
@@ -81,7 +82,7 @@ def features(segmenter: Segmenter, answer: Segmentation) -> dict[str, float] | N
         "doubt": float((foreground * (1 - foreground)).sum() / foreground.sum()),
         "largest_part": float(sizes.max() / sizes.sum()),
         "holes": filled / int(mask.sum()) - 1,
-        "volume_ml": float(sum(answer.measurements["volume_ml"].values())),
+        "volume_ml": volume_ml,
         "brightness": float(slices[mask].mean()),
     }
 
@@ -107,7 +108,7 @@ def fit(found: Sequence[Mapping[str, float] | None], dice: Sequence[float], pati
     if len(known) < LEAST_SCANS or len(set(names)) < 3 or len(usual) < 3:
         return None
     usual_of = {
-        key: _usual([_log_ml(each) if key == "volume" else each["brightness"] for each in usual if each])
+        key: _usual([math.log(each["volume_ml"]) if key == "volume" else each["brightness"] for each in usual if each])
         for key in ("volume", "brightness")
     }
     table = np.array([_row(each, usual_of) for index in known if (each := found[index]) is not None])
@@ -201,7 +202,7 @@ def bent(slices: Array) -> Array:
 
 def _row(found: Mapping[str, float], usual: Mapping[str, Mapping[str, float]]) -> list[float]:
     """Features on scales where equal steps mean about equal factors of the Dice error."""
-    volume = _log_ml(found) - usual["volume"]["median"]
+    volume = math.log(found["volume_ml"]) - usual["volume"]["median"]
     brightness = found["brightness"] - usual["brightness"]["median"]
     values = {
         **{name: math.log(1 - found[name] + FLOOR) for name in AGREEING},
@@ -211,11 +212,6 @@ def _row(found: Mapping[str, float], usual: Mapping[str, Mapping[str, float]]) -
         "brightness_z": min(abs(brightness) / usual["brightness"]["spread"], 10.0),
     }
     return [values[name] for name in FEATURES]
-
-
-def _log_ml(found: Mapping[str, float]) -> float:
-    """That of next to nothing for 0, where nothing of a mask on the network's grid is left on the scan's own."""
-    return math.log(found["volume_ml"]) if found["volume_ml"] > 0 else -10.0
 
 
 def _usual(values: Sequence[float]) -> dict[str, float]:
