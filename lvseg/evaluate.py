@@ -555,8 +555,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body(arguments: argparse.Namespace) -> None:
         grades, tolerances = arguments.grades_percent, arguments.tolerances_mm
-        if not all(0 < grade < math.inf for grade in grades):
-            raise InputError("BAD_ARGUMENT", f"Expected --grades-percent above 0, received {grades}.")
+        if not all(0 < grade <= 100 for grade in grades):
+            raise InputError("BAD_ARGUMENT", f"Expected --grades-percent above 0 and up to 100, received {grades}.")
         if not all(0 <= tolerance < math.inf for tolerance in tolerances):
             raise InputError("BAD_ARGUMENT", f"Expected --tolerances-mm of 0 or more, received {tolerances}.")
         if arguments.seed < 0:

@@ -47,7 +47,8 @@ STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "lvseg", "font.size": 10, 
 def learning_curves(
     runs: Mapping[str, Sequence[Sequence[Mapping[str, str]]]], column: str, label: str, path: Path
 ) -> bool:
-    """Draws a column of metrics.csv over training steps: the mean over folds with the range of the folds around it.
+    """Draws a column of metrics.csv over training steps: the mean over folds with the range of the folds around it, and
+    says so where not all folds have every step.
 
     Args:
         runs: of each name its folds, each the rows of a metrics.csv.
@@ -69,7 +70,11 @@ def learning_curves(
         steps = sorted({step for curve in curves for step in curve})
         values = [[curve[step] for curve in curves if step in curve] for step in steps]
         colour = COLOURS[number % len(COLOURS)]
-        folds_of = f" ({len(curves)} folds)" if len(curves) > 1 else ""
+        # Folds that end early, or go on still, leave the mean to the others: it may leap without any fold doing so.
+        least, most = min(map(len, values)), max(map(len, values))
+        folds_of = (
+            f" ({len(curves)} folds{f', {least} to {most} at a step' * (least < most)})" if len(curves) > 1 else ""
+        )
         axes.plot(
             steps, [np.mean(each) for each in values], color=colour, linestyle=LINES[number % len(LINES)],
             label=f"{name}{folds_of}",

@@ -211,6 +211,7 @@ def test_a_report_replaces_an_earlier_one_but_not_the_runs_own_for_another_model
     ("arguments", "said"),
     [
         (["--grades-percent", "nan"], "--grades-percent above 0"),
+        (["--grades-percent", "16.3", "217"], "--grades-percent above 0 and up to 100"),
         (["--tolerances-mm", "1", "inf"], "--tolerances-mm of 0 or more"),
         (["--seed", "-1"], "--seed of 0 or more"),
         (["--postprocessing", "fill_holes"], "--split validation with --postprocessing"),

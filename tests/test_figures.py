@@ -89,6 +89,17 @@ def test_folds_of_one_name_are_a_line_with_the_range_around_it(tmp_path, monkeyp
     }  # fmt: skip
 
 
+def test_a_fold_that_ended_early_is_told_beside_the_mean_of_those_that_went_on(tmp_path, monkeypatch):
+    runs = [
+        write_run(tmp_path / "runs/base-fold0", {100: 0.6}),
+        write_run(tmp_path / "runs/base-fold1", {100: 0.8, 200: 0.9}),
+    ]
+    labels, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *given, **style: labels.append(style["label"]) or plot(*given, **style))
+    assert figures.main([*map(str, runs), "-o", str(tmp_path / "figures")]) == 0
+    assert set(labels) == {"base (2 folds, 1 to 2 at a step)"}
+
+
 def test_a_folder_that_is_no_run_is_told(tmp_path, capsys):
     assert figures.main([str(tmp_path), "-o", str(tmp_path / "figures")]) == 2
     assert "Expected a run folder with metrics.csv" in capsys.readouterr().err
