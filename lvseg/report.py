@@ -64,14 +64,16 @@ def write(
     """
     judged = [row for row in rows if row["class"] == summary["class"] and row.get("expected_dice") is not None]
     review = sorted(judged, key=lambda row: (row["expected_dice"], row["patient"]))
-    parts = [("all", summary), *summary["by_scanner"].items()]
-    parts += [(f"class {name}", part) for name, part in summary.get("classes", {}).items()]
+    others = summary.get("classes", {})
+    of_first = f"{summary['class']}, " if others else ""  # what is on top, and of each scanner, is of the first class
+    parts = [(f"{of_first}{name}", part) for name, part in (("all", summary), *summary["by_scanner"].items())]
+    parts += [(f"{name}, all", part) for name, part in others.items()]
     stream = page.template(
         "report.html"
     ).stream(
         summary=summary,
         rows=rows,
-        parts=[name for name, _ in parts] if len(parts) > 2 else ["all"],
+        parts=[name for name, _ in parts] if len(parts) > 2 else [parts[0][0]],
         table=table([part for _, part in parts] if len(parts) > 2 else [summary]),
         steatosis=summary.get("steatosis"),
         grades=summary.get("steatosis_grades"),

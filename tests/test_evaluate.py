@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,6 +110,17 @@ def test_numbers_that_some_scans_lack_say_of_how_many_they_are(report):
     line = page[page.index("95 % Hausdorff distance, mean") :].split("</tr>")[0]
     assert ", 6 scans" in line and ", 2 scans" in line  # of all, and of one scanner
     assert "scans" not in page[page.index("<td>Dice, mean") :].split("</tr>")[0]
+
+
+def test_columns_of_several_classes_say_which_class_they_are_of(report):
+    folder, _, summary = report()
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    head, line = (page[page.index(start) :].split("</tr>")[0] for start in ('id="agreement"', "<td>Dice, mean"))
+    names = re.findall(r'<th class="number">(.*?)</th>', head)
+    assert names == ["liver, all", "liver, GE/MR 1.5T", "liver, philips", "spleen, all"]
+    values = [float(value) for value in re.findall(r'<td class="number">([\d.]+)', line)]
+    assert values[0] == pytest.approx(summary["dice"]["mean"], abs=5e-4)
+    assert values[3] == pytest.approx(summary["classes"]["spleen"]["dice"]["mean"], abs=5e-4)
 
 
 def test_steatosis_is_always_judged_at_its_usual_threshold_too():
