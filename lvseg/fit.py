@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def _state_of(file: Path) -> tuple[int, int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def mean_over_patients(scores: np.ndarray[Any, Any], patients: Iterable[Sequence[int]]) -> float:
+    """The mean of a number a scan, each patient's scans counting as one; NaN, which a scan may be, counts in none.
+
+    Args:
+        scores: float64 [scans]; patients: of each the places of the scans.
+    """
+    known = [scores[places][~np.isnan(scores[places])] for places in patients]
+    means = [float(np.mean(own)) for own in known if own.size]
+    return float(np.mean(means)) if means else math.nan
 
 
 class Fit:
@@ -448,7 +460,8 @@ class Fit:
         Returns:
             None if it was ended, otherwise
             validation_dice, of the foreground's classes; validation_volume_error_percent, absolute, of the first class;
-            validation_fat_error_points, absolute, of its mean fat fraction where that is the task.
+            validation_fat_error_points, absolute, of its mean fat fraction where that is the task, over the patients
+            who have one.
         """
         # The same patients every time, spread over the datasets, so that every scanner is seen.
         shown = set(np.linspace(0, len(self.validation) - 1, OVERLAYS * self.cluster.is_chief).round().astype(int))
@@ -475,12 +488,10 @@ class Fit:
         for tag, picture in pictures.items():
             board.image(tag, picture, number)
         scores = self._over_machines(scores)
-        dice, *errors = (
-            float(np.mean([np.mean(kind[places]) for places in self._patients().values()])) for kind in scores
-        )
-        found = {"validation_dice": dice, "validation_volume_error_percent": errors[0]}
-        if self.experiment.task == "fatfraction":
-            found["validation_fat_error_points"] = errors[1]
+        dice, volume_error, fat_error = (mean_over_patients(kind, self._patients().values()) for kind in scores)
+        found = {"validation_dice": dice, "validation_volume_error_percent": volume_error}
+        if self.experiment.task == "fatfraction" and not math.isnan(fat_error):
+            found["validation_fat_error_points"] = fat_error
         if self.experiment.train.histograms and self.cluster.is_chief:
             names = [
                 variable.path if hasattr(variable, "path") else variable.name for variable in self.step.model.weights
@@ -504,12 +515,13 @@ class Fit:
     def _errors(
         self, predicted: np.ndarray[Any, Any], true: np.ndarray[Any, Any], volume: Samples
     ) -> tuple[float, float]:
-        """Absolute errors of the first class: volume in percent (of 1 voxel where there is none), fat in points."""
+        """Absolute errors of the first class: volume in percent (of 1 voxel where there is none), fat in points (NaN
+        where there is no organ, which has no fat fraction to be wrong about, or no fat in the task)."""
         found, organ = predicted == 1, true == 1
         count = int(organ.sum())
         error = 100 * abs(int(found.sum()) - count) / max(count, 1)
         if self.experiment.task != "fatfraction" or not count:
-            return error, 0.0
+            return error, math.nan
         own = self.reading.neighbours  # the slice itself among its neighbours
         slope, intercept = volume.scale.numpy()[:, own, :2].T[..., None, None]
         percent = volume.stack[:, own].numpy() * slope + intercept

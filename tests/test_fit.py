@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from lvseg.config import load_experiment
 from lvseg.devices import Cluster
 from lvseg.errors import InputError, RunError
 from lvseg.export import weights
-from lvseg.fit import Fit
+from lvseg.fit import Fit, mean_over_patients
 from lvseg.formats import read_volume, write_volume
 from lvseg.models import vgg
 from lvseg.models.unet import encoder_variables
@@ -30,6 +31,21 @@ from lvseg.step import Step
 
 ALONE = Cluster(tf.distribute.get_strategy(), 0, 1, 1)
 ELASTIC = "augment.elastic={sigma_px: 1.0, grid: 4}"  # which the fixture `fit` leaves out
+
+
+def test_scans_without_the_organ_are_not_among_those_whose_fat_is_right():
+    task = SimpleNamespace(experiment=SimpleNamespace(task="fatfraction"), reading=SimpleNamespace(neighbours=0))
+    stack = np.array([[[[10.0, 20.0], [30.0, 40.0]]]], np.float32)  # one slice of one channel, in percent
+    volume = SimpleNamespace(scale=tf.constant([[[1.0, 0.0]]]), stack=tf.constant(stack))
+    true, found = np.array([[[1, 1], [0, 0]]]), np.array([[[0, 1], [0, 1]]])
+    assert Fit._errors(task, found, true, volume) == (0, pytest.approx(30.0 - 15.0))
+    volume_error, fat_error = Fit._errors(task, found, np.zeros_like(true), volume)
+    assert volume_error == 200 and np.isnan(fat_error)
+    # Two scans of the first patient, of which one has no organ, as the second patient's only one.
+    errors = np.array([3.0, np.nan, np.nan, 1.0])
+    assert mean_over_patients(errors, [[0, 1], [2], [3]]) == pytest.approx(2.0)
+    assert mean_over_patients(np.array([3.0, 1.0, 8.0]), [[0, 1], [2]]) == pytest.approx(5.0)
+    assert np.isnan(mean_over_patients(errors, [[2]]))
 
 
 def test_training_opens_no_shard_of_a_test_patient(in_study, tmp_path, monkeypatch):
