@@ -171,8 +171,9 @@ def table(rows: Sequence[dict[str, str]]) -> str:
         if gained:
             values = [float(np.mean(differences)) for differences in gained.values()]
             mean = agreement.average(values, agreement.Bootstrap(list(gained)), -1.0, 1.0)
-            low, high = mean["intervals"]["mean"] or (np.nan, np.nan)
-            difference = f"{mean['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
+            bounds = mean["intervals"]["mean"]  # none of fewer than five patients
+            interval = "no interval" if bounds is None else f"{bounds[0]:+.3f} to {bounds[1]:+.3f}"
+            difference = f"{mean['mean']:+.3f} ({interval})"
         lines.append(f"| {row} | {dice} | {difference} |")
     return "\n".join(lines)
 

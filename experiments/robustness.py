@@ -177,9 +177,10 @@ def main() -> int:
                 own = [row for row in rows if row["change"] == name and row["value"] == value]
                 patients = agreement.Bootstrap([str(row["patient"]) for row in own])
                 mean = agreement.average([float(str(row["dice"])) for row in own], patients, 0.0, 1.0)
-                low, high = mean["intervals"]["mean"] or (np.nan, np.nan)
+                bounds = mean["intervals"]["mean"]  # none of fewer than five patients
+                interval = "no interval" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
                 largest = np.mean([row["dice_largest_component"] for row in own])
-                print(f"{name:<40}{value:>8g}{mean['mean']:>8.3f} ({low:.3f} to {high:.3f}){largest:>8.3f}")
+                print(f"{name:<40}{value:>8g}{mean['mean']:>8.3f} ({interval}){largest:>8.3f}")
 
     return command.run(parser, body, None)
 

@@ -432,7 +432,8 @@ def test_robustness_writes_a_row_a_scan_and_change_and_draws(trained, in_study, 
     rows = (tmp_path / "robustness.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * sum(len(values) for _, values in robustness.CHANGES.values())
     assert (tmp_path / "robustness.png").stat().st_size > 10_000 and (tmp_path / "robustness.svg").is_file()
-    assert "gamma" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "gamma" in told and "nan" not in told  # two patients have no interval
 
 
 @pytest.fixture
