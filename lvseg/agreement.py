@@ -246,7 +246,9 @@ def _coefficient_interval(bootstrap: Bootstrap, statistic: Statistic, value: flo
     if value >= 1:
         return [1.0, 1.0]
     bounds = bootstrap.t_interval(lambda weights: _z(*statistic(weights)))
-    return None if bounds is None else [float(np.tanh(bound)) for bound in bounds]
+    if bounds is None or bounds[0] == bounds[1]:  # one of both has no spread, so that every resample has 0
+        return None
+    return [float(np.tanh(bound)) for bound in bounds]
 
 
 def limits_of_agreement(errors: npt.ArrayLike, patients: Sequence[str]) -> dict[str, Any]:

@@ -148,6 +148,13 @@ def test_coefficients_at_their_ends():
     assert found["intervals"]["concordance"] == [1.0, 1.0] and found["intervals"]["bias"] == [0.0, 0.0]
 
 
+def test_coefficients_of_numbers_without_spread_are_not_sure_to_be_0():
+    for predicted, true in (([0.0] * 17, MINI), (WRIGHT, [400.0] * 17)):  # nothing was found in any scan
+        found = agreement(predicted, true, resamples=50)
+        assert found["concordance"] == pytest.approx(0, abs=1e-9) == found["icc_a1"]
+        assert found["intervals"]["concordance"] is None and found["intervals"]["icc_a1"] is None
+
+
 def test_coefficients_do_not_lose_digits_to_a_large_mean():
     shift = 1e9
     expected = concordance(WRIGHT, MINI)
