@@ -39,7 +39,8 @@ from scipy.spatial.transform import Rotation
 from lvseg import predict, waterfat
 from lvseg.errors import InputError
 from lvseg.formats import archive, read_volume, write_volume
-from serving import protocol, worker
+from serving import protocol, scans, worker
+from serving.errors import ClientError
 
 REAL_DATA = os.environ.get("LVSEG_REAL_DATA")
 real_data = pytest.mark.skipif(not REAL_DATA, reason="LVSEG_REAL_DATA is not set")
@@ -230,6 +231,26 @@ def test_a_series_with_a_member_that_is_no_file_is_refused(tmp_path, kind):
     code, sentence = error_of(read_volume, folder)
     assert code == "NOT_READABLE"
     assert is_one_sentence_naming(sentence, member)
+
+
+@pytest.mark.parametrize("kind", ["link to a folder", "deep"])
+def test_slices_in_a_folder_that_is_not_entered_are_not_left_out(tmp_path, kind):
+    folder = save(tmp_path / "series", [slice_of(index) for index in range(3)])
+    if kind == "deep":
+        rest = folder.joinpath(*"12345678", "9")
+        rest.mkdir(parents=True)
+    else:
+        rest = tmp_path / "elsewhere"
+        (folder / "rest").symlink_to(rest)
+    save(rest, [slice_of(index) for index in range(3, 6)])
+    member = rest if kind == "deep" else folder / "rest"
+    code, sentence = error_of(read_volume, folder)
+    assert code == "NOT_READABLE"
+    assert is_one_sentence_naming(sentence, member)
+    with pytest.raises(ClientError) as refused:
+        scans.files_of(folder)
+    assert refused.value.code == "NOT_READABLE"
+    assert is_one_sentence_naming(refused.value.sentence, member)
 
 
 def test_one_file_of_any_name_is_a_scan_of_one_slice(tmp_path):

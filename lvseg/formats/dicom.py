@@ -8,7 +8,8 @@ alone and no SpacingBetweenSlices, and the metadata says so.
 
 Nothing is picked, filled in or left out: one whole, evenly spaced stack of slices is read. Where there are several,
 `dicom_series` lists them and lets one be chosen. Files that are no DICOM, a DICOMDIR, and objects that have no pixels
-by their kind are passed over. A folder holds what the folders in it hold, as a zip does.
+by their kind are passed over. A folder holds what the folders in it hold, as a zip does; a link to a folder, or folders
+deeper than FOLDERS_DEEP, might hold slices too, and are refused.
 """
 
 from __future__ import annotations
@@ -147,7 +148,14 @@ def _of_folder(folder: Path, deep: int) -> list[Path]:
         if not entry.is_file() and not entry.is_dir():  # such as a link to a slice that is gone
             raise InputError("NOT_READABLE", f"Expected files, received a device, a pipe or a broken link: {entry}.")
     files = [entry for entry in inside if entry.is_file() and holds_dicom(entry) and not is_directory_file(entry)]
-    folders = [entry for entry in inside if entry.is_dir() and not entry.is_symlink()] if deep else []
+    folders = [entry for entry in inside if entry.is_dir()]
+    for entry in folders:  # slices of one that is passed over would not be missed
+        if entry.is_symlink():
+            raise InputError("NOT_READABLE", f"Expected files and folders, received a link to a folder: {entry}.")
+        if not deep:
+            raise InputError(
+                "NOT_READABLE", f"Expected folders at most {FOLDERS_DEEP} deep, received one that is deeper: {entry}."
+            )
     return files + [file for entry in folders for file in _of_folder(entry, deep - 1)]
 
 
