@@ -1047,6 +1047,17 @@ def test_an_enhanced_ct_has_hounsfield_units_from_its_functional_groups(tmp_path
     assert (scan.metadata["modality"], scan.metadata["rescale_type"]) == ("CT", "HU")
 
 
+def test_a_multi_frame_file_that_has_its_rescaling_beside_the_frames_groups_is_rescaled(tmp_path):
+    dataset = enhanced(own=False)
+    for frame in dataset.PerFrameFunctionalGroupsSequence:
+        del frame.PixelValueTransformationSequence
+    dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 2, -1024, "HU"
+    dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    scan = read_volume(tmp_path / "a.dcm")
+    np.testing.assert_array_equal(scan.voxels, 2 * pixels_of(3) - 1024)
+    assert scan.metadata["rescale_type"] == "HU"
+
+
 def test_a_zip_that_is_sent_to_the_server_is_unpacked_within_its_limits(tmp_path):
     sent = zipped(tmp_path / "scan.zip", members_of(tmp_path, [slice_of(index) for index in range(3)]))
     job = tmp_path / "job"

@@ -128,6 +128,20 @@ def test_written_files_say_scanner_coordinates_in_millimetres(tmp_path):
     np.testing.assert_allclose(header.get_qform(), header.get_sform(), atol=1e-4)
 
 
+def test_a_pixdim_that_contradicts_an_sform_is_refused_however_the_axes_lean(tmp_path):
+    """0.17 degrees off a right angle, which counts as a rounded one, is not off by so much that nothing is compared."""
+    affine = np.diag([1.0, 1.0, 10.0, 1.0])
+    affine[0, 2] = 0.03
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(None, code=0, update_affine=False)
+    image.header["pixdim"][1] = 1.2
+    path = tmp_path / "scan.nii"
+    with path.open("wb") as file:
+        file.write(image.header.binaryblock + bytes(4) + image.get_fdata().astype(np.int16).tobytes())
+    assert error_of(read_volume, path)[0] == "GEOMETRY_AMBIGUOUS"
+
+
 def test_qform_alone_is_believed(tmp_path):
     image = nibabel.Nifti1Image(ramp(), AFFINE_RAS)
     image.set_qform(AFFINE_RAS, code=1)

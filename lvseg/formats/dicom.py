@@ -193,8 +193,9 @@ def _distinct(frames: Sequence[Frame]) -> Iterator[DicomFile]:
 def _rescaling(frame: Frame) -> tuple[float, float]:
     """Slope and intercept from stored to rescaled values."""
     path = frame.file.path
-    slope = float(numbers(frame.groups, "RescaleSlope", 1, path, default=1.0)[0])
-    intercept = float(numbers(frame.groups, "RescaleIntercept", 1, path, default=0.0)[0])
+    groups = [*frame.groups, frame.file.header]  # where some writers of multi-frame files leave them
+    slope = float(numbers(groups, "RescaleSlope", 1, path, default=1.0)[0])
+    intercept = float(numbers(groups, "RescaleIntercept", 1, path, default=0.0)[0])
     if slope == 0:
         raise InputError("UNSUPPORTED_PIXEL_TYPE", f"Expected a RescaleSlope other than 0, received 0 in {path}.")
     return slope, intercept

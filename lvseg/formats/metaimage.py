@@ -149,7 +149,7 @@ def write(volume: Volume, path: Path) -> None:
 
     Args:
         volume: any dtype that MetaImage has.
-        path: ends in .mha.
+        path: ends in .mha, in whatever case.
 
     Raises:
         InputError: UNSUPPORTED_PIXEL_TYPE for a dtype that MetaImage lacks, such as float16.
@@ -166,10 +166,15 @@ def write(volume: Volume, path: Path) -> None:
     image.SetSpacing(reverse(volume.spacing_mm))
     image.SetOrigin(volume.affine[:3, 3].tolist())
     image.SetDirection(directions_ijk(volume).ravel().tolist())
+    plain = path.with_suffix(".mha")  # of any other suffix, .MHA too, ITK makes two files of other names
     try:
-        SimpleITK.WriteImage(image, str(path), True)
+        SimpleITK.WriteImage(image, str(plain), True)
+        plain.replace(path)
     except RuntimeError as error:
         raise OSError(f"SimpleITK could not write {path}") from error
+    finally:
+        if plain != path:
+            plain.unlink(missing_ok=True)
 
 
 def _header(file: IO[bytes], path: Path) -> dict[str, str]:
