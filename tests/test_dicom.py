@@ -121,6 +121,7 @@ def test_slices_lie_where_their_positions_say_whatever_their_names_numbers_and_t
         "rescale_type": "",
         "units": "",
         "real_world_values": [],
+        "signal_scale": None,
         "slice_warnings": [],
         "slice_distance_source": "positions",
         "slice_files": tuple(names),
@@ -940,6 +941,52 @@ def test_what_is_no_pair_of_water_and_fat_stays_a_choice_for_people(tmp_path):
         path = save(tmp_path / f"study{len(datasets)}", datasets)
         code, sentence = error_of(predict.read_scan, path, "fatfraction")
         assert code == "MULTIPLE_SERIES", sentence
+
+
+def test_water_and_fat_of_two_studies_are_no_pair(tmp_path):
+    datasets = dixon()[:6]
+    for number, dataset in enumerate(datasets):
+        dataset.SeriesInstanceUID = dataset.StudyInstanceUID = f"{SERIES}.{number // 3}"
+    path = save(tmp_path / "study", datasets)
+    assert error_of(predict.read_scan, path, "fatfraction")[0] == "MULTIPLE_SERIES"
+    fraction = waterfat.from_water_fat(*(read_volume(path, f"*/{word}") for word in "WF"))
+    assert any("different studies" in warning for warning in fraction.metadata["fat_fraction"]["warnings"])
+
+
+PHILIPS = ("Philips MR Imaging DD 001", "Philips MR Imaging DD 005")
+
+
+def scale_slope(dataset: Dataset, slope: float) -> None:
+    dataset.private_block(0x2005, PHILIPS[0], create=True).add_new(0x0E, "FL", slope)
+
+
+@pytest.mark.parametrize(("fat_slope", "told"), [(2.0, True), (1.0, False)])
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_a_maker_s_scale_slope_that_is_not_the_other_image_s_is_told(tmp_path, syntax, fat_slope, told):
+    """Signal is the rescaled value / (rescale slope * scale slope): 0.5 * 4 of water, 2 or 1 * 2 of fat."""
+    datasets = dixon()[:6]
+    for number, dataset in enumerate(datasets):
+        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.RescaleSlope, dataset.RescaleIntercept = (0.5, 0) if number < 3 else (fat_slope, 0)
+        scale_slope(dataset, 4.0 if number < 3 else 2.0)
+    path = save(tmp_path / "study", datasets)
+    water, fat = (read_volume(path, f"12/{word}") for word in "WF")
+    assert (water.metadata["signal_scale"], fat.metadata["signal_scale"]) == (2.0, 2 * fat_slope)
+    provenance = waterfat.from_water_fat(water, fat).metadata["fat_fraction"]
+    assert any("different scales, 2 and 4" in warning for warning in provenance["warnings"]) == told
+    assert provenance["sources"]["fat"]["signal_scale"] == 2 * fat_slope
+
+
+def test_a_scale_slope_in_a_maker_s_own_groups_of_a_frame_is_found_and_several_are_none(tmp_path):
+    dataset = enhanced(own=False)
+    for last in (4.0, 8.0):
+        for number, frame in enumerate(dataset.PerFrameFunctionalGroupsSequence):
+            frame.PixelValueTransformationSequence[0].RescaleSlope = 0.5
+            item = Dataset()
+            scale_slope(item, last if number == 2 else 4.0)
+            frame.private_block(0x2005, PHILIPS[1], create=True).add_new(0x0F, "SQ", [item])
+        dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+        assert read_volume(tmp_path / "a.dcm").metadata["signal_scale"] == (2.0 if last == 4.0 else None)
 
 
 def test_of_several_series_the_one_that_is_named_makes_the_fat_fraction(tmp_path):

@@ -62,6 +62,9 @@ NUMBERS = {
     "repetition_time_ms": "RepetitionTime",
     "flip_angle_deg": "FlipAngle",
 }
+# Philips: signal as the scanner measured it is the rescaled value / (rescale slope * this private scale slope), of one
+# scan's images each with its own (Chenevert et al., Transl Oncol 2014, 7:65).
+PHILIPS_GROUP, PHILIPS_BLOCK, SCALE_SLOPE = 0x2005, "PHILIPS MR IMAGING DD 001", 0x0E
 
 
 def read(path: Path | Sequence[Path], series: str | None = None, on: Volume | None = None) -> Volume:
@@ -78,6 +81,8 @@ def read(path: Path | Sequence[Path], series: str | None = None, on: Volume | No
         labels (`dicom_seg`). Metadata: the keys of `WORDS` (empty where the file has none) and `NUMBERS` (None where it
         has none), `image_type` (list of words), `echo_times_ms`, `units` (of the rescaled values, empty if none are
         given), `real_world_values` (further mappings of the stored values: slope, intercept, units, label),
+        `signal_scale` (rescaled values a unit of the signal as the scanner measured it, None where files do not say or
+        not one for all slices),
         `slice_distance_source` ("positions", "SpacingBetweenSlices" or "SliceThickness"), `slice_warnings` (what the
         headers have against it), `slice_files` (the file of
         each slice, of single-frame series) and `format` ("DICOM"). Of images also the `origin` (`dicom_origin`).
@@ -238,8 +243,42 @@ def _metadata(frames: Sequence[Frame], rescaling: Sequence[tuple[float, float]])
         "echo_times_ms": echo_times_ms,
         "units": same[0] if same and len(set(rescaling)) == 1 else "",
         "real_world_values": mappings,
+        "signal_scale": _signal_scale(frames, rescaling),
         "format": "DICOM",
     }
+
+
+def _signal_scale(frames: Sequence[Frame], rescaling: Sequence[tuple[float, float]]) -> float | None:
+    """Rescaled values a unit of signal, where the maker's own element says it and it is one for all images."""
+    slopes = [_scale_slope(frame) for frame in frames]
+    scales = {float(f"{slope * own:.6g}") for (slope, _), own in zip(rescaling, slopes, strict=True) if own is not None}
+    return scales.pop() if len(scales) == 1 and None not in slopes else None
+
+
+def _scale_slope(frame: Frame) -> float | None:
+    """Philips's scale slope: in the header, or in a sequence of Philips's own in a frame's functional groups."""
+    header = frame.file.header
+    own = header.get("PerFrameFunctionalGroupsSequence") or [header]
+    for group in [own[frame.index], *(header.get("SharedFunctionalGroupsSequence") or []), header]:
+        try:
+            for dataset in _with_items(group.group_dataset(PHILIPS_GROUP)):
+                for creator in dataset.private_creators(PHILIPS_GROUP):
+                    block = dataset.private_block(PHILIPS_GROUP, creator)
+                    if creator.upper() == PHILIPS_BLOCK and SCALE_SLOPE in block:
+                        slope = float(block[SCALE_SLOPE].value)
+                        if np.isfinite(slope) and slope > 0:
+                            return slope
+        except Exception:  # a maker's element that cannot be parsed says nothing
+            continue
+    return None
+
+
+def _with_items(dataset: pydicom.Dataset) -> Iterator[pydicom.Dataset]:
+    """The dataset, and the items of its sequences, which are parsed only if they are asked for."""
+    yield dataset
+    for element in dataset:
+        if element.VR == "SQ":
+            yield from element.value
 
 
 def _real_world_values(groups: Sequence[pydicom.Dataset]) -> list[dict[str, Any]]:
