@@ -476,7 +476,9 @@ def _same_image(signals: Sequence[Floats]) -> list[str]:
 
 def _of_one_scan(first: Volume, second: Volume) -> list[str]:
     """What the files of a pair have against its being two images of one scan, on one scale."""
-    warnings = []
+    # Those of the first image go on with its metadata.
+    known = first.metadata.get("slice_warnings", [])
+    warnings = [warning for warning in second.metadata.get("slice_warnings", []) if warning not in known]
     scales = [image.metadata.get("signal_scale") for image in (first, second)]
     if scales[0] and scales[1] and abs(scales[0] / scales[1] - 1) > SCALES_TOLD:
         warnings.append(

@@ -815,6 +815,22 @@ def test_slices_that_are_further_apart_than_the_headers_say_are_told(tmp_path, c
     assert [word in warning for warning in warnings] == [True] * (word is not None)
 
 
+@pytest.mark.parametrize(
+    ("keyword", "value", "words"),
+    [("PatientID", "Other", "2 patients"), ("StudyInstanceUID", f"{SERIES}.7", "2 studies"),
+     ("FrameOfReferenceUID", f"{SERIES}.7", "2 frames of reference"), ("FrameOfReferenceUID", "", "")],
+)  # fmt: skip
+def test_slices_of_several_scans_in_one_series_are_told(tmp_path, keyword, value, words):
+    datasets = [slice_of(index) for index in range(4)]
+    for dataset in datasets:
+        dataset.PatientID, dataset.FrameOfReferenceUID = "Somebody", SERIES
+    for dataset in datasets[2:]:
+        setattr(dataset, keyword, value)
+    warnings = read_volume(save(tmp_path / "scan", datasets)).metadata["slice_warnings"]
+    assert len(warnings) == bool(words)
+    assert all(words in warning and "Somebody" not in warning and "Other" not in warning for warning in warnings)
+
+
 @pytest.mark.parametrize("zeros", [[5], [1, 3, 5], range(6)], ids=["last", "every second", "all"])
 def test_a_slice_that_says_it_has_no_frames_is_a_slice(tmp_path, zeros):
     slices = [slice_of(index) for index in range(6)]
@@ -951,6 +967,16 @@ def test_water_and_fat_of_two_studies_are_no_pair(tmp_path):
     assert error_of(predict.read_scan, path, "fatfraction")[0] == "MULTIPLE_SERIES"
     fraction = waterfat.from_water_fat(*(read_volume(path, f"*/{word}") for word in "WF"))
     assert any("different studies" in warning for warning in fraction.metadata["fat_fraction"]["warnings"])
+
+
+def test_what_the_fat_image_s_files_have_against_it_is_told_of_the_fat_fraction(tmp_path):
+    datasets = dixon()[:6]
+    datasets[5].PatientID = "Other"
+    datasets[3].PatientID = "Somebody"
+    path = save(tmp_path / "study", datasets)
+    fraction = predict.read_scan(path, "fatfraction")
+    assert fraction.metadata["slice_warnings"] == []
+    assert any("2 patients" in warning for warning in fraction.metadata["fat_fraction"]["warnings"])
 
 
 PHILIPS = ("Philips MR Imaging DD 001", "Philips MR Imaging DD 005")

@@ -40,7 +40,7 @@ from lvseg.formats.dicom_file import (
     with_pixels,
 )
 from lvseg.formats.dicom_geometry import Plane, affine_of, check_consistent, heights_mm, plane_of, slice_warnings
-from lvseg.formats.dicom_origin import origin_of
+from lvseg.formats.dicom_origin import origin_of, origin_warnings
 from lvseg.formats.dicom_series import Frame, choose, echo_time_ms
 from lvseg.volume import Volume
 
@@ -84,7 +84,7 @@ def read(path: Path | Sequence[Path], series: str | None = None, on: Volume | No
         `signal_scale` (rescaled values a unit of the signal as the scanner measured it, None where files do not say or
         not one for all slices),
         `slice_distance_source` ("positions", "SpacingBetweenSlices" or "SliceThickness"), `slice_warnings` (what the
-        headers have against it), `slice_files` (the file of
+        headers have against it, and against the slices' being of one scan), `slice_files` (the file of
         each slice, of single-frame series) and `format` ("DICOM"). Of images also the `origin` (`dicom_origin`).
 
     Raises:
@@ -181,10 +181,11 @@ def _read_files(
     voxels = _voxels(planes, rescaling, path)
     metadata = _metadata([plane.frame for plane in planes], rescaling)
     metadata["slice_distance_source"] = source
-    metadata["slice_warnings"] = slice_warnings(planes)
+    origin = origin_of(planes)
+    metadata["slice_warnings"] = slice_warnings(planes) + origin_warnings(planes, origin)
     if all("PerFrameFunctionalGroupsSequence" not in frame.file.header for frame in frames):
         metadata["slice_files"] = tuple(names.get(plane.path.name, plane.path.name) for plane in planes)
-    return Volume(voxels, affine, source=str(path), metadata=metadata, origin=origin_of(planes))
+    return Volume(voxels, affine, source=str(path), metadata=metadata, origin=origin)
 
 
 def _distinct(frames: Sequence[Frame]) -> Iterator[DicomFile]:
