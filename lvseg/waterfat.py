@@ -592,11 +592,13 @@ def _scale(series: Volume, values: Floats, scale: float | None) -> tuple[float, 
         mappings = [one for one in series.metadata.get("real_world_values") or () if _unit(one["units"].lower())]
         if not known and mappings:
             one = mappings[0]
+            by = "a table"
+            if one["slope"] is not None:
+                by = f"another slope and intercept ({one['slope']:g}, {one['intercept']:g})"
             raise InputError(
                 "UNKNOWN_SCALE",
                 f"Expected a fat fraction whose rescale slope and intercept give its unit, received a real world value"
-                f" mapping to {one['units'][:40]!r} of another slope and intercept ({one['slope']:g},"
-                f" {one['intercept']:g}) in {name}; {help_text}.",
+                f" mapping to {one['units'][:40]!r} of {by} in {name}; {help_text}.",
             )
         if not known:
             words = _words(series)

@@ -283,16 +283,21 @@ def _with_items(dataset: pydicom.Dataset) -> Iterator[pydicom.Dataset]:
 
 
 def _real_world_values(groups: Sequence[pydicom.Dataset]) -> list[dict[str, Any]]:
-    """Mappings of the stored values to a physical quantity: its slope, intercept, units and label."""
+    """Mappings of the stored values to a physical quantity: its slope, intercept (None of a table), units and label."""
     items = [item for group in groups for item in group.get("RealWorldValueMappingSequence") or []]
-    items += [group for group in groups if "RealWorldValueSlope" in group]  # of an Enhanced object's functional groups
+    words = ("RealWorldValueSlope", "RealWorldValueLUTData")
+    items += [
+        group for group in groups if any(word in group for word in words)
+    ]  # of an Enhanced object's functional groups
     mappings = []
     for item in items:
         slope = number_or_none([item], "RealWorldValueSlope")
         intercept = number_or_none([item], "RealWorldValueIntercept")
         codes = list(item.get("MeasurementUnitsCodeSequence") or [])
         if slope is None or intercept is None:
-            continue
+            if "RealWorldValueLUTData" not in item:
+                continue
+            slope = intercept = None
         units = text(codes, "CodeValue") or text(codes, "CodeMeaning")
         mappings.append({"slope": slope, "intercept": intercept, "units": units, "label": text([item], "LUTLabel")})
     return mappings
