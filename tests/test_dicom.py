@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import stat
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -757,6 +758,7 @@ def test_errors_in_a_zip_name_the_member_and_names_lead_nowhere(tmp_path):
         ("many", "ARCHIVE_LIMIT"),
         ("encrypted", "ARCHIVE_UNSUPPORTED"),
         ("lzma", "ARCHIVE_UNSUPPORTED"),
+        ("link", "ARCHIVE_UNSUPPORTED"),
         ("empty", "EMPTY_IMAGE"),
         ("no dicom", "NOT_FOUND"),
         ("text", "INPUT_CORRUPT"),
@@ -772,6 +774,12 @@ def test_a_zip_that_no_one_should_unpack_is_refused(tmp_path, monkeypatch, fault
         zipped(path, {"1.dcm": bytes(2 * 10**6)} if fault == "bomb" else {str(n): b"a" for n in range(5)})
     elif fault == "lzma":
         zipped(path, members, zipfile.ZIP_LZMA)
+    elif fault == "link":
+        zipped(path, members_of(tmp_path, [slice_of(index) for index in range(2)]))
+        with zipfile.ZipFile(path, "a") as added:
+            entry = zipfile.ZipInfo("study/series/IM0002")
+            entry.create_system, entry.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+            added.writestr(entry, "../objects/IM0002")
     elif fault in ("empty", "no dicom"):
         zipped(path, {} if fault == "empty" else {"notes.txt": b"notes " * 50})
     else:
