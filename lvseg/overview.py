@@ -136,8 +136,16 @@ def describe(what: tuple[Path, Mapping[str, Any], Mapping[str, Any], Mapping[str
         "p99": float(np.interp(99, np.linspace(0, 100, len(table)), table)),
         "slices_with_mask": len(held),
     }  # fmt: skip
-    warnings = row["metadata"].get("fat_fraction", {}).get("warnings", [])
-    findings = [("fat_fraction", f"{warning[0].upper()}{warning[1:].rstrip('.')}.") for warning in warnings if warning]
+    metadata = row["metadata"]
+    findings = [
+        (kind, f"{warning[0].upper()}{warning[1:].rstrip('.')}.")
+        for kind, warnings in (
+            ("slices", metadata.get("slice_warnings", [])),
+            ("fat_fraction", metadata.get("fat_fraction", {}).get("warnings", [])),
+        )
+        for warning in warnings
+        if warning
+    ]
     pixel_cm2 = target_row_mm * target_column_mm / 100
     for label, name in enumerate(card["labels"], start=1):
         voxels, parts, share = _parts(mask == label)

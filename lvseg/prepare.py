@@ -16,7 +16,7 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +40,7 @@ SHARD_FORMAT = 4
 MANIFEST = "manifest.json"
 PACKAGES = ("lvseg", "tensorflow", "numpy", "nibabel", "pydicom", "highdicom", "SimpleITK", "vtk")
 # Of a scan's metadata, what is kept with the shard; nothing that names a person.
-KEPT_METADATA = ("modality", "manufacturer", "units", "fat_fraction")
+KEPT_METADATA = ("modality", "manufacturer", "units", "fat_fraction", "slice_warnings")
 LEAST_STEPS = 250  # of a shard's values from a scan's 0.5th to its 99.5th percentile
 HASHING_THREADS = 8  # they wait for the disk more than for a core
 
@@ -251,9 +251,15 @@ def _prepare_card(card: Card, root: Path, data: Data, engine: Engine) -> ShardSe
             file=sys.stderr,
         )
     for row in rows:
-        for warning in row["metadata"].get("fat_fraction", {}).get("warnings", []):
+        for warning in warnings_of(row):
             print(f"{card.name}: {row['patient']}, {root / row['scan'][0]}: {warning}", file=sys.stderr)
     return ShardSet(card, folder, rows)
+
+
+def warnings_of(row: Mapping[str, Any]) -> list[str]:
+    """What a scan's files have against its slices and its fat fraction, of its row of the manifest."""
+    metadata = row["metadata"]
+    return [*metadata.get("slice_warnings", []), *metadata.get("fat_fraction", {}).get("warnings", [])]
 
 
 def _make_shards(
@@ -368,7 +374,7 @@ def harmonise_scan(scan: Scan, sources: Sequence[str], data: Data, root: Path | 
         return preprocess.harmonise_labels(tf.constant(found), spacing_mm, target, data.size).numpy()
 
     tissues = cards.read_tissues(scan, image)
-    kept = {key: image.metadata[key] for key in KEPT_METADATA if image.metadata.get(key) not in (None, "")}
+    kept = {key: image.metadata[key] for key in KEPT_METADATA if image.metadata.get(key) not in (None, "", [])}
     return records.Harmonised(
         patient=scan.patient,
         study=scan.study,

@@ -42,6 +42,7 @@ from scipy import special
 from lvseg import command
 from lvseg.errors import InputError
 from lvseg.formats import read_volume, stem, write_volume
+from lvseg.formats.dicom_origin import Origin
 from lvseg.swap import check_swap, warnings_of
 from lvseg.volume import Array, Volume, as_float32, check_same_grid
 
@@ -71,6 +72,7 @@ TISSUE_QUANTILE, TISSUE_QUANTILE_SDS = 0.05, 0.749
 AIR_OVER_TISSUE, AIR_OVER_TISSUE_IN_VIEW, FEW_ZEROS = 2.0, 4.0, 0.01
 # Between the noise of water and fat; what T1 takes from each, where the scanner divides it out, makes up to 1.5.
 SCALES_DIFFER = 2.0
+SCALES_TOLD = 0.01  # of one another, where the files say them
 
 GYROMAGNETIC_MHZ_PER_T = 42.577
 FAT_SHIFT_PPM = 3.4  # of the methylene peak from water, as in the six-peak spectra of Hamilton et al. 2011
@@ -100,7 +102,7 @@ OPPOSED_WORDS = frozenset(("OP", "OPP", "OUT", "OUT_PHASE", "OUT_OF_PHASE", "OPP
 FRACTION_WORDS = frozenset(("FF", "PDFF", "FP", "FAT_PERCENT"))
 FRACTION_NAME = re.compile(r"pdff|fat.?(frac|perc)|(?<![a-z])ff(?![a-z])", re.IGNORECASE)
 # Facts of a file that its fat fraction does not have, since they described other values.
-NOT_INHERITED = frozenset(("image_type", "rescale_type", "real_world_values", "units", "fat_fraction"))
+NOT_INHERITED = frozenset(("image_type", "rescale_type", "real_world_values", "signal_scale", "units", "fat_fraction"))
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def from_water_fat(water: Volume, fat: Volume, remove_noise_bias: bool = False) 
         signals = [_without_bias(values, sd) for values, sd in zip(signals, floor.sds, strict=True)]
     percent, clipped = _ratio(signals[1], signals[0] + signals[1], signal)
 
-    warnings = _same_image(signals)
+    warnings = _same_image(signals) + _of_one_scan(water, fat)
     ratio = floor.sds[0] / floor.sds[1] if floor.sds is not None and floor.sds[1] > 0 else 1.0
     if not 1 / SCALES_DIFFER < ratio < SCALES_DIFFER:
         warnings.append(
@@ -220,7 +222,7 @@ def from_in_opposed_phase(in_phase: Volume, opposed_phase: Volume, t2star_ms: fl
     floor = noise_floor(*(in_phase.with_voxels(values).canonical().voxels for values in signals))
     signal = floor.signal(*signals)
     swap, warnings = _check_phases(images, signals, signal)
-    warnings += _same_image(signals)
+    warnings += _same_image(signals) + _of_one_scan(*images)
     times_ms = [_echo_time_ms(image) for image in images]
     decay = 1.0
     if t2star_ms is not None:
@@ -309,7 +311,7 @@ def from_series(series: Volume, scale: float | None = None) -> Volume:
 def pair_in(path: Path, series: str | None = None) -> tuple[Volume, Volume] | None:
     """The water and the fat image of a folder or zip of DICOM files that has one stack of each, else None.
 
-    They are known by the word of their image type: W and F, or WATER and FAT.
+    They are known by the word of their image type: W and F, or WATER and FAT. Of two studies they are no pair.
 
     Args:
         series: which series they are of, without a stack; None for any.
@@ -319,7 +321,8 @@ def pair_in(path: Path, series: str | None = None) -> tuple[Volume, Volume] | No
     """
     for water, fat in (("W", "F"), ("WATER", "FAT")):
         try:
-            return read_volume(path, f"{series or '*'}/{water}"), read_volume(path, f"{series or '*'}/{fat}")
+            pair = read_volume(path, f"{series or '*'}/{water}"), read_volume(path, f"{series or '*'}/{fat}")
+            return None if _differ(*pair, "study") else pair
         except InputError as error:
             if error.code != "UNKNOWN_SERIES":
                 raise
@@ -477,6 +480,36 @@ def _same_image(signals: Sequence[Floats]) -> list[str]:
     return ["both images are the same, voxel for voxel: the fat fraction says nothing if one file was given twice"]
 
 
+def _of_one_scan(first: Volume, second: Volume) -> list[str]:
+    """What the files of a pair have against its being two images of one scan, on one scale."""
+    # Those of the first image go on with its metadata.
+    known = first.metadata.get("slice_warnings", [])
+    warnings = [warning for warning in second.metadata.get("slice_warnings", []) if warning not in known]
+    scales = [image.metadata.get("signal_scale") for image in (first, second)]
+    if scales[0] and scales[1] and abs(scales[0] / scales[1] - 1) > SCALES_TOLD:
+        warnings.append(
+            f"the two images are stored on different scales, {scales[0]:g} and {scales[1]:g} a unit of signal by the"
+            " maker's own scale slope, so fat fractions are wrong: convert both to the scanner's own signal first"
+        )
+    if _differ(first, second, "study"):
+        warnings.append("the two images are of different studies (StudyInstanceUID)")
+    elif _differ(first, second, "frame_of_reference"):
+        warnings.append(
+            "the two images have different frames of reference (FrameOfReferenceUID): the patient may have moved"
+        )
+    return warnings
+
+
+def _differ(first: Volume, second: Volume, uid: str) -> bool:
+    """Whether the images' files have UIDs of that kind that are not the same."""
+    origins = [image.origin for image in (first, second)]
+    found = [
+        {getattr(one, uid) for one in origin.images} - {""} if isinstance(origin, Origin) else set()
+        for origin in origins
+    ]
+    return bool(found[0] and found[1]) and found[0] != found[1]
+
+
 def _on_grid_of(image: Volume, other: Volume) -> Volume:
     """The other volume's voxels in this one's orientation; their grids are known to be the same."""
     return replace(image.from_canonical(other.canonical().voxels), source=other.source)
@@ -565,11 +598,13 @@ def _scale(series: Volume, values: Floats, scale: float | None) -> tuple[float, 
         mappings = [one for one in series.metadata.get("real_world_values") or () if _unit(one["units"].lower())]
         if not known and mappings:
             one = mappings[0]
+            by = "a table"
+            if one["slope"] is not None:
+                by = f"another slope and intercept ({one['slope']:g}, {one['intercept']:g})"
             raise InputError(
                 "UNKNOWN_SCALE",
                 f"Expected a fat fraction whose rescale slope and intercept give its unit, received a real world value"
-                f" mapping to {one['units'][:40]!r} of another slope and intercept ({one['slope']:g},"
-                f" {one['intercept']:g}) in {name}; {help_text}.",
+                f" mapping to {one['units'][:40]!r} of {by} in {name}; {help_text}.",
             )
         if not known:
             words = _words(series)
@@ -629,7 +664,7 @@ def _facts(image: Volume) -> dict[str, Any]:
     for key in (
         "series_instance_uid", "series_description", "manufacturer", "manufacturer_model", "field_strength_t",
         "echo_times_ms", "repetition_time_ms", "flip_angle_deg", "image_type", "units", "rescale_type",
-        "real_world_values",
+        "real_world_values", "signal_scale",
     ):  # fmt: skip
         value = image.metadata.get(key)
         if value not in (None, "", (), []):

@@ -190,7 +190,18 @@ def _of_folder(folder: Path, deep: int) -> list[Path]:
             raise ClientError(
                 "NOT_READABLE", f"Expected files, received a device, a pipe or a broken link: {path}.", EXIT_BAD_INPUT
             )
-    folders = [path for path in inside if path.is_dir() and not path.is_symlink()] if deep else []
+    folders = [path for path in inside if path.is_dir()]
+    for path in folders:  # as for the reader of DICOM: slices of one that is passed over would not be missed
+        if path.is_symlink():
+            raise ClientError(
+                "NOT_READABLE", f"Expected files and folders, received a link to a folder: {path}.", EXIT_BAD_INPUT
+            )
+        if not deep:
+            raise ClientError(
+                "NOT_READABLE",
+                f"Expected folders at most {FOLDERS_DEEP} deep, received one that is deeper: {path}.",
+                EXIT_BAD_INPUT,
+            )
     members = [path for path in inside if path.is_file()]
     return members + [path for folder in folders for path in _of_folder(folder, deep - 1)]
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import stat
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -39,7 +40,8 @@ from scipy.spatial.transform import Rotation
 from lvseg import predict, waterfat
 from lvseg.errors import InputError
 from lvseg.formats import archive, read_volume, write_volume
-from serving import protocol, worker
+from serving import protocol, scans, worker
+from serving.errors import ClientError
 
 REAL_DATA = os.environ.get("LVSEG_REAL_DATA")
 real_data = pytest.mark.skipif(not REAL_DATA, reason="LVSEG_REAL_DATA is not set")
@@ -120,6 +122,7 @@ def test_slices_lie_where_their_positions_say_whatever_their_names_numbers_and_t
         "rescale_type": "",
         "units": "",
         "real_world_values": [],
+        "signal_scale": None,
         "slice_warnings": [],
         "slice_distance_source": "positions",
         "slice_files": tuple(names),
@@ -230,6 +233,26 @@ def test_a_series_with_a_member_that_is_no_file_is_refused(tmp_path, kind):
     code, sentence = error_of(read_volume, folder)
     assert code == "NOT_READABLE"
     assert is_one_sentence_naming(sentence, member)
+
+
+@pytest.mark.parametrize("kind", ["link to a folder", "deep"])
+def test_slices_in_a_folder_that_is_not_entered_are_not_left_out(tmp_path, kind):
+    folder = save(tmp_path / "series", [slice_of(index) for index in range(3)])
+    if kind == "deep":
+        rest = folder.joinpath(*"12345678", "9")
+        rest.mkdir(parents=True)
+    else:
+        rest = tmp_path / "elsewhere"
+        (folder / "rest").symlink_to(rest)
+    save(rest, [slice_of(index) for index in range(3, 6)])
+    member = rest if kind == "deep" else folder / "rest"
+    code, sentence = error_of(read_volume, folder)
+    assert code == "NOT_READABLE"
+    assert is_one_sentence_naming(sentence, member)
+    with pytest.raises(ClientError) as refused:
+        scans.files_of(folder)
+    assert refused.value.code == "NOT_READABLE"
+    assert is_one_sentence_naming(refused.value.sentence, member)
 
 
 def test_one_file_of_any_name_is_a_scan_of_one_slice(tmp_path):
@@ -735,6 +758,7 @@ def test_errors_in_a_zip_name_the_member_and_names_lead_nowhere(tmp_path):
         ("many", "ARCHIVE_LIMIT"),
         ("encrypted", "ARCHIVE_UNSUPPORTED"),
         ("lzma", "ARCHIVE_UNSUPPORTED"),
+        ("link", "ARCHIVE_UNSUPPORTED"),
         ("empty", "EMPTY_IMAGE"),
         ("no dicom", "NOT_FOUND"),
         ("text", "INPUT_CORRUPT"),
@@ -750,6 +774,12 @@ def test_a_zip_that_no_one_should_unpack_is_refused(tmp_path, monkeypatch, fault
         zipped(path, {"1.dcm": bytes(2 * 10**6)} if fault == "bomb" else {str(n): b"a" for n in range(5)})
     elif fault == "lzma":
         zipped(path, members, zipfile.ZIP_LZMA)
+    elif fault == "link":
+        zipped(path, members_of(tmp_path, [slice_of(index) for index in range(2)]))
+        with zipfile.ZipFile(path, "a") as added:
+            entry = zipfile.ZipInfo("study/series/IM0002")
+            entry.create_system, entry.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+            added.writestr(entry, "../objects/IM0002")
     elif fault in ("empty", "no dicom"):
         zipped(path, {} if fault == "empty" else {"notes.txt": b"notes " * 50})
     else:
@@ -791,6 +821,22 @@ def test_slices_that_are_further_apart_than_the_headers_say_are_told(tmp_path, c
             setattr(dataset, keyword, value)
     warnings = read_volume(save(tmp_path / "scan", slices)).metadata["slice_warnings"]
     assert [word in warning for warning in warnings] == [True] * (word is not None)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "words"),
+    [("PatientID", "Other", "2 patients"), ("StudyInstanceUID", f"{SERIES}.7", "2 studies"),
+     ("FrameOfReferenceUID", f"{SERIES}.7", "2 frames of reference"), ("FrameOfReferenceUID", "", "")],
+)  # fmt: skip
+def test_slices_of_several_scans_in_one_series_are_told(tmp_path, keyword, value, words):
+    datasets = [slice_of(index) for index in range(4)]
+    for dataset in datasets:
+        dataset.PatientID, dataset.FrameOfReferenceUID = "Somebody", SERIES
+    for dataset in datasets[2:]:
+        setattr(dataset, keyword, value)
+    warnings = read_volume(save(tmp_path / "scan", datasets)).metadata["slice_warnings"]
+    assert len(warnings) == bool(words)
+    assert all(words in warning and "Somebody" not in warning and "Other" not in warning for warning in warnings)
 
 
 @pytest.mark.parametrize("zeros", [[5], [1, 3, 5], range(6)], ids=["last", "every second", "all"])
@@ -921,6 +967,62 @@ def test_what_is_no_pair_of_water_and_fat_stays_a_choice_for_people(tmp_path):
         assert code == "MULTIPLE_SERIES", sentence
 
 
+def test_water_and_fat_of_two_studies_are_no_pair(tmp_path):
+    datasets = dixon()[:6]
+    for number, dataset in enumerate(datasets):
+        dataset.SeriesInstanceUID = dataset.StudyInstanceUID = f"{SERIES}.{number // 3}"
+    path = save(tmp_path / "study", datasets)
+    assert error_of(predict.read_scan, path, "fatfraction")[0] == "MULTIPLE_SERIES"
+    fraction = waterfat.from_water_fat(*(read_volume(path, f"*/{word}") for word in "WF"))
+    assert any("different studies" in warning for warning in fraction.metadata["fat_fraction"]["warnings"])
+
+
+def test_what_the_fat_image_s_files_have_against_it_is_told_of_the_fat_fraction(tmp_path):
+    datasets = dixon()[:6]
+    datasets[5].PatientID = "Other"
+    datasets[3].PatientID = "Somebody"
+    path = save(tmp_path / "study", datasets)
+    fraction = predict.read_scan(path, "fatfraction")
+    assert fraction.metadata["slice_warnings"] == []
+    assert any("2 patients" in warning for warning in fraction.metadata["fat_fraction"]["warnings"])
+
+
+PHILIPS = ("Philips MR Imaging DD 001", "Philips MR Imaging DD 005")
+
+
+def scale_slope(dataset: Dataset, slope: float) -> None:
+    dataset.private_block(0x2005, PHILIPS[0], create=True).add_new(0x0E, "FL", slope)
+
+
+@pytest.mark.parametrize(("fat_slope", "told"), [(2.0, True), (1.0, False)])
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_a_maker_s_scale_slope_that_is_not_the_other_image_s_is_told(tmp_path, syntax, fat_slope, told):
+    """Signal is the rescaled value / (rescale slope * scale slope): 0.5 * 4 of water, 2 or 1 * 2 of fat."""
+    datasets = dixon()[:6]
+    for number, dataset in enumerate(datasets):
+        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.RescaleSlope, dataset.RescaleIntercept = (0.5, 0) if number < 3 else (fat_slope, 0)
+        scale_slope(dataset, 4.0 if number < 3 else 2.0)
+    path = save(tmp_path / "study", datasets)
+    water, fat = (read_volume(path, f"12/{word}") for word in "WF")
+    assert (water.metadata["signal_scale"], fat.metadata["signal_scale"]) == (2.0, 2 * fat_slope)
+    provenance = waterfat.from_water_fat(water, fat).metadata["fat_fraction"]
+    assert any("different scales, 2 and 4" in warning for warning in provenance["warnings"]) == told
+    assert provenance["sources"]["fat"]["signal_scale"] == 2 * fat_slope
+
+
+def test_a_scale_slope_in_a_maker_s_own_groups_of_a_frame_is_found_and_several_are_none(tmp_path):
+    dataset = enhanced(own=False)
+    for last in (4.0, 8.0):
+        for number, frame in enumerate(dataset.PerFrameFunctionalGroupsSequence):
+            frame.PixelValueTransformationSequence[0].RescaleSlope = 0.5
+            item = Dataset()
+            scale_slope(item, last if number == 2 else 4.0)
+            frame.private_block(0x2005, PHILIPS[1], create=True).add_new(0x0F, "SQ", [item])
+        dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+        assert read_volume(tmp_path / "a.dcm").metadata["signal_scale"] == (2.0 if last == 4.0 else None)
+
+
 def test_of_several_series_the_one_that_is_named_makes_the_fat_fraction(tmp_path):
     datasets = [*dixon()[:6], *dixon()[:6], *dixon()[6:]]
     for place, dataset in enumerate(datasets):
@@ -1024,6 +1126,17 @@ def test_an_enhanced_ct_has_hounsfield_units_from_its_functional_groups(tmp_path
     assert scan.voxels.dtype == np.int16
     np.testing.assert_array_equal(scan.voxels, pixels_of(3) - 1024)
     assert (scan.metadata["modality"], scan.metadata["rescale_type"]) == ("CT", "HU")
+
+
+def test_a_multi_frame_file_that_has_its_rescaling_beside_the_frames_groups_is_rescaled(tmp_path):
+    dataset = enhanced(own=False)
+    for frame in dataset.PerFrameFunctionalGroupsSequence:
+        del frame.PixelValueTransformationSequence
+    dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 2, -1024, "HU"
+    dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    scan = read_volume(tmp_path / "a.dcm")
+    np.testing.assert_array_equal(scan.voxels, 2 * pixels_of(3) - 1024)
+    assert scan.metadata["rescale_type"] == "HU"
 
 
 def test_a_zip_that_is_sent_to_the_server_is_unpacked_within_its_limits(tmp_path):

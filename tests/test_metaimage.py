@@ -195,6 +195,13 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
     assert error_of(read_volume, path)[0] == "DECOMPRESS_LIMIT"
 
 
+def test_a_suffix_in_capitals_makes_one_file_of_that_name(tmp_path):
+    scan = Volume(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4))
+    assert write_volume(scan, tmp_path / "scan.MHA") == [tmp_path / "scan.MHA"]
+    assert [file.name for file in tmp_path.iterdir()] == ["scan.MHA"]
+    np.testing.assert_array_equal(read_volume(tmp_path / "scan.MHA").voxels, scan.voxels)
+
+
 def test_a_dtype_that_the_format_lacks_is_refused_and_leaves_nothing(tmp_path):
     half = volume().with_voxels(np.zeros((5, 6, 7), np.float16))
     for suffix in (".mha", ".nrrd"):

@@ -2,6 +2,8 @@
 
 import gzip
 import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,20 @@ def test_written_files_say_scanner_coordinates_in_millimetres(tmp_path):
     np.testing.assert_allclose(header.get_qform(), header.get_sform(), atol=1e-4)
 
 
+def test_a_pixdim_that_contradicts_an_sform_is_refused_however_the_axes_lean(tmp_path):
+    """0.17 degrees off a right angle, which counts as a rounded one, is not off by so much that nothing is compared."""
+    affine = np.diag([1.0, 1.0, 10.0, 1.0])
+    affine[0, 2] = 0.03
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(None, code=0, update_affine=False)
+    image.header["pixdim"][1] = 1.2
+    path = tmp_path / "scan.nii"
+    with path.open("wb") as file:
+        file.write(image.header.binaryblock + bytes(4) + image.get_fdata().astype(np.int16).tobytes())
+    assert error_of(read_volume, path)[0] == "GEOMETRY_AMBIGUOUS"
+
+
 def test_qform_alone_is_believed(tmp_path):
     image = nibabel.Nifti1Image(ramp(), AFFINE_RAS)
     image.set_qform(AFFINE_RAS, code=1)
@@ -248,6 +264,39 @@ def test_a_header_with_any_bytes_changed_is_read_or_refused_but_never_breaks(tmp
         assert read_volume(tmp_path / "changed.nii").voxels.size * 2 <= len(content)
     except InputError as error:
         assert is_one_sentence_naming(error.sentence, tmp_path / "changed.nii")
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from lvseg.formats import write_volume
+from lvseg.volume import Volume
+mask = np.zeros((20, 50, 50), np.uint8)
+mask[5:15, 15:35, 15:35] = 1  # packs to a kilobyte, which waits in a writer's buffer until the file is closed
+scan, path, limit = Volume(mask, np.eye(4)), Path(sys.argv[1]), resource.RLIMIT_FSIZE
+write_volume(scan, path)
+whole = path.stat().st_size
+path.unlink()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for room in (whole - 1, whole // 2, 1):
+    resource.setrlimit(limit, (room, resource.getrlimit(limit)[1]))
+    try:
+        write_volume(scan, path)
+        sys.exit(f"written with room for {room} of {whole} bytes")
+    except OSError:
+        pass
+"""
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha", ".vti", ".vtk"])
+def test_a_file_that_does_not_fit_is_an_error_and_leaves_nothing(tmp_path, suffix):
+    """A limit on the size of files stands for a full disk."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / f"liver{suffix}")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_writing_to_an_unknown_suffix_names_the_valid_ones(tmp_path):

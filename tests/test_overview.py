@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 
+import dataset_trees as trees
 import numpy as np
 import PIL.Image
 import pytest
@@ -181,6 +182,23 @@ def test_an_organ_that_the_field_cuts_off_is_told(odd_study, monkeypatch):
     shards = shards_of(odd_study, monkeypatch, size=32, spacing_mm=(1.0, 1.0))
     rows = overview.write(shards.folder, ONE).with_name("summary.csv").read_text(encoding="utf-8")
     assert "the scan is 120 mm high, the field 32 mm" in rows
+
+
+def test_what_a_scan_s_headers_have_against_its_slices_is_told(tmp_path, monkeypatch, capsys):
+    """Slices twice as far apart as SpacingBetweenSlices: every second one may be missing."""
+    for number in range(3):
+        image, liver, _ = trees.body(number)
+        names = [f"{index:03d}.dcm" for index in range(len(image))]
+        distance_mm = trees.SPACING_MM[0] / (2 if number == 1 else 1)
+        trees.write_dicom(tmp_path / f"raw/p{number}/dicom", names, image, SpacingBetweenSlices=distance_mm)
+        trees.write_nifti(tmp_path / f"raw/p{number}/mask.nii.gz", liver.astype(np.uint8))
+    write_card(tmp_path, "a", root="../raw", image="{patient}/dicom", mask="{patient}/mask.nii.gz",
+               labels={"organ": [1]})  # fmt: skip
+    shards = shards_of(tmp_path, monkeypatch)
+    told = [line for line in capsys.readouterr().err.splitlines() if "some may be missing" in line]
+    assert len(told) == 1 and "raw/p1/dicom" in told[0]
+    cards = Page(overview.write(shards.folder, ONE).read_text(encoding="utf-8")).cards
+    assert [name[:2] for name, card in cards.items() if "some may be missing" in card["text"]] == ["p1"]
 
 
 def test_names_from_files_are_text(odd_study, monkeypatch):

@@ -155,10 +155,15 @@ class AsTensorFlowServing(http.server.BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_examples_without_the_server_give_the_mask_of_predict(exported, signatures, tmp_path, number):
-    """Those of docs/serving.md, as they stand there."""
-    shutil.copytree(exported, tmp_path / "models/volume/1")
+    """Those of docs/serving.md, as they stand there, of a scan with padding and a model that wants its masks mended."""
+    folder = tmp_path / "models/volume/1"
+    shutil.copytree(exported, folder)
+    facts = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**facts, "postprocessing": ["largest_component"]}))
     affine = np.array([[0, 0, 2.0, 0], [0, -2.5, 0, 0], [5.0, 0, 0, 0], [0, 0, 0, 1]])
-    write_volume(Volume(VOXELS, affine), tmp_path / "scan.nii.gz")
+    voxels = VOXELS.copy()
+    voxels[:, :8, :8] = -2000
+    write_volume(Volume(voxels, affine), tmp_path / "scan.nii.gz")
     example = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.DOTALL)[number]
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), AsTensorFlowServing) as server:
         server.signature = signatures["serving_default"]
@@ -168,7 +173,7 @@ def test_the_examples_without_the_server_give_the_mask_of_predict(exported, sign
             [sys.executable, "-c", example], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
         )
         server.shutdown()
-    mask = Segmenter(exported).segment(read_volume(tmp_path / "scan.nii.gz")).mask.canonical()
+    mask = Segmenter(folder).segment(read_volume(tmp_path / "scan.nii.gz")).mask.canonical()
     written = read_volume(tmp_path / "liver.vtk").canonical()
     assert np.mean(written.voxels != mask.voxels) < 1e-3 and 0 < written.voxels.mean() < 1
     np.testing.assert_allclose(written.affine, mask.affine, atol=1e-4)

@@ -543,6 +543,20 @@ def test_a_mapping_to_percent_that_is_not_the_rescaling_is_not_passed_over(tmp_p
     np.testing.assert_allclose(from_series(scan, 0.8).voxels, stored * 0.8, atol=1e-3)
 
 
+def test_a_mapping_to_percent_by_a_table_is_not_passed_over(tmp_path):
+    """The table says tenths of a percent, the range of the stored values percent."""
+    [item] = mapping(0.1, 0, "%")
+    del item.RealWorldValueSlope, item.RealWorldValueIntercept
+    item.RealWorldValueFirstValueMapped, item.RealWorldValueLastValueMapped = 0, 100
+    item.RealWorldValueLUTData = [value / 10 for value in range(101)]
+    stored = np.rint(series(1.0)[1])
+    scan = read_volume(write_dicom(tmp_path / "ff", {"FF": (stored, {"RealWorldValueMappingSequence": [item]})}))
+    with pytest.raises(InputError, match="mapping to '%' of a table") as error:
+        from_series(scan)
+    assert error.value.code == "UNKNOWN_SCALE"
+    assert told(from_series(scan, 0.1))["scale"]["percent_per_unit"] == 0.1
+
+
 @pytest.mark.parametrize(
     ("word", "description", "known"),
     [("M", "t1 vibe", False), ("M", "q-dixon_PDFF", True), ("M", "liver FF", True), ("M", "off", False),

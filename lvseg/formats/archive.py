@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 import struct
 import zipfile
 import zlib
@@ -71,6 +72,10 @@ def unzip(source: Path, folder: Path, content_bytes: int, members: int, name: st
                     raise InputError(
                         "ARCHIVE_UNSUPPORTED",
                         f"Expected members stored or deflated and not encrypted, received another in {name}.",
+                    )
+                if stat.S_ISLNK(entry.external_attr >> 16):  # to a slice that would not be missed
+                    raise InputError(
+                        "ARCHIVE_UNSUPPORTED", f"Expected files, received a link in {name}; pack what it leads to."
                     )
                 name_in_zip = entry.filename.replace("\\", "/").rpartition("/")[2]
                 kept = f"{number:06d}{kept_suffix(name_in_zip)}"

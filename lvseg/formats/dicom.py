@@ -8,7 +8,8 @@ alone and no SpacingBetweenSlices, and the metadata says so.
 
 Nothing is picked, filled in or left out: one whole, evenly spaced stack of slices is read. Where there are several,
 `dicom_series` lists them and lets one be chosen. Files that are no DICOM, a DICOMDIR, and objects that have no pixels
-by their kind are passed over. A folder holds what the folders in it hold, as a zip does.
+by their kind are passed over. A folder holds what the folders in it hold, as a zip does; a link to a folder, or folders
+deeper than FOLDERS_DEEP, might hold slices too, and are refused.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from lvseg.formats.dicom_file import (
     with_pixels,
 )
 from lvseg.formats.dicom_geometry import Plane, affine_of, check_consistent, heights_mm, plane_of, slice_warnings
-from lvseg.formats.dicom_origin import origin_of
+from lvseg.formats.dicom_origin import origin_of, origin_warnings
 from lvseg.formats.dicom_series import Frame, choose, echo_time_ms
 from lvseg.volume import Volume
 
@@ -61,6 +62,9 @@ NUMBERS = {
     "repetition_time_ms": "RepetitionTime",
     "flip_angle_deg": "FlipAngle",
 }
+# Philips: signal as the scanner measured it is the rescaled value / (rescale slope * this private scale slope), of one
+# scan's images each with its own (Chenevert et al., Transl Oncol 2014, 7:65).
+PHILIPS_GROUP, PHILIPS_BLOCK, SCALE_SLOPE = 0x2005, "PHILIPS MR IMAGING DD 001", 0x0E
 
 
 def read(path: Path | Sequence[Path], series: str | None = None, on: Volume | None = None) -> Volume:
@@ -77,8 +81,10 @@ def read(path: Path | Sequence[Path], series: str | None = None, on: Volume | No
         labels (`dicom_seg`). Metadata: the keys of `WORDS` (empty where the file has none) and `NUMBERS` (None where it
         has none), `image_type` (list of words), `echo_times_ms`, `units` (of the rescaled values, empty if none are
         given), `real_world_values` (further mappings of the stored values: slope, intercept, units, label),
+        `signal_scale` (rescaled values a unit of the signal as the scanner measured it, None where files do not say or
+        not one for all slices),
         `slice_distance_source` ("positions", "SpacingBetweenSlices" or "SliceThickness"), `slice_warnings` (what the
-        headers have against it), `slice_files` (the file of
+        headers have against it, and against the slices' being of one scan), `slice_files` (the file of
         each slice, of single-frame series) and `format` ("DICOM"). Of images also the `origin` (`dicom_origin`).
 
     Raises:
@@ -147,7 +153,14 @@ def _of_folder(folder: Path, deep: int) -> list[Path]:
         if not entry.is_file() and not entry.is_dir():  # such as a link to a slice that is gone
             raise InputError("NOT_READABLE", f"Expected files, received a device, a pipe or a broken link: {entry}.")
     files = [entry for entry in inside if entry.is_file() and holds_dicom(entry) and not is_directory_file(entry)]
-    folders = [entry for entry in inside if entry.is_dir() and not entry.is_symlink()] if deep else []
+    folders = [entry for entry in inside if entry.is_dir()]
+    for entry in folders:  # slices of one that is passed over would not be missed
+        if entry.is_symlink():
+            raise InputError("NOT_READABLE", f"Expected files and folders, received a link to a folder: {entry}.")
+        if not deep:
+            raise InputError(
+                "NOT_READABLE", f"Expected folders at most {FOLDERS_DEEP} deep, received one that is deeper: {entry}."
+            )
     return files + [file for entry in folders for file in _of_folder(entry, deep - 1)]
 
 
@@ -168,10 +181,11 @@ def _read_files(
     voxels = _voxels(planes, rescaling, path)
     metadata = _metadata([plane.frame for plane in planes], rescaling)
     metadata["slice_distance_source"] = source
-    metadata["slice_warnings"] = slice_warnings(planes)
+    origin = origin_of(planes)
+    metadata["slice_warnings"] = slice_warnings(planes) + origin_warnings(planes, origin)
     if all("PerFrameFunctionalGroupsSequence" not in frame.file.header for frame in frames):
         metadata["slice_files"] = tuple(names.get(plane.path.name, plane.path.name) for plane in planes)
-    return Volume(voxels, affine, source=str(path), metadata=metadata, origin=origin_of(planes))
+    return Volume(voxels, affine, source=str(path), metadata=metadata, origin=origin)
 
 
 def _distinct(frames: Sequence[Frame]) -> Iterator[DicomFile]:
@@ -185,8 +199,9 @@ def _distinct(frames: Sequence[Frame]) -> Iterator[DicomFile]:
 def _rescaling(frame: Frame) -> tuple[float, float]:
     """Slope and intercept from stored to rescaled values."""
     path = frame.file.path
-    slope = float(numbers(frame.groups, "RescaleSlope", 1, path, default=1.0)[0])
-    intercept = float(numbers(frame.groups, "RescaleIntercept", 1, path, default=0.0)[0])
+    groups = [*frame.groups, frame.file.header]  # where some writers of multi-frame files leave them
+    slope = float(numbers(groups, "RescaleSlope", 1, path, default=1.0)[0])
+    intercept = float(numbers(groups, "RescaleIntercept", 1, path, default=0.0)[0])
     if slope == 0:
         raise InputError("UNSUPPORTED_PIXEL_TYPE", f"Expected a RescaleSlope other than 0, received 0 in {path}.")
     return slope, intercept
@@ -229,21 +244,60 @@ def _metadata(frames: Sequence[Frame], rescaling: Sequence[tuple[float, float]])
         "echo_times_ms": echo_times_ms,
         "units": same[0] if same and len(set(rescaling)) == 1 else "",
         "real_world_values": mappings,
+        "signal_scale": _signal_scale(frames, rescaling),
         "format": "DICOM",
     }
 
 
+def _signal_scale(frames: Sequence[Frame], rescaling: Sequence[tuple[float, float]]) -> float | None:
+    """Rescaled values a unit of signal, where the maker's own element says it and it is one for all images."""
+    slopes = [_scale_slope(frame) for frame in frames]
+    scales = {float(f"{slope * own:.6g}") for (slope, _), own in zip(rescaling, slopes, strict=True) if own is not None}
+    return scales.pop() if len(scales) == 1 and None not in slopes else None
+
+
+def _scale_slope(frame: Frame) -> float | None:
+    """Philips's scale slope: in the header, or in a sequence of Philips's own in a frame's functional groups."""
+    header = frame.file.header
+    own = header.get("PerFrameFunctionalGroupsSequence") or [header]
+    for group in [own[frame.index], *(header.get("SharedFunctionalGroupsSequence") or []), header]:
+        try:
+            for dataset in _with_items(group.group_dataset(PHILIPS_GROUP)):
+                for creator in dataset.private_creators(PHILIPS_GROUP):
+                    block = dataset.private_block(PHILIPS_GROUP, creator)
+                    if creator.upper() == PHILIPS_BLOCK and SCALE_SLOPE in block:
+                        slope = float(block[SCALE_SLOPE].value)
+                        if np.isfinite(slope) and slope > 0:
+                            return slope
+        except Exception:  # a maker's element that cannot be parsed says nothing
+            continue
+    return None
+
+
+def _with_items(dataset: pydicom.Dataset) -> Iterator[pydicom.Dataset]:
+    """The dataset, and the items of its sequences, which are parsed only if they are asked for."""
+    yield dataset
+    for element in dataset:
+        if element.VR == "SQ":
+            yield from element.value
+
+
 def _real_world_values(groups: Sequence[pydicom.Dataset]) -> list[dict[str, Any]]:
-    """Mappings of the stored values to a physical quantity: its slope, intercept, units and label."""
+    """Mappings of the stored values to a physical quantity: its slope, intercept (None of a table), units and label."""
     items = [item for group in groups for item in group.get("RealWorldValueMappingSequence") or []]
-    items += [group for group in groups if "RealWorldValueSlope" in group]  # of an Enhanced object's functional groups
+    words = ("RealWorldValueSlope", "RealWorldValueLUTData")
+    items += [
+        group for group in groups if any(word in group for word in words)
+    ]  # of an Enhanced object's functional groups
     mappings = []
     for item in items:
         slope = number_or_none([item], "RealWorldValueSlope")
         intercept = number_or_none([item], "RealWorldValueIntercept")
         codes = list(item.get("MeasurementUnitsCodeSequence") or [])
         if slope is None or intercept is None:
-            continue
+            if "RealWorldValueLUTData" not in item:
+                continue
+            slope = intercept = None
         units = text(codes, "CodeValue") or text(codes, "CodeMeaning")
         mappings.append({"slope": slope, "intercept": intercept, "units": units, "label": text([item], "LUTLabel")})
     return mappings

@@ -99,6 +99,18 @@ def origin_of(planes: Sequence[Plane]) -> Origin:
     return Origin(_kept(planes[0].frame.file.header), images)
 
 
+def origin_warnings(planes: Sequence[Plane], origin: Origin) -> list[str]:
+    """What the headers have against the slices' being of one scan: a sentence, or none. It names no patient."""
+    headers = {id(plane.frame.file): plane.frame.file.header for plane in planes}.values()
+    found = {
+        "patients": {text([header], "PatientID") for header in headers},
+        "studies": {image.study for image in origin.images},
+        "frames of reference": {image.frame_of_reference for image in origin.images},
+    }
+    told = [f"{len(named)} {name}" for name, values in found.items() if len(named := values - {""}) > 1]
+    return [f"the slices' files name {' and '.join(told)}: they may not be of one scan"] if told else []
+
+
 def check_origin(scan: Volume) -> Origin:
     """What a segmentation needs to know of its scan.
 

@@ -149,7 +149,7 @@ def write(volume: Volume, path: Path) -> None:
 
     Args:
         volume: any dtype that MetaImage has.
-        path: ends in .mha.
+        path: ends in .mha, in whatever case.
 
     Raises:
         InputError: UNSUPPORTED_PIXEL_TYPE for a dtype that MetaImage lacks, such as float16.
@@ -166,10 +166,29 @@ def write(volume: Volume, path: Path) -> None:
     image.SetSpacing(reverse(volume.spacing_mm))
     image.SetOrigin(volume.affine[:3, 3].tolist())
     image.SetDirection(directions_ijk(volume).ravel().tolist())
+    plain = path.with_suffix(".mha")  # of any other suffix, .MHA too, ITK makes two files of other names
     try:
-        SimpleITK.WriteImage(image, str(path), True)
-    except RuntimeError as error:
+        SimpleITK.WriteImage(image, str(plain), True)
+        _check_written(plain)
+        plain.replace(path)
+    except (RuntimeError, InputError) as error:
         raise OSError(f"SimpleITK could not write {path}") from error
+    finally:
+        if plain != path:
+            plain.unlink(missing_ok=True)
+
+
+def _check_written(path: Path) -> None:
+    """Refuses a file without its end: ITK says nothing where the disk was full when it closed the file.
+
+    Raises:
+        InputError: INPUT_TRUNCATED.
+    """
+    with path.open("rb") as file:
+        expected = whole_number(_header(file, path).get("CompressedDataSize", ""), path)
+        received = path.stat().st_size - file.tell()
+    if received != expected:
+        raise truncated(path, expected, received)
 
 
 def _header(file: IO[bytes], path: Path) -> dict[str, str]:

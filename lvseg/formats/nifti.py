@@ -27,7 +27,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from lvseg.errors import InputError
 from lvseg.formats.checks import DEFLATE_RATIO, storable, truncated, voxel_bytes
-from lvseg.volume import Volume
+from lvseg.volume import SHEAR_TOLERANCE_RAD, Volume
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Of the smallest spacing: less than a mask can show, and well above what rounding in float32 and in writers makes.
@@ -200,8 +200,8 @@ def _affine(header: Nifti1Header, shape: tuple[int, int, int], path: Path) -> np
         )
     columns = header.get_sform()[:3, :3]
     steps_mm = np.linalg.norm(columns, axis=0)
-    across = columns.T @ columns - np.diag(steps_mm**2)  # of a sheared sform, which is refused as such
-    is_sheared = np.abs(across).max() > PIXDIM_TOLERANCE * steps_mm.min() ** 2
+    across = np.abs(columns.T @ columns / np.outer(steps_mm, steps_mm) - np.eye(3))
+    is_sheared = across.max() > SHEAR_TOLERANCE_RAD  # and will be refused as such
     if has_sform and not is_sheared and not np.allclose(steps_mm, spacings, rtol=PIXDIM_TOLERANCE, atol=0):
         raise InputError(
             "GEOMETRY_AMBIGUOUS",
