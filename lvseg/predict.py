@@ -21,7 +21,7 @@ import numpy as np
 
 from lvseg import allocator, biomarkers, command, waterfat
 from lvseg.errors import InputError
-from lvseg.formats import Algorithm, check_writable, read_volume, stem, write_mask
+from lvseg.formats import Algorithm, check_writable, places_of, read_volume, stem, write_mask
 from lvseg.postprocess import postprocess
 from lvseg.volume import Array, Volume, as_float32
 
@@ -540,7 +540,7 @@ def check_outputs(scans: Sequence[Path], outputs: Sequence[Path], measurements: 
     """Refuses outputs that would overwrite a scan or each other, or that cannot be written: InputError BAD_OUTPUT."""
     sidecars = [path.with_name(f"{path.name}.json") for path in outputs]
     written = [*outputs, *sidecars, *([measurements] if measurements is not None else [])]
-    inputs = {path.resolve() for path in scans}
+    inputs = places_of(scans)
     for number, path in enumerate(written):
         whole = path.resolve()
         if whole in inputs or any(parent in inputs for parent in whole.parents):

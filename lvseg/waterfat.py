@@ -41,7 +41,7 @@ from scipy import special
 
 from lvseg import command
 from lvseg.errors import InputError
-from lvseg.formats import read_volume, stem, write_volume
+from lvseg.formats import places_of, read_volume, stem, write_volume
 from lvseg.formats.dicom_origin import Origin
 from lvseg.swap import check_swap, warnings_of
 from lvseg.volume import Array, Volume, as_float32, check_same_grid
@@ -798,7 +798,7 @@ def _write_fraction(arguments: argparse.Namespace) -> None:
 def _check_output(outputs: Sequence[Path], sources: Sequence[Path]) -> None:
     """Refuses outputs that are an input, lie in one, or are folders: InputError BAD_OUTPUT."""
     # The JSON beside an input, as converters of DICOM write it, is the user's own.
-    inputs = {path.resolve() for source in sources for path in (source, source.with_name(f"{stem(source)}.json"))}
+    inputs = places_of(path for source in sources for path in (source, source.with_name(f"{stem(source)}.json")))
     for path in outputs:
         whole = path.resolve()
         if whole in inputs or any(parent in inputs for parent in whole.parents):

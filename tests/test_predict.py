@@ -634,6 +634,7 @@ def test_bad_scans_get_one_sentence_that_names_the_file_and_exit_code_2(exported
         (["a.nii.gz", "-o", "a.nii.gz"], "scan's own"),
         (["a.nii.gz", "-o", ".", "--format", "nii.gz"], "scan's own"),
         (["a.nii.gz", "-o", "liver.vtk", "--json", "x/../a.nii.gz"], "scan's own"),
+        (["header.mhd", "-o", "voxels.mha"], "scan's own"),
         (["a.nii.gz", "-o", "liver.vtk", "--json", "liver.vtk"], "twice"),
         (["a.nii.gz", "-o", "liver.vtk", "--json", "liver.vtk.json"], "twice"),
         (["a.nii.gz", "-o", "liver.vtk", "--json", "x"], "folder x"),
@@ -648,11 +649,16 @@ def test_outputs_that_cannot_be_are_refused_and_scans_stay(exported, tmp_path, m
     (tmp_path / "x").mkdir()
     for name in ("a.nii.gz", "b.nii.gz", "x/a.nii.gz"):
         write_volume(scan("a", 0)[0], tmp_path / name)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.nii.gz")}
+    (tmp_path / "header.mhd").write_text(
+        "ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementSpacing = 1 1 1\nElementType = MET_UCHAR\n"
+        "ElementDataFile = voxels.mha\n"
+    )
+    (tmp_path / "voxels.mha").write_bytes(bytes(64))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     assert predict.main(["--model", str(exported), *arguments]) == 2
     said = capsys.readouterr().err
     assert word in said and "Traceback" not in said
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.nii.gz")} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
 @pytest.fixture(scope="module")

@@ -739,6 +739,7 @@ def test_help_shows_an_example(capsys):
         (["--water", "water.nii.gz", "--fat", "fat.nii.gz", "-o", "water.nii.gz"], "an input's own"),
         (["--water", "water.nii.gz", "--fat", "fat.nii.gz", "-o", "x/../fat.nii.gz"], "an input's own"),
         (["--water", "water.nii.gz", "--fat", "fat.nii.gz", "-o", "water.mha"], "water.json"),
+        (["--series", "header.mhd", "-o", "voxels.mha"], "an input's own"),
         (["--water", "water.nii.gz", "--fat", "fat.nii.gz", "-o", "x"], "x"),
         (["--water", "water.nii.gz", "--fat", "fat.nii.gz", "-o", "o.png"], "o.png"),
         (["--water", "water.nii.gz", "--fat", "fat.nii.gz", "--scale", "2", "-o", "o.nii.gz"], "scale"),
@@ -749,6 +750,11 @@ def test_help_shows_an_example(capsys):
 def test_wrong_use_is_one_sentence_and_changes_nothing(files, tmp_path, monkeypatch, capsys, arguments, word):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").mkdir()
+    (tmp_path / "header.mhd").write_text(
+        "ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementSpacing = 1 1 1\nElementType = MET_UCHAR\n"
+        "ElementDataFile = voxels.mha\n"
+    )
+    (tmp_path / "voxels.mha").write_bytes(bytes(64))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     assert run(*arguments) == 2
     said = capsys.readouterr().err.strip()

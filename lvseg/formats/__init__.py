@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from lvseg.command import atomic
@@ -158,6 +159,17 @@ def files_of(path: Path) -> list[Path]:
     find = DATA_FILES.get("" if path.is_dir() else _suffix(path))
     data = find(path) if find is not None else None
     return [path] if data is None else [path, data]
+
+
+def places_of(scans: Iterable[Path]) -> set[Path]:
+    """Files and folders that are scans' own, resolved: themselves, and the data files beside headers that can be read."""
+    found = set()
+    for scan in scans:
+        files = [scan]
+        with contextlib.suppress(InputError, OSError):  # what is wrong with a scan is told when it is read
+            files = files_of(scan)
+        found |= {file.resolve() for file in files}
+    return found
 
 
 def _read(path: Path | str | Sequence[Path | str], series: str | None, on: Volume | None) -> Volume:
