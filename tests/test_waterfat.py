@@ -18,10 +18,11 @@ from scipy import ndimage
 from lvseg import preprocess, records, swap, waterfat
 from lvseg.errors import InputError
 from lvseg.formats import read_volume, write_volume
+from lvseg.noise import noise_floor
 from lvseg.phantom.anatomy import Tissue
 from lvseg.phantom.patients import draw_anatomy
 from lvseg.volume import Volume
-from lvseg.waterfat import from_in_opposed_phase, from_series, from_water_fat, noise_floor
+from lvseg.waterfat import from_in_opposed_phase, from_series, from_water_fat
 
 SPACING_MM = (6.0, 3.0, 3.0)
 

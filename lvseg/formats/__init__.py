@@ -162,7 +162,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def places_of(scans: Iterable[Path]) -> set[Path]:
-    """Files and folders that are scans' own, resolved: themselves, and the data files beside headers that can be read."""
+    """Files and folders that are scans' own, resolved: themselves, and data files beside headers that can be read."""
     found = set()
     for scan in scans:
         files = [scan]
