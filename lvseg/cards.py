@@ -9,12 +9,13 @@ and study must be one file or folder: two are an error, never a choice made sile
 from __future__ import annotations
 
 import csv
+import fnmatch
 import glob
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -31,6 +32,7 @@ PLACEHOLDERS = ("patient", "study")
 # The keys that name images, in the order they are read; a card has the keys of one group.
 IMAGE_KEYS = (("image",), ("water", "fat"), ("in_phase", "opposed_phase"))
 LARGEST_LABEL = 65535
+MOST_CLASSES = 255  # beside the background: labels are written in 8 bits
 MOST_NAMES = 5  # in a sentence that lists files or patients
 
 
@@ -134,6 +136,9 @@ class Card(Keys):
         for key in ("patient_pattern", "patients.pattern"):
             expression = self.patient_pattern if key == "patient_pattern" else getattr(self.patients, "pattern", None)
             _check_expression(key, expression, groups=1 if key == "patients.pattern" else None)
+        if self.patient_pattern is not None:
+            used = _expression("{patient}", f"(?:{self.patient_pattern})")
+            _check_expression("patient_pattern", self.patient_pattern, groups=None, used=used)
         self._check_labels()
         return self
 
@@ -142,6 +147,8 @@ class Card(Keys):
             raise ValueError(
                 f"expected labels to be named, none of them background, each with values, received {self.labels}"
             )
+        if len(self.labels) > MOST_CLASSES:
+            raise ValueError(f"expected labels of at most {MOST_CLASSES} classes, received {len(self.labels)}")
         taken: dict[int, str] = {}
         for name, entries in self.labels.items():
             if isinstance(self.mask, dict):
@@ -264,6 +271,7 @@ def survey(card: Card, root: Path) -> tuple[list[Scan], list[Path]]:
     Raises:
         InputError: NOT_FOUND if there are none, a scan lacks a file, or a patient that the card names has none;
             AMBIGUOUS_PATH if a pattern finds several files for one patient and study, or one file for two.
+        PermissionError: for a folder that cannot be read and may be of one of the card's patients.
     """
     key, pattern = next(iter(card.images.items()))
     found = _images(card, root, key, pattern)
@@ -417,7 +425,13 @@ def _matching(
     card: Card, root: Path, key: str, pattern: str, listed: set[str] | None
 ) -> Iterator[tuple[str, str, Path]]:
     """Patient, study and path of whatever a pattern finds of the card's patients, by path."""
-    for path in sorted(root.glob(_glob(pattern, patient="*", study="*"))):
+    parts = Path(pattern).parts
+
+    def is_ours(folder: Path) -> bool:
+        above = "/".join(parts[: len(folder.parts)])
+        return "{patient}" not in above or _reading(card, above, listed, folder) is not None
+
+    for path in sorted(_found(root, _glob(pattern, patient="*", study="*"), is_ours)):
         relative = path.relative_to(root)
         if _is_hidden(relative) or re.fullmatch(_expression(pattern), relative.as_posix()) is None:
             continue
@@ -458,7 +472,7 @@ def _expression(pattern: str, ids: str | None = None, lazy: bool = False) -> str
     """
     any_text = "[^/]+?" if lazy else "[^/]+"
     parts, seen = [], set()
-    for token in re.split(r"(\{\w+\}|\*|\?)", pattern):
+    for token in _tokens(pattern):
         name = token[1:-1] if token.startswith("{") else ""
         if name:
             parts.append(
@@ -470,6 +484,11 @@ def _expression(pattern: str, ids: str | None = None, lazy: bool = False) -> str
     return "".join(parts)
 
 
+def _tokens(pattern: str) -> list[str]:
+    """Placeholders, wildcards and the text between them, of the pattern as paths are spelt: without ./ and a last /."""
+    return re.split(r"(\{\w+\}|\*|\?)", Path(pattern).as_posix())
+
+
 def _glob(pattern: str, patient: str, study: str) -> str:
     """The pattern for pathlib's glob: literal but for * and ?, with the placeholders filled in."""
     literal = re.sub(r"\[", "[[]", pattern)
@@ -478,7 +497,7 @@ def _glob(pattern: str, patient: str, study: str) -> str:
 
 
 def _matches(root: Path, pattern: str, patient: str, study: str) -> list[Path]:
-    found = root.glob(_glob(pattern, glob.escape(patient), glob.escape(study)))
+    found = _found(root, _glob(pattern, glob.escape(patient), glob.escape(study)))
     expression = _expression_of(pattern, {"patient": patient, "study": study})
     relative = ((path, path.relative_to(root)) for path in found)
     return sorted(
@@ -486,12 +505,49 @@ def _matches(root: Path, pattern: str, patient: str, study: str) -> list[Path]:
     )
 
 
+def _found(root: Path, pattern: str, is_ours: Callable[[Path], bool] = lambda _: True) -> list[Path]:
+    """What lies at a pattern of glob's below root, broken links included.
+
+    pathlib's own glob passes over folders that may not be read and links to files that are not there: their patients
+    would be missing without a word.
+
+    Args:
+        is_ours: whether a folder that cannot be read, relative to root, may hold what is looked for.
+
+    Raises:
+        PermissionError: for such a folder.
+    """
+    found = [root]
+    for part in Path(pattern).parts:
+        inside: list[Path] = []
+        for folder in found:
+            try:
+                inside += _inside(folder, part)
+            except PermissionError:
+                if is_ours(folder.relative_to(root)):
+                    raise
+        found = inside
+    return found
+
+
+def _inside(folder: Path, part: str) -> list[Path]:
+    """What of a folder a part of a pattern fits, but for what is hidden; nothing in what is no folder."""
+    try:
+        if glob.has_magic(part):
+            fits = re.compile(fnmatch.translate(part)).fullmatch
+            return [path for path in folder.iterdir() if fits(path.name) and not path.name.startswith(".")]
+        (folder / part).lstat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
+        return []
+    return [folder / part]
+
+
 def _expression_of(pattern: str, values: Mapping[str, str]) -> str:
     """The pattern of one patient and study; behind an id, * and ? do not go on with its number or word.
 
     So that P1* finds P1_2025 and P1a, but not what is of P10.
     """
-    tokens, parts = [token for token in re.split(r"(\{\w+\}|\*|\?)", pattern) if token], []
+    tokens, parts = [token for token in _tokens(pattern) if token], []
     for token, after in itertools.zip_longest(tokens, tokens[1:]):
         value = values[token[1:-1]] if token.startswith("{") else ""
         parts.append(re.escape(value) if value else {"*": "[^/]*", "?": "[^/]"}.get(token, re.escape(token)))
@@ -651,11 +707,13 @@ def _check_pattern(key: str, pattern: str) -> None:
         raise ValueError(f"expected {key} to be a path below root, without .. and **, received {pattern}")
 
 
-def _check_expression(key: str, expression: str | None, groups: int | None) -> None:
+def _check_expression(key: str, expression: str | None, groups: int | None, used: str | None = None) -> None:
+    """ValueError for what is no regular expression, or is none as it is used, within a larger one."""
     if expression is None:
         return
     try:
         compiled = re.compile(expression)
+        re.compile(used or expression)
     except re.error as error:
         raise ValueError(f"expected {key} to be a regular expression, received {expression} ({error})") from error
     if groups is not None and compiled.groups != groups:

@@ -86,9 +86,19 @@ def check_keys(kind: type[Checked], values: dict[str, Any], where: str) -> Check
         return kind.model_validate(values)
     except ValidationError as error:
         # An unknown key first: it is often the misspelt name of one that is missing.
-        first, *others = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        first, *others = sorted(_meant(error.errors()), key=lambda one: one["type"] != "extra_forbidden")
         more = f" ({len(others)} more like it)" if others else ""
         raise InputError("BAD_CONFIG", _sentence(kind, first, f"in {where}{more}")) from error
+
+
+def _meant(errors: list[Any]) -> list[Any]:
+    """Without those of a value's other types where, as the type that it is, something inside it is wrong."""
+    inner = {
+        one["loc"][:place] for one in errors for place, part in enumerate(one["loc"][:-1]) if str(part) in UNION_TAGS
+    }
+    return [
+        one for one in errors if not UNION_TAGS.intersection(map(str, one["loc"][-1:])) or one["loc"][:-1] not in inner
+    ]
 
 
 def _sentence(kind: type[BaseModel], error: Any, where: str) -> str:

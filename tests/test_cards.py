@@ -1,5 +1,6 @@
 """Cards: every public layout read to the right voxels and labels, and one sentence for everything else."""
 
+import errno
 import json
 import os
 import shutil
@@ -188,6 +189,66 @@ def test_preparing_says_how_many_masks_have_no_scan_and_which_shards_are_left_ov
     masks, shards = (line for line in capsys.readouterr().err.splitlines() if " are " in line or " have " in line)
     assert "1 masks have no scan" in masks and masks.endswith("p2/mask.nii.gz")
     assert "1 shards are of scans" in shards and "p2+1.tfrecord" in shards
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Takes the rights to what lies in folders away, from root too."""
+
+    def close(*folders):
+        def denying(function):
+            def own(path=".", *args, **kwargs):
+                inside = not isinstance(path, int) and any(folder in Path(path).parents for folder in folders)
+                if inside or (function is not stat and path in (*folders, *map(str, folders))):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+                return function(path, *args, **kwargs)
+
+            return own
+
+        stat = Path.stat
+        for owner, name in ((os, "scandir"), (os, "listdir"), (Path, "stat")):
+            monkeypatch.setattr(owner, name, denying(getattr(owner, name)))
+
+    return close
+
+
+@pytest.mark.parametrize("image", ["{patient}/image.nii.gz", "{patient}/image*"])
+@pytest.mark.parametrize("changes", [{}, {"unlabelled": "skip"}, {"patients": ["p1", "p2"]}, {"patient_pattern": "p."}])
+def test_a_patient_whose_folder_may_not_be_read_is_not_passed_over(tmp_path, closed, image, changes):
+    two_patients(tmp_path / "raw")
+    closed(tmp_path / "raw/p2")
+    with pytest.raises(PermissionError, match="raw/p2"):
+        find_scans(*card_of(tmp_path, root=str(tmp_path / "raw"), image=image, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"patients": ["p1", "p2"]}, {"patient_pattern": "p."}])
+def test_a_folder_that_may_not_be_read_and_is_no_patients_is_left_alone(tmp_path, closed, changes):
+    two_patients(tmp_path / "raw")
+    (tmp_path / "raw/lost+found").mkdir()
+    closed(tmp_path / "raw/lost+found")
+    found = find_scans(*card_of(tmp_path, root=str(tmp_path / "raw"), **changes))
+    assert [each.patient for each in found] == ["p1", "p2"]
+
+
+def test_a_link_to_a_scan_that_is_not_there_is_not_passed_over(tmp_path):
+    """As data sets under DataLad have them before the files are fetched."""
+    two_patients(tmp_path / "raw")
+    for name in ("image.nii.gz", "mask.nii.gz"):
+        (tmp_path / "raw/p2" / name).unlink()
+        (tmp_path / "raw/p2" / name).symlink_to("../fetched/none")
+    found = find_scans(*card_of(tmp_path))
+    assert [each.patient for each in found] == ["p1", "p2"]
+    with pytest.raises(InputError, match=r"p2/image\.nii\.gz"):
+        read_image(found[1])
+
+
+@pytest.mark.parametrize("image", ["./{patient}/dixon", "{patient}/dixon/", "{patient}//dixon"])
+def test_a_path_may_be_spelt_as_people_spell_it(tmp_path, image):
+    two_patients(tmp_path / "raw")
+    for patient in ("p1", "p2"):
+        (tmp_path / "raw" / patient / "dixon").mkdir()
+    found = find_scans(*card_of(tmp_path, image=image, mask="./{patient}/mask.nii.gz"))
+    assert [each.image.name for each in found] == ["dixon"] * 2
 
 
 def test_two_matches_for_one_patient_are_an_error_that_lists_them(tmp_path):
@@ -444,6 +505,11 @@ def test_a_star_may_stand_beside_a_placeholder(tmp_path):
         ({"patients": {"file": "x.txt", "pattern": "p"}}, ("patients.pattern", "one group")),
         ({"spacing_mm": [1.5]}, ("spacing_mm",)),
         ({"unlabelled": "ignore"}, ("unlabelled", "'error' or 'skip'")),
+        ({"patient_pattern": "(?i)p[0-9]"}, ("patient_pattern", "(?i)p[0-9]", "global flags")),
+        ({"patient_pattern": "(?P<patient>p1)"}, ("patient_pattern", "patient")),
+        ({"labels": {f"part{number}": [number] for number in range(1, 257)}}, ("labels", "255", "256")),
+        ({"patients": {"file": "x.csv", "where": {"split": "train"}}}, ("list for patients.where.split", "'train'")),
+        ({"series": {"image": 5}}, ("string for series.image, received 5", "quotes")),
         ({"patients": [1, 2]}, ("string for patients.0, received 1 (YAML reads it as a number", "quotes")),
     ],
 )
