@@ -240,6 +240,16 @@ def check_classes(path: Path, task: str, classes: Sequence[str]) -> None:
         )
 
 
+def check_task(paths: Sequence[Path], task: str) -> None:
+    """InputError BAD_CONFIG for cards of another task than an experiment's."""
+    for path in paths:
+        card, _ = load_card(path)
+        if card.task != task:
+            raise InputError(
+                "BAD_CONFIG", f"Expected a card of the task {task}, received one of {card.task} in {path}."
+            )
+
+
 def agreed_spacing_mm(paths: Sequence[Path]) -> list[float] | None:
     """The target spacing (row, column) in mm that the cards of an experiment state, None if none does.
 

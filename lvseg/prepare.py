@@ -532,6 +532,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError("BAD_ARGUMENT", f"Expected --engine ray with --address, received {arguments.engine}.")
         workers.single_thread()  # this process computes beside its workers, or alone with --jobs 1
         experiment = load_experiment(arguments.cfg, arguments.set)
+        cards.check_task([Path(path) for path in experiment.data.datasets], experiment.task)
         engine = Engine(arguments.engine, arguments.jobs, arguments.address)
         with workers.session(engine):
             if arguments.check:

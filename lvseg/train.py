@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from lvseg import command
-from lvseg.cards import load_card
+from lvseg.cards import check_task
 from lvseg.config import Experiment, add_experiment_arguments, load_experiment
 from lvseg.errors import InputError
 from lvseg.keys import changed_keys, check_keys, read_json, read_yaml
@@ -59,12 +59,7 @@ def _train(experiment: Experiment, run: Path, cluster: Cluster) -> None:
     from lvseg.evaluate import Options, evaluate_run
     from lvseg.fit import Fit, is_started
 
-    for path in experiment.data.datasets:
-        card, _ = load_card(Path(path))
-        if card.task != experiment.task:
-            raise InputError(
-                "BAD_CONFIG", f"Expected a card of the task {experiment.task}, received one of {card.task} in {path}."
-            )
+    check_task([Path(path) for path in experiment.data.datasets], experiment.task)
     sets = prepare.prepare(experiment.data)
     split = prepare.split(experiment.data, sets)
     if experiment.model.start_from is not None and not is_started(run):

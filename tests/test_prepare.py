@@ -437,6 +437,12 @@ def test_studies_of_one_patient_are_told_apart(tmp_path):
     assert [(each.patient, each.study) for each in found] == [("p1", "week0"), ("p1", "week12")]
 
 
+def test_a_card_of_another_task_is_refused_before_anything_is_read(own_study, capsys):
+    code = prepare.main(["--cfg", "experiment.yaml", "--set", "task=spleen", "--jobs", "1"])
+    told = capsys.readouterr().err
+    assert code == 2 and "task spleen" in told and "volume in cards/a.yaml" in told and not Path("shards").exists()
+
+
 def test_of_simulated_patients_only_those_of_the_card_are_read(tmp_path, monkeypatch):
     """Whoever an earlier version of the card left in the folder."""
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,9 @@
 """Shards: what goes in comes out, within what 16 bits can hold, and a damaged one is never read."""
 
+import contextlib
+import errno
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,3 +121,10 @@ def test_voxel_digests_tell_scans_apart_by_content_and_shape_in_any_dtype():
     assert records.voxels_sha256(voxels.astype(np.float32)) == same
     for other in (voxels + 1, voxels.reshape(3, 2, 4)):
         assert records.voxels_sha256(other) != same
+
+
+def test_a_disk_that_is_full_is_told_as_the_system_tells_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "atomic", lambda _: contextlib.nullcontext(Path("/dev/full")))
+    with pytest.raises(OSError) as error:
+        records.write_shard(harmonised(), tmp_path / "one.tfrecord")
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "one.tfrecord"))
