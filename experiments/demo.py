@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ import numpy as np
 from lvseg import biomarkers, command, metrics
 from lvseg.cards import Scan, find_scans, load_card
 from lvseg.config import load_experiment
+from lvseg.errors import RunError
 from lvseg.formats import read_volume
 from lvseg.predict import newest_version
 
@@ -69,7 +69,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     step(f"serving {len(scans)} held-out scans")
     served = serve(scans)
     step("segmenting the same scans with lvseg.predict")
-    module("lvseg.predict", "--model", OUT / "models" / "volume", "-o", OUT / "predicted", *links(scans))
+    module("lvseg.predict", "--model", OUT / "models" / "volume", "-o", OUT / "predicted", *copies(scans))
     step("checking the served .vtk files")
     problems = check(scans, served, run)
 
@@ -104,19 +104,24 @@ def step(name: str) -> None:
 
 
 def module(name: str, *arguments: Any) -> None:
-    """Runs a command of the project as a user would; its output is the user's to see."""
-    subprocess.run([sys.executable, "-m", name, *map(str, arguments)], check=True)
+    """Runs a command of the project as a user would; its output is the user's to see. RunError where it fails."""
+    code = subprocess.run([sys.executable, "-m", name, *map(str, arguments)], check=False).returncode
+    if code:
+        raise RunError(f"Expected {name} to be done, received exit code {code}; what it says stands above.")
 
 
-def links(scans: list[Scan]) -> list[Path]:
-    """The scans under names of their own, since every patient's file is called image.nii.gz."""
+def copies(scans: list[Scan]) -> list[Path]:
+    """The scans under names of their own, since every patient's file is called image.nii.gz.
+
+    Copies, since data/raw may lie on another disk, which no link reaches.
+    """
     folder = OUT / "scans"
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for scan in scans:
         path = folder / f"{scan.patient}_{scan.card.scanner}.nii.gz"
         if not path.exists():
-            os.link(scan.image, path)
+            shutil.copyfile(scan.image, path)
         paths.append(path)
     return paths
 
@@ -134,11 +139,11 @@ def serve(scans: list[Scan]) -> list[Path]:
         deadline = time.monotonic() + SERVER_READY_S
         while not endpoint.exists():
             if server.poll() is not None:
-                raise RuntimeError(f"The server ended with exit code {server.returncode} before it was ready.")
+                raise RunError(f"Expected a server, received its exit code {server.returncode} before it was ready.")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"The server was not ready within {SERVER_READY_S:.0f} s.")
+                raise RunError(f"Expected a server, received none that was ready within {SERVER_READY_S:.0f} s.")
             time.sleep(0.1)
-        paths = links(scans)
+        paths = copies(scans)
         module("serving.client", "submit", *paths, "--model", "volume", "-o", OUT / "served",
                "--key", access / "local.json", "--server", endpoint.read_text().strip())  # fmt: skip
         return [OUT / "served" / path.name.replace(".nii.gz", ".vtk") for path in paths]

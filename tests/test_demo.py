@@ -1,15 +1,21 @@
 """The demo, whole, on a study cut down to seconds: everything it promises is there and agrees."""
 
 import contextlib
+import errno
+import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
-from small_study import ROOT, python
+from small_study import ROOT, python, write_study
 
 from lvseg import metrics
+from lvseg.cards import find_scans, load_card
+from lvseg.errors import RunError
 from lvseg.formats import read_volume
 
 PATIENTS = 3
@@ -62,3 +68,30 @@ def test_the_demo_goes_from_simulated_patients_to_served_masks_that_agree(tmp_pa
         assert (tmp_path / f"runs/volume/demo-fold0/report/overlay_{card}.png").is_file()
     assert summary["dice"]["mean"] == np.mean(scores)
     assert not working_in(tmp_path) and not list((tmp_path / "demo/spool").glob("*/*"))
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """The demo as a module, in a folder of the test's own."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "experiments/demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+    return module
+
+
+def test_the_scans_may_lie_on_another_disk_than_the_demo(demo, tmp_path, monkeypatch):
+    def another_disk(*_, **__):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", another_disk)
+    scans = find_scans(*load_card(write_study(tmp_path) / "cards/a.yaml"))[:2]
+    paths = demo.copies(scans)
+    assert [path.name for path in paths] == ["a-000_a.nii.gz", "a-001_a.nii.gz"]
+    assert [path.read_bytes() for path in paths] == [scan.image.read_bytes() for scan in scans]
+
+
+def test_a_command_that_fails_ends_the_demo_with_a_sentence_that_names_it(demo, capfd):
+    with pytest.raises(RunError, match=r"lvseg\.train .* exit code 2"):
+        demo.module("lvseg.train", "--cfg", "nowhere.yaml")
+    assert "nowhere.yaml" in capfd.readouterr().err
