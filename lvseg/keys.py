@@ -67,7 +67,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _text(path: Path, what: str, code: str) -> str:
     if not path.is_file():
-        raise InputError("NOT_FOUND", f"Expected a {what} file, received a path that does not exist: {path}.")
+        found = "a folder" if path.is_dir() else "a path that does not exist"
+        raise InputError("NOT_FOUND", f"Expected a {what} file, received {found}: {path}.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -121,6 +122,8 @@ def _sentence(kind: type[BaseModel], error: Any, where: str) -> str:
         return f"{message[0].upper()}{message[1:]} {where}."
     what, _, expected = error["msg"].partition(" should ")
     expected = expected.removeprefix("be a valid ").removeprefix("be ").replace(" after validation", "")
+    if error["type"] == "path_type":
+        what, expected = "Input", "path"
     if what != "Input":
         return f"Expected {key} to {expected}, received {error['input']!r} {where}."
     if error["type"] == "model_type":
@@ -131,7 +134,7 @@ def _sentence(kind: type[BaseModel], error: Any, where: str) -> str:
             number = float(error["input"])
             whole = error["type"].startswith("int")
             hint = f" (YAML reads it as text; write {int(number) if whole else f'{number:.1e}'})"
-    if error["type"] == "string_type" and type(error["input"]) is int:
+    if error["type"] in ("string_type", "path_type") and type(error["input"]) is int:
         hint = " (YAML reads it as a number; write it in quotes)"
     return f"Expected {expected} for {key}, received {error['input']!r}{hint} {where}."
 

@@ -99,6 +99,11 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
         load_experiment(write(tmp_path, text))
 
 
+def test_a_folder_in_the_place_of_a_file_is_not_told_as_missing(tmp_path):
+    with pytest.raises(InputError, match="received a folder"):
+        load_experiment(tmp_path)
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(InputError, match=r"nowhere\.yaml") as error:
         load_experiment(Path("nowhere.yaml"))

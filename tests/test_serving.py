@@ -642,6 +642,11 @@ def test_a_server_file_that_says_nothing_clear_is_one_sentence(tmp_path: Path, t
     assert is_one_sentence_naming(sentence, tmp_path / "server.yaml")
 
 
+def test_a_folder_without_a_value_is_told_with_what_was_expected(tmp_path: Path) -> None:
+    (tmp_path / "server.yaml").write_text("models:\n")
+    assert "Expected path for models, received None" in error_of(config.load, tmp_path / "server.yaml")[1]
+
+
 def test_a_server_file_of_comments_alone_leaves_everything_by_default(tmp_path: Path) -> None:
     (tmp_path / "server.yaml").write_text("# nothing yet\n")
     assert config.load(tmp_path / "server.yaml") == config.ServerConfig()
