@@ -183,7 +183,8 @@ def test_preparing_says_how_many_masks_have_no_scan_and_which_shards_are_left_ov
     monkeypatch.chdir(tmp_path)
     data = Data(datasets=["cards/a.yaml"], shards="shards", spacing_mm=[4.0, 4.0], size=32)
     prepare.prepare(data, jobs=1)
-    assert "set_a: " not in capsys.readouterr().err
+    # A line of progress, "preparing set_a: 1 of 2", may be there on a busy machine.
+    assert not [line for line in capsys.readouterr().err.splitlines() if line.startswith("set_a: ")]
     (tmp_path / "raw/p2/image.nii.gz").rename(tmp_path / "raw/p2/Image.nii.gz")
     assert len(prepare.prepare(data, jobs=1)[0].rows) == 1
     masks, shards = (line for line in capsys.readouterr().err.splitlines() if " are " in line or " have " in line)
