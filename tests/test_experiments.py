@@ -421,9 +421,8 @@ def test_robustness_writes_a_row_a_scan_and_change_and_draws(trained, in_study, 
     ):
         assert measure(*arguments) == 2 and words in capsys.readouterr().err
     monkeypatch.setattr(robustness, "read_image", read_image)
-    assert (
-        measure("--model", model, "--card", "cards/a.yaml") == 2
-    )  # it was trained on these scans, whoever they are of
+    # It was trained on these scans, whoever they are of.
+    assert measure("--model", model, "--card", "cards/a.yaml") == 2
     assert "under another name" in capsys.readouterr().err and not (tmp_path / "robustness.csv").exists()
     info = json.loads((model / "model.json").read_text())
     del info["provenance"]["scans_sha256"]
