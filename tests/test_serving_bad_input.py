@@ -418,7 +418,7 @@ ZIPS: dict[str, tuple[str, Callable[[int], bytes]]] = {
     "wrong sum": ("INPUT_CORRUPT", saying(16, "<I", 1)),
     "cut short": ("INPUT_CORRUPT", lambda how: zipped(slices(), how)[:-30]),
     "no zip": ("INPUT_CORRUPT", lambda _: b"no zip at all" * 50),
-    "link to a file of the server": ("UNSUPPORTED_FORMAT", linked),
+    "link to a file of the server": ("ARCHIVE_UNSUPPORTED", linked),
     "a slice that is text": ("UNSUPPORTED_FORMAT", lambda how: zipped({**slices(), "3.dcm": b"no slice " * 50}, how)),
 }  # fmt: skip
 # What archives may call their members; the second pair of names is put in place of the first, at the same length.
