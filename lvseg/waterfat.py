@@ -9,7 +9,7 @@ brought to percent.
 Noise. In magnitude images air is no zero, and F / (W + F) of two equal noises is about 50 %. So a voxel counts as
 signal where W^2 + F^2 exceeds what noise alone exceeds in one voxel of a thousand, and has the fraction 0 elsewhere: a
 rule of each voxel by itself, without smoothing, under which a voxel of water at six times the noise survives in 98 of
-100. The noise is measured in the images (`noise_floor`). The same noise lifts small fractions, since a magnitude has no
+100. The noise is measured in the images (`lvseg.noise`). The same noise lifts small fractions, since a magnitude has no
 negative values: fat of true signal 0 reads what air reads, sqrt(pi / 2) sigma on average, 4 points at a signal to noise
 ratio of 30 (Liu et al., Magn Reson Med 2007;58:354). Their remedy, magnitude discrimination, needs the complex images,
 which are gone here. What remains (`remove_noise_bias`) is to replace each magnitude by the signal that would read it on

@@ -286,9 +286,8 @@ def _real_world_values(groups: Sequence[pydicom.Dataset]) -> list[dict[str, Any]
     """Mappings of the stored values to a physical quantity: its slope, intercept (None of a table), units and label."""
     items = [item for group in groups for item in group.get("RealWorldValueMappingSequence") or []]
     words = ("RealWorldValueSlope", "RealWorldValueLUTData")
-    items += [
-        group for group in groups if any(word in group for word in words)
-    ]  # of an Enhanced object's functional groups
+    # In Enhanced objects a functional group is an item itself.
+    items += [group for group in groups if any(word in group for word in words)]
     mappings = []
     for item in items:
         slope = number_or_none([item], "RealWorldValueSlope")
