@@ -24,6 +24,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -134,7 +135,7 @@ class Job:
     losses: int = 0
     received_ms: int = 0
     began: float | None = None
-    turned_away: float = 0.0
+    turned_away: float = -math.inf  # not 0, which is when this machine was started: a job may be older
     credited: float = 0.0
     waits: float = 0.0
     queued_s: float = 0.0

@@ -285,6 +285,20 @@ def test_an_upload_that_stood_still_goes_on_only_where_there_is_place_and_room(
         assert still.offset == 20
 
 
+def test_what_is_older_than_its_machine_has_run_is_given_up_in_its_time(tmp_path: Path) -> None:
+    """The clock that does not jump begins at 0 when the machine is started."""
+    with gate(tmp_path, ("sleep", "1000")) as one:
+        day_s, started = one.config.deadlines.result_keep_s, 20.0
+        upload, result, young = (
+            one.jobs.add(protocol.job_key("", submit, MODEL.sha256), submit, MODEL, "", started - age_s)
+            for submit, age_s in ((submit_of(b"1"), 3601.0), (submit_of(b"2"), day_s + 1.0), (submit_of(b"3"), 3599.0))
+        )
+        result.state = State.DONE
+        one._expire(started)
+        assert upload.error is not None and upload.error.code == "EXPIRED"
+        assert list(one.jobs) == [upload, young] and young.state is State.RECEIVING
+
+
 @pytest.mark.parametrize("step", [0, 1])
 def test_a_scan_whose_worker_was_lost_is_not_given_up_for_its_time(tmp_path: Path, step: int) -> None:
     with gate(tmp_path, ("sleep", "1000")) as one:
