@@ -12,8 +12,9 @@ also holds `job.json`, from which the database is made anew should it be damaged
     spool/.alive          its time of change: when a server last used the spool
     spool/<key>/job.json  upload  work/  result/
 
-Times are of the monotonic clock, in seconds, but for what the database keeps. A job does not age while no server runs,
-since nobody could go on with an upload then, or fetch a result.
+Times are of the monotonic clock, in seconds, but for what the database keeps: seconds since 1970, by a clock that goes
+on as it was at the start, whatever is done to the system's. A job does not age while no server runs, since nobody could
+go on with an upload then, or fetch a result.
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ class JobTable:
         self._jobs: dict[bytes, Job] = {}
         self._lines: dict[int, deque[Job]] = {step: deque() for step in range(len(STEPS))}
         self._number = 0
+        self._epoch = time.time() - time.monotonic()  # a clock that is set later makes no job older or younger
         self.problem = ""  # why the database could not be written to last time
         self._database = self._opened()
         self._pass_over_down_time()
@@ -420,7 +422,7 @@ class JobTable:
         """Notes that a server runs, to be called now and then; what passes until the next start makes no job older."""
         with contextlib.suppress(OSError):  # a spool that fails is told elsewhere
             (self._spool / ALIVE).touch(mode=0o600)
-            os.utime(self._spool / ALIVE, (time.time(),) * 2)  # by the clock of the rows, not the file system's
+            os.utime(self._spool / ALIVE, (self._date(),) * 2)  # by the clock of the rows, not the file system's
 
     def probe(self) -> None:
         """Tries whether the database can be written to again; `problem` says so."""
@@ -436,6 +438,9 @@ class JobTable:
                 self._database.execute(f"PRAGMA busy_timeout={int(1000 * LOCKED_S)}")
 
     # ---- the database
+
+    def _date(self) -> float:
+        return self._epoch + time.monotonic()
 
     def _opened(self) -> sqlite3.Connection:
         path = self._spool / DATABASE
@@ -457,7 +462,7 @@ class JobTable:
         error = json.dumps({**asdict(job.error), "job": job.key.hex()}) if job.error else ""
         values = (
             job.key.hex(), job.number, job.owner, submit, model, job.state.value, job.durable, job.losses,
-            job.created, time.time(), files, error,
+            job.created, self._date(), files, error,
         )  # fmt: skip
         marks = ", ".join("?" * len(COLUMNS))
         try:
@@ -480,7 +485,7 @@ class JobTable:
     def _pass_over_down_time(self) -> None:
         """Gives each job the age that it had when a server last ran, whatever was done to the clock since."""
         with contextlib.suppress(FileNotFoundError):
-            times = (time.time(), (self._spool / ALIVE).stat().st_mtime)
+            times = (self._date(), (self._spool / ALIVE).stat().st_mtime)
             with _told_as_os_error():
                 self._database.execute("UPDATE jobs SET changed = ? - max(0, ? - changed)", times)
         self.alive()

@@ -427,6 +427,27 @@ def test_no_job_ages_while_no_server_runs_and_every_one_does_while_one_does(tmp_
         age_s += 1000.0
 
 
+@pytest.mark.parametrize("set_by_s", [820_000_000.0, -7200.0])
+def test_a_clock_that_is_set_while_a_server_runs_makes_no_job_older_or_younger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_by_s: float
+) -> None:
+    table, _ = table_with(tmp_path, "scan")
+    table.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / jobs.DATABASE, isolation_level=None)) as database:
+        database.execute("UPDATE jobs SET changed = changed - 1000")
+    table, right = JobTable(tmp_path, 1_000_000.0), jobs.time.time
+    monkeypatch.setattr(jobs.time, "time", lambda: right() + set_by_s)
+    content = b"young" * 100
+    young = table.add(b"1" * 32, submit_of(content), MODEL, "", 1_000_000.0)
+    table.write(young, content)
+    assert table.stored(young, 1_000_000.0)
+    table.close()
+    again = JobTable(tmp_path, 2_000_000.0)
+    young_s, old_s = sorted(2_000_000.0 - job.touched for job in again)
+    again.close()
+    assert 0 <= young_s < 60 and 1000 <= old_s < 1060
+
+
 def test_an_upload_and_a_result_outlive_a_time_without_a_server(tmp_path: Path) -> None:
     scan, other = scan_file(tmp_path), scan_file(tmp_path, seed=1, name="other.nii.gz")
     how = {"limits": {**LIMITS, "chunk_bytes": 1000, "window_bytes": 2000}, "deadlines": {"upload_idle_s": 600}}
