@@ -9,6 +9,7 @@ also holds `job.json`, from which the database is made anew should it be damaged
 
     spool/jobs.sqlite
     spool/.damaged-<key>-<time>  a folder that cannot be understood, for the operator
+    spool/.deleted-<key>  one that is being deleted
     spool/.alive          its time of change: when a server last used the spool
     spool/<key>/job.json  upload  work/  result/
 
@@ -44,7 +45,7 @@ LOSSES_MAX = 2  # a scan that twice took its worker down is not given a third
 STEPS = ("unpack", "segment", "pack")  # each by a kind of worker of its own
 FIRST_STAGES = ("unpack", "segment", "write")  # of each step
 DATABASE, JOB, UPLOAD, WORK, RESULT = "jobs.sqlite", "job.json", "upload", "work", "result"
-ALIVE = ".alive"
+ALIVE, DELETED = ".alive", ".deleted-"
 JOB_FOLDER = re.compile(r"[0-9a-f]{64}")
 LOCKED_S = 2.0
 UPLOAD_ACTIVE_S = 30.0
@@ -241,7 +242,7 @@ class JobTable:
         self._number += 1
         expires = now + submit.deadline_ms / 1000
         job = Job(key, self._number, owner, submit, model, self._spool / key.hex(), time.time(), now, expires)
-        shutil.rmtree(job.folder, ignore_errors=True)
+        _delete(job.folder)
         job.folder.mkdir(mode=0o700)
         try:
             _write_facts(job)
@@ -249,7 +250,7 @@ class JobTable:
             self._save(job)
         except BaseException:
             self._close_file(job)
-            shutil.rmtree(job.folder, ignore_errors=True)
+            _delete(job.folder)
             raise
         self._jobs[key] = job
         return job
@@ -397,25 +398,28 @@ class JobTable:
         self._close_file(job)
         job.state, job.error, job.touched, job.progress = State.FAILED, error, now, None
         self._save_later(job)
-        shutil.rmtree(job.folder, ignore_errors=True)
+        _delete(job.folder)
 
     def remove(self, job: Job) -> None:
         """Forgets a job; the folder of one that runs goes when its worker has let go of it."""
+        is_running = job.state is State.RUNNING
+        if is_running:
+            for name in (JOB, UPLOAD):  # without them no restart takes it up again
+                with contextlib.suppress(OSError):
+                    (job.folder / name).unlink(missing_ok=True)
+        else:
+            self._close_file(job)
+            _delete(job.folder)  # before its row, from which a start would know it
         with _told_as_os_error():
             try:
                 self._database.execute("DELETE FROM jobs WHERE key = ?", (job.key.hex(),))
             except sqlite3.OperationalError:
                 log.error("job %s: its row stays until the next start", job.label)
-        if job.state is State.RUNNING:
+        if is_running:
             job.abandoned = True
             job.routes.clear()
-            for name in (JOB, UPLOAD):  # without them no restart takes it up again
-                with contextlib.suppress(OSError):
-                    (job.folder / name).unlink(missing_ok=True)
             return
         self._leave_line(job)
-        self._close_file(job)
-        shutil.rmtree(job.folder, ignore_errors=True)
         del self._jobs[job.key]
 
     def alive(self) -> None:
@@ -493,6 +497,8 @@ class JobTable:
     def _recover(self, now: float) -> None:
         """Takes over what an earlier server left: waiting jobs wait again, uploads go on, results are kept."""
         rows = {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in self._rows()}
+        for path in self._spool.glob(f"{DELETED}*"):
+            shutil.rmtree(path, ignore_errors=True)
         folders = {path.name: path for path in self._spool.iterdir() if JOB_FOLDER.fullmatch(path.name)}
         made_anew = set()
         for name, folder in folders.items():
@@ -525,7 +531,7 @@ class JobTable:
     def _put_away(self, folder: Path, is_failed: bool) -> None:
         """Deletes what no job needs; what may be a scan or a result that nobody understands is the operator's."""
         if is_failed or not _is_damaged(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            _delete(folder)
             return
         aside = folder.with_name(f".damaged-{folder.name}-{int(time.time())}")
         folder.rename(aside)
@@ -624,6 +630,19 @@ def _write_facts(job: Job) -> None:
         file.flush()
         os.fsync(file.fileno())  # else a power cut leaves the name without the bytes; `stored` sees to the folder
     temporary.replace(job.folder / JOB)
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a job's folder, which is none from the first moment on: a part of one would be taken for a job's.
+
+    What a kill leaves of it goes at the next start.
+    """
+    gone = folder.with_name(DELETED + folder.name)
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(OSError):  # none there, or a disk that fails: then as much of it as can be
+        folder.rename(gone)
+    for path in (gone, folder):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_damaged(folder: Path) -> bool:

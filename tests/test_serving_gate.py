@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -502,6 +503,59 @@ def test_what_is_left_of_a_job_that_was_closed_at_work_is_deleted(tmp_path: Path
     assert job.folder.exists()  # its worker has it
     JobTable(tmp_path, 2.0).close()
     assert [path.name for path in tmp_path.iterdir() if job.key.hex() in path.name] == []
+
+
+class Killed(BaseException):
+    """What no code handles."""
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+def test_a_kill_amid_a_deletion_leaves_no_part_of_a_result_or_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_done: bool
+) -> None:
+    """Killed at each call in turn that takes a name from a folder, until one was not killed any more."""
+    content, were_killed = b"", 0
+    for survived in range(100):
+        spool = tmp_path / str(survived)
+        spool.mkdir()
+        table, (job,) = table_with(spool, "scan")
+        content = (job.folder / UPLOAD).read_bytes()
+        if is_done:
+            (job.folder / RESULT).mkdir()
+            for name in ("mask.vtk", "result.json"):
+                (job.folder / RESULT / name).write_text(name)
+            for step in range(3):
+                table.next(step, 1.0)
+                if step < 2:
+                    table.advance(job, 1.0)
+            table.done(job, tuple(jobs.described(path) for path in sorted((job.folder / RESULT).iterdir())), 2.0)
+        (job.folder / jobs.WORK).mkdir()
+        (job.folder / jobs.WORK / "scan.npy").touch()
+        left = survived
+
+        def call_or_die(call: Callable[..., None], *given: object, **how: object) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            call(*given, **how)
+
+        with monkeypatch.context() as killing:
+            for name in ("unlink", "rmdir", "rename"):
+                killing.setattr(os, name, functools.partial(call_or_die, getattr(os, name)))
+            with contextlib.suppress(Killed):
+                table.remove(job)
+        were_killed += left < 0
+        table.close()
+        again = JobTable(spool, 3.0)
+        for one in again:  # the whole job, or none
+            assert {path.name for path in (one.folder / RESULT).glob("*")} == {file.name for file in job.files}
+            assert is_done or (one.folder / UPLOAD).read_bytes() == content
+        again.close()
+        assert [path.name for path in spool.iterdir() if path.name.startswith((".damaged", ".deleted"))] == []
+        if left >= 0:
+            break
+    assert were_killed > 4
 
 
 def test_a_disk_that_cannot_be_read_ends_the_start_and_costs_no_job(tmp_path: Path) -> None:
