@@ -654,7 +654,8 @@ def _is_damaged(folder: Path) -> bool:
 def _row_of(folder: Path) -> dict[str, Any] | None:
     """What a job's folder tells where the database has lost it, but for its age, which begins anew.
 
-    A result folder, which appears whole, is a result; a whole upload waits; a part of one begins again.
+    A result is one once the upload is gone, which is deleted when all of the result is on the disk: before that, a
+    power cut may have left its files empty. A whole upload waits; a part of one begins again.
 
     Raises:
         OSError: the disk failed; what is there may be in order.
@@ -662,7 +663,8 @@ def _row_of(folder: Path) -> dict[str, Any] | None:
     try:
         facts = json.loads((folder / JOB).read_bytes())
         submit, model = facts["submit"], json.dumps(facts["model"])
-        files = [asdict(described(path)) for path in sorted((folder / RESULT).glob("*"))]
+        is_done = not (folder / UPLOAD).exists()
+        files = [asdict(described(path)) for path in sorted((folder / RESULT).glob("*"))] if is_done else []
         if files:
             state = State.DONE
         elif described(folder / UPLOAD).sha256 == submit["sha256"]:

@@ -505,6 +505,19 @@ def test_what_is_left_of_a_job_that_was_closed_at_work_is_deleted(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir() if job.key.hex() in path.name] == []
 
 
+def test_a_result_that_may_not_be_on_the_disk_is_made_again_where_the_database_is_lost(tmp_path: Path) -> None:
+    """As a power cut leaves it before the gate's flush; once that is done, the upload is deleted."""
+    table, (job,) = table_with(tmp_path, "scan")
+    table.close()
+    without_database(tmp_path)
+    (job.folder / RESULT).mkdir()
+    for name in ("mask.vtk", "result.json"):
+        (job.folder / RESULT / name).touch()
+    again = JobTable(tmp_path, 1.0)
+    assert [(one.key, one.state, one.files) for one in again] == [(job.key, State.WAITING, ())]
+    again.close()
+
+
 class Killed(BaseException):
     """What no code handles."""
 
