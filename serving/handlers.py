@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SENDER_IDLE_S = 5.0  # after which another connection may go on with the same upload
 BUSY_MS = 500
+ROUTE_BYTES = 5  # of the routing ids that ZeroMQ makes, the first of them 0
 CREDIT_EVERY_S = 5.0  # at least, so that a sender on a slow link knows that it is heard
 
 log = logging.getLogger("serving.handlers")
@@ -80,6 +81,9 @@ class Handlers:
             if self.secure and self.clients.name_of(user) is None:  # its connection is older than that
                 raise Refusal("NOT_AUTHORISED", "frame", "Expected a client that is let in, received one that is not"
                               " any more: ask the server's operator.", "access")  # fmt: skip
+            if len(route) != ROUTE_BYTES or route[0]:  # another client may take the same, and hear of this one's jobs
+                raise Refusal("BAD_FRAME", "frame", "Expected a connection whose routing id is left to the server,"
+                              " received one with an id of its own: do not set it.", "access")  # fmt: skip
             message = protocol.decode(frames, protocol.FROM_CLIENT)
             _HANDLERS[type(message)](self, route, message, user, now)
         except protocol.BadFrame as error:

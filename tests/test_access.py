@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import zmq
 from serving_fixtures import LIMIT_S, Server, running, until
-from test_serving import ROOT, expect_right_mask, scan_file
+from test_serving import ROOT, expect_right_mask, scan_file, submit_of
 
 from serving import access, admin, client, keys, protocol
 from serving.connection import Client, ClientError
@@ -209,13 +209,30 @@ def test_another_owner_s_job_is_as_unknown_as_none(secured: Server, tmp_path: Pa
         secured.hold.unlink()
 
 
-class connected:
-    """A bare socket with keys."""
+def test_a_routing_id_of_its_own_lets_nobody_hear_of_another_owner_s_jobs(secured: Server, tmp_path: Path) -> None:
+    mine, theirs = newcomer(secured, "first-of-the-id"), newcomer(secured, "second-of-the-id")
+    with connected(mine, b"the id") as owner:
+        told = ask(owner, submit_of(scan_file(tmp_path).read_bytes()))
+        assert (type(told), told.code) == (protocol.Error, "BAD_FRAME")
+        assert "routing id" in told.text
+    with connected(mine) as owner, connected(theirs, b"the id") as stranger:
+        job = upload(owner, scan_file(tmp_path).read_bytes())
+        for message in (protocol.Status(job), protocol.Ping()):
+            assert ask(stranger, message).code == "BAD_FRAME"
+        take(owner, protocol.Done)
+        assert not stranger.poll(0)
+        assert ask(owner, protocol.Close(job), protocol.Closed) == protocol.Closed(job)
 
-    def __init__(self, credentials: keys.Credentials) -> None:
+
+class connected:
+    """A bare socket with keys, and a routing id where it is given one."""
+
+    def __init__(self, credentials: keys.Credentials, routing_id: bytes = b"") -> None:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
+        if routing_id:
+            self.socket.setsockopt(zmq.ROUTING_ID, routing_id)
         self.socket.setsockopt(zmq.CURVE_SERVERKEY, credentials.server_key.encode())
         self.socket.setsockopt(zmq.CURVE_PUBLICKEY, credentials.pair.public.encode())
         self.socket.setsockopt(zmq.CURVE_SECRETKEY, credentials.pair.secret.encode())
@@ -245,8 +262,6 @@ def take(peer: zmq.Socket[bytes], *kinds: type[object]) -> object:
 
 def upload(peer: zmq.Socket[bytes], content: bytes) -> bytes:
     """A small scan as one chunk; the job's key."""
-    from test_serving import submit_of
-
     accepted = ask(peer, submit_of(content), protocol.Accepted)
     ask(peer, protocol.Chunk(accepted.job, 0, content), protocol.Stored)
     return accepted.job
