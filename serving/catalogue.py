@@ -46,9 +46,13 @@ def versions_in(folder: Path) -> dict[str, list[int]]:
     """The versions that lie in a models folder, ascending, by the model's name.
 
     Raises:
-        InputError: MODEL_UNAVAILABLE where there is no such folder, or none in it.
+        InputError: MODEL_UNAVAILABLE where there is no such folder, or none in it, or it cannot be read.
     """
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    if not is_folder:
         raise InputError("MODEL_UNAVAILABLE", f"Expected a folder of models, received no such folder: {folder}.")
     found: dict[str, list[int]] = {}
     for model in _folders_in(folder):
@@ -68,11 +72,11 @@ def digest_of(version: Path) -> str:
     Raises:
         InputError: MODEL_UNAVAILABLE: no model there, or it cannot be read.
     """
-    for needed in ("saved_model.pb", "model.json"):
-        if not (version / needed).is_file():
-            raise InputError("MODEL_UNAVAILABLE", f"Expected a SavedModel, received no {needed} in {version}.")
     digest = hashlib.sha256()
     try:
+        for needed in ("saved_model.pb", "model.json"):
+            if not (version / needed).is_file():
+                raise InputError("MODEL_UNAVAILABLE", f"Expected a SavedModel, received no {needed} in {version}.")
         for path in sorted(version.rglob("*")):
             if path.is_symlink():  # what it leads to could change, and would not be in the digest
                 raise InputError(
@@ -205,9 +209,13 @@ def _folders_in(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
-        raise InputError(
-            "MODEL_UNAVAILABLE", f"Expected folders that can be read, received '{error.strerror}' for {folder}."
-        ) from error
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        "MODEL_UNAVAILABLE", f"Expected folders that can be read, received '{error.strerror}' for {folder}."
+    )
 
 
 def _entry(models: Path, model: str, version: int) -> Entry:

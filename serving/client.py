@@ -207,7 +207,13 @@ def _watch(arguments: argparse.Namespace) -> int:
     import concurrent.futures
 
     folder, out = arguments.watch, arguments.out
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise ClientError(
+            "NOT_READABLE", f"Expected a folder to watch, received '{error.strerror}' for {folder}.", EXIT_BAD_INPUT
+        ) from error
+    if not is_folder:
         raise ClientError("NOT_FOUND", f"Expected a folder to watch, received {folder}.", EXIT_BAD_INPUT)
     with writing(out):
         make_folder(out)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import pydantic
 
+from lvseg.errors import InputError
 from lvseg.keys import Keys, check_keys, read_yaml
 
 MIB = 1024 * 1024
@@ -70,9 +71,14 @@ def load(path: Path, **override: Any) -> ServerConfig:
         override: keys from the command line; None means not given.
 
     Raises:
-        InputError: NOT_FOUND, or BAD_CONFIG for text that is no YAML or has a key twice, and with the key for a wrong
-            value or an unknown key.
+        InputError: NOT_FOUND, NOT_READABLE, or BAD_CONFIG for text that is no YAML or has a key twice, and with the key
+            for a wrong value or an unknown key.
     """
-    values = read_yaml(path)
+    try:
+        values = read_yaml(path)
+    except OSError as error:
+        raise InputError(
+            "NOT_READABLE", f"Expected a YAML file that can be read, received '{error.strerror}' for {path}."
+        ) from error
     values.update({key: value for key, value in override.items() if value is not None})
     return check_keys(ServerConfig, values, str(path))

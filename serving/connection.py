@@ -29,7 +29,7 @@ from typing import Any
 import zmq
 
 from serving import keys, protocol
-from serving.errors import EXIT_BAD_INPUT, EXIT_ERROR, EXIT_NETWORK, ClientError, KeyFileError
+from serving.errors import EXIT_BAD_INPUT, EXIT_ERROR, EXIT_NETWORK, ClientError, KeyFileError, KeyFileUnreadable
 from serving.outputs import check_outputs, is_sidecar, make_folder, sidecar_of, sync_file, sync_folder, writing
 from serving.scans import Package, check_readable, files_of, is_sent_unchanged, name_of, package, reading
 
@@ -121,12 +121,22 @@ def find_credentials(path: Path | None = None) -> keys.Credentials:
     """
     named = os.environ.get(OWN_KEY)
     places = [path] if path else [Path(named)] if named else [LOCAL_KEY, Path.home() / HOME_KEY]
-    place = next((one for one in places if one.exists()), places[-1])
+    place = next((one for one in places if _is_there(one)), places[-1])
     try:
         return keys.read_credentials(place)
+    except KeyFileUnreadable as error:
+        raise ClientError("BAD_KEY", error.sentence, EXIT_BAD_INPUT) from error
     except KeyFileError as error:
-        more = "" if place.exists() else " Make one with: python -m serving.client keys new."
+        more = "" if _is_there(place) else " Make one with: python -m serving.client keys new."
         raise ClientError("BAD_KEY", error.sentence + more, EXIT_BAD_INPUT) from error
+
+
+def _is_there(place: Path) -> bool:
+    """Whether there is such a file, as far as this user may know: another's `access` folder is closed to it."""
+    try:
+        return keys.is_there(place)
+    except KeyFileUnreadable:
+        return False
 
 
 class Client:

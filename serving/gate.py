@@ -135,9 +135,9 @@ class Gate:
         self.spool_problem = ""
         try:
             self.jobs = JobTable(self.spool, time.monotonic())
+            self.ipc_folder = make_ipc_folder(self.spool)
         except (OSError, SpoolDamaged) as error:
             raise CannotServe(f"Expected a spool that can be used, received '{error}' for {self.spool}.", 1) from error
-        self.ipc_folder = make_ipc_folder(self.spool)
         self.context = zmq.Context()
         self.guard: zmq.auth.thread.ThreadAuthenticator | None = None
         self.front = self.context.socket(zmq.ROUTER)

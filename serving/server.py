@@ -147,11 +147,19 @@ def _open_many_files() -> None:
 
 
 def _report_ready(gate: Gate, endpoint_file: Path | None) -> None:
-    """One line on standard output, and the address in a file for programs that chose port 0."""
+    """One line on standard output, and the address in a file for programs that chose port 0.
+
+    Raises:
+        CannotServe: exit code 1: the file cannot be written.
+    """
     if endpoint_file:
         temporary = endpoint_file.with_name(f".partial-{uuid.uuid4().hex[:8]}-{endpoint_file.name}")
-        temporary.write_text(gate.endpoint + "\n")
-        temporary.replace(endpoint_file)
+        try:
+            temporary.write_text(gate.endpoint + "\n")
+            temporary.replace(endpoint_file)
+        except OSError as error:
+            text = f"Expected a file to write as --endpoint-file, received '{error.strerror}' for {endpoint_file}."
+            raise CannotServe(text, 1) from error
     names = " ".join(f"{model.name}/{model.version}" for model in gate.workers.models)
     print(f"ready {gate.endpoint} {names}", flush=True)
 

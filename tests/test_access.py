@@ -17,7 +17,7 @@ import zmq
 from serving_fixtures import LIMIT_S, Server, running, until
 from test_serving import ROOT, expect_right_mask, scan_file, submit_of
 
-from serving import access, admin, client, keys, protocol
+from serving import access, admin, client, connection, keys, protocol
 from serving.connection import Client, ClientError
 from serving.errors import KeyFileError
 from serving.server import local_address
@@ -460,6 +460,22 @@ def test_a_client_elsewhere_makes_its_keys_and_is_let_in(secured: Server, tmp_pa
     done = client(*submit)
     assert done.returncode == 0, done.stderr
     expect_right_mask(scan, tmp_path / "mask.vtk")
+
+
+def test_keys_of_others_that_may_not_be_looked_for_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a folder with a server's `access`, which is its user's alone."""
+    closed, own = tmp_path / ("x" * 300) / "local.json", tmp_path / connection.HOME_KEY  # the first fails as one would
+    keys.write_credentials(own, keys.Credentials("own", keys.new_pair(), keys.new_pair().public, ""))
+    monkeypatch.setattr(connection, "LOCAL_KEY", closed)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv(connection.OWN_KEY, raising=False)
+    assert connection.find_credentials().name == "own"
+    with pytest.raises(ClientError) as refused:
+        connection.find_credentials(closed)
+    assert (refused.value.code, refused.value.exit_code) == ("BAD_KEY", 2)
+    assert refused.value.sentence == f"Expected a file with keys, received 'File name too long' for {closed}."
 
 
 def test_without_keys_only_a_server_on_this_computer_is_spoken_to() -> None:

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,12 +33,12 @@ from serving_fixtures import DEADLY, DIGEST, LIMIT_S, STUCK, Server, is_alive, m
 
 from lvseg.formats import read_mask, read_volume, write_volume
 from serving import client, config, connection, protocol
-from serving.catalogue import digest_of
+from serving.catalogue import digest_of, versions_in
 from serving.connection import Client, ClientError, Package
 from serving.gate import IPC_FOLDER, CannotServe, check_bind, make_ipc_folder
 from serving.outputs import check_outputs
 from serving.scans import check_readable, package
-from serving.server import claim_spool
+from serving.server import _report_ready, claim_spool
 
 ROOT = Path(__file__).parents[1]
 
@@ -619,6 +620,35 @@ def test_a_wrong_start_ends_with_two_and_a_sentence(tmp_path: Path, break_it: An
     assert sentence in log
     assert log.strip().endswith(".")
     assert "Traceback" not in log
+
+
+UNUSABLE = "x" * 300  # a name that no file system takes, as a place that may not be searched: asked about it, it fails
+
+
+@pytest.mark.parametrize("ask", [config.load, versions_in, digest_of])
+def test_what_cannot_even_be_looked_at_is_one_sentence(tmp_path: Path, ask: Any) -> None:
+    code, sentence = error_of(ask, tmp_path / UNUSABLE)
+    assert code == ("NOT_READABLE" if ask is config.load else "MODEL_UNAVAILABLE")
+    assert is_one_sentence_naming(sentence, tmp_path / UNUSABLE)
+    assert "File name too long" in sentence
+
+
+def test_a_file_in_the_place_of_the_workers_socket_is_one_sentence(tmp_path: Path) -> None:
+    make_models(tmp_path / "models")
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "spool" / IPC_FOLDER).touch()
+    process = start(tmp_path)
+    process.communicate(timeout=LIMIT_S)
+    (said,) = [line for line in (tmp_path / "log").read_text().splitlines() if not line.startswith("{")]
+    assert process.returncode == 1
+    assert "Expected a spool that can be used" in said and IPC_FOLDER in said
+
+
+def test_an_address_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    gate = SimpleNamespace(endpoint="tcp://127.0.0.1:5557", workers=SimpleNamespace(models=()))
+    with pytest.raises(CannotServe, match="--endpoint-file, received 'No such file") as refused:
+        _report_ready(gate, tmp_path / "gone" / "endpoint")
+    assert refused.value.exit_code == 1
 
 
 @pytest.mark.parametrize(

@@ -715,6 +715,16 @@ def test_a_watched_folder_has_no_table(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--json without --watch" in capsys.readouterr().err
 
 
+def test_a_watched_folder_that_cannot_be_looked_at_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / ("x" * 300)
+    out = ["--model", "bright", "-o", str(tmp_path / "masks")]
+    assert main(["submit", "--insecure", "--watch", str(folder), *out]) == 2
+    said = f"serving.client: Expected a folder to watch, received 'File name too long' for {folder}."
+    assert said in capsys.readouterr().err
+
+
 @pytest.fixture
 def incoming(tmp_path: Path) -> Path:
     """A folder to watch."""
