@@ -26,8 +26,9 @@ from typing import Any
 
 from serving import keys, protocol
 from serving.connection import HOME_KEY, Client, Refused, check_model, find_credentials
+from serving.durable import sync_names
 from serving.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_ERROR, EXIT_NETWORK, ClientError, KeyFileError
-from serving.outputs import check_outputs, make_folder, output_paths, sync_file, sync_folder, writing
+from serving.outputs import check_outputs, make_folder, output_paths, sync_file, writing
 from serving.scans import check_readable, files_of, making_room, reading, stem_of, suffix_by_content
 
 PLAIN_LINE_EVERY_S = 2.0
@@ -386,7 +387,7 @@ def _write_json(path: Path, content: Any) -> None:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
             sync_file(temporary)
             temporary.replace(path)
-            sync_folder(path.parent)
+            sync_names(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -29,8 +29,9 @@ from typing import Any
 import zmq
 
 from serving import keys, protocol
+from serving.durable import sync_names
 from serving.errors import EXIT_BAD_INPUT, EXIT_ERROR, EXIT_NETWORK, ClientError, KeyFileError, KeyFileUnreadable
-from serving.outputs import check_outputs, is_sidecar, make_folder, sidecar_of, sync_file, sync_folder, writing
+from serving.outputs import check_outputs, is_sidecar, make_folder, sidecar_of, sync_file, writing
 from serving.scans import Package, check_readable, files_of, is_sent_unchanged, name_of, package, reading
 
 SERVER = "tcp://127.0.0.1:5557"
@@ -520,7 +521,7 @@ class Client:
                     sidecar.unlink()  # an earlier file's directions would be wrong for this one
                 for temporary_path, path in reversed(moves):
                     temporary_path.replace(path)
-                sync_folder(out.parent)
+                sync_names(out.parent)
                 return paths, measurements
         finally:
             for temporary_path, _ in moves:

@@ -23,6 +23,7 @@ from typing import Any
 import zmq
 from zmq.utils import z85
 
+from serving.durable import sync_names
 from serving.errors import KeyFileError, KeyFileUnreadable
 
 KEY_CHARACTERS = 40
@@ -65,7 +66,7 @@ def is_key(text: object) -> bool:
 
 
 def write_private(path: Path, content: Mapping[str, Any], replace: bool = False) -> None:
-    """Writes a JSON file with mode 0600, whole or not at all.
+    """Writes a JSON file with mode 0600, whole or not at all; it is on the disk then.
 
     Args:
         path: its folder is made, mode 0700, if it is missing.
@@ -90,6 +91,7 @@ def write_private(path: Path, content: Mapping[str, Any], replace: bool = False)
             temporary.replace(path)
         else:
             os.link(temporary, path)  # fails where a file is, which replacing would not
+        sync_names(path.parent)  # else a power cut lets in again who was revoked
     except FileExistsError as error:
         raise KeyFileError(f"Expected no file there yet, received one at {path}; it is not overwritten.") from error
     except OSError as error:

@@ -9,12 +9,11 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from serving import durable, protocol
+from serving import protocol
+from serving.durable import sync_names
 from serving.errors import EXIT_BAD_INPUT, ClientError
 from serving.scans import stem_of
 
-# What file systems say that cannot sync a folder, and what is said of a folder that may not be listed.
-NO_FOLDERS = frozenset({errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
 SIDECAR_FORMAT, SIDECAR_LIMIT_BYTES = "lvseg 1", 64 * 1024  # what a server writes beside an oblique .vtk
 
 
@@ -102,22 +101,13 @@ def make_folder(folder: Path) -> None:
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for one in missing:
-        sync_folder(one.parent)
+        sync_names(one.parent)
 
 
 def sync_file(path: Path) -> None:
     """Waits until a file's bytes are on the disk; OSError if they cannot be."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until a folder's names are on the disk, where its file system can do that; OSError if the disk fails."""
-    try:
-        durable.sync_folder(folder)
-    except OSError as error:
-        if error.errno not in NO_FOLDERS:
-            raise
 
 
 def _check_writable(path: Path) -> None:

@@ -296,6 +296,15 @@ def test_secrets_are_written_for_their_owner_alone_and_never_over_others(tmp_pat
     assert [one.name for one in path.parent.iterdir()] == ["client.json"]
 
 
+def test_who_was_revoked_is_out_after_a_power_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list's bytes are on the disk before it gets its name, and its name before the command says so."""
+    access.allow_client(tmp_path, "site", keys.new_pair().public)
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    access.revoke_client(tmp_path, "site")
+    assert synced == [(tmp_path / access.CLIENTS).stat().st_ino, tmp_path.stat().st_ino]
+
+
 @pytest.mark.parametrize(
     "change",
     [
