@@ -35,6 +35,7 @@ WORKER_COMMAND = (sys.executable, "-m", "serving.worker")
 UNPACK, SEGMENT, PACK = range(len(jobs.STEPS))
 STARTS_MAX = 3  # of a kind of worker that ends before it is ready, in a row
 RESTART_MAX_S = 30.0
+DOUBLINGS_MAX = 5  # of the time before another start, which is RESTART_MAX_S then; a thousand have no room in a float
 REAP_S = 5.0  # a killed process that the kernel cannot end is left behind
 
 log = logging.getLogger("serving.crew")
@@ -266,7 +267,7 @@ class Crew:
             return True
         self._failed_starts[worker.step] += 1
         failed = self._failed_starts[worker.step]
-        self._restart_at[worker.step] = now + min(RESTART_MAX_S, 2.0 ** (failed - 1))
+        self._restart_at[worker.step] = now + min(RESTART_MAX_S, 2.0 ** min(failed - 1, DOUBLINGS_MAX))
         coming = self.coming
         if coming is not None and worker.step == SEGMENT and worker.generation == coming.number:
             coming.failed_starts += 1

@@ -115,6 +115,19 @@ def test_a_command_that_cannot_be_started_is_tried_again_and_ends_nothing(tmp_pa
         assert {worker.step for worker in one.workers} == {crew.UNPACK, crew.SEGMENT, crew.PACK}
 
 
+def test_a_worker_that_never_gets_ready_again_is_tried_for_ever(tmp_path: Path) -> None:
+    """While models are served, such as with a disk that lacks a library since it was exchanged, until it is back."""
+    with gate(tmp_path, ("sh", "-c", "exec sleep 1000", "sh")) as one:
+        one._follow_lists()
+        one.workers.serving, one.workers.coming = one.workers.coming, None
+        for failed_before in (0, 5, 2000):  # the last are seventeen hours
+            one.workers.start_missing(1e9)
+            worker = next(iter(one.workers))
+            one.workers._failed_starts[worker.step] = failed_before
+            one._lose(worker, 0.0)
+            assert 1.0 <= one.workers._restart_at[worker.step] <= crew.RESTART_MAX_S
+
+
 def test_a_server_that_stood_still_gives_no_worker_up(tmp_path: Path) -> None:
     deadlines = {"silent_s": 2.0, "start_s": 60.0}
     with running(tmp_path, limits=LIMITS, deadlines=deadlines) as server:
