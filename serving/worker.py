@@ -519,9 +519,8 @@ def _unpacked(work: protocol.Work, folder: Path, members: int, content_bytes: in
         return content
     from lvseg.formats.archive import unzip
 
-    # A series is announced with what its stored zip unpacks to; a zip that a user made may be deflated.
-    limit = work.content_bytes if work.kind == "series" else content_bytes
-    unzip(content, workplace / stem, limit, members, work.name)
+    # Not within what was announced, which is the zip's own size: its members may be deflated.
+    unzip(content, workplace / stem, content_bytes, members, work.name)
     content.unlink()
     return workplace / stem
 

@@ -458,6 +458,14 @@ def zip_rows(what: str, code: str, content: Callable[[int], bytes]) -> None:
         return Sent(zstandard.compress(whole), says, truth)
 
 
+@row("zipped series: a good one, deflated", ANSWER)
+def deflated_series(folder: Path) -> Sent:
+    truth = save(folder / "truth", map(slice_of, range(3)))
+    whole = zipped(slices(), zipfile.ZIP_DEFLATED)
+    assert len(whole) < sum(map(len, slices().values()))
+    return Sent(whole, {"name": "study", "kind": "series"}, truth)
+
+
 for zip_fault, (zip_code, zip_content) in ZIPS.items():
     zip_rows(zip_fault, zip_code, zip_content)
 for name_fault, words in NAMES.items():
