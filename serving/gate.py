@@ -31,7 +31,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from lvseg.errors import InputError
 from serving import access, catalogue, crew, keys, protocol
-from serving.errors import KeyFileError
+from serving.errors import KeyFileError, KeyFileUnreadable
 from serving.handlers import BUSY_MS, Handlers
 from serving.health import Health, Metrics
 from serving.jobs import FIRST_STAGES, STEPS, Job, JobTable, SpoolDamaged, State
@@ -133,6 +133,7 @@ class Gate:
         self.metrics = Metrics()
         self.was_ready = False
         self.spool_problem = ""
+        self.models_problem = ""  # why the list of models could not be taken over
         try:
             self.jobs = JobTable(self.spool, time.monotonic())
             self.ipc_folder = make_ipc_folder(self.spool)
@@ -238,6 +239,8 @@ class Gate:
             problems.append(self.spool_problem)
         if self.clients.problem:
             problems.append("the list of clients cannot be read; the last one holds")
+        if self.models_problem:
+            problems.append("the list of models cannot be read; the last one holds")
         return problems
 
     # ---- sockets
@@ -465,15 +468,19 @@ class Gate:
             return
         try:
             listed = catalogue.read(self.allowed_models.path, self.config.models)
-            entries = catalogue.to_serve(listed, self.config.serve)
-            if others := catalogue.not_allowed(listed, self.config.models):
-                log.warning("not served, since not allowed (serving.admin allow-model): %s", ", ".join(others))
-        except (KeyFileError, InputError) as error:
+        except KeyFileError as error:
             if self.workers.serving is None:
                 raise CannotServe(error.sentence, 2) from error
-            log.error("models stay as they are: %s", error.sentence)
-            self.metrics.reloads_failed.inc()
+            if isinstance(error, KeyFileUnreadable):  # which says nothing of what is on it
+                self.allowed_models.ask_again()
+            if error.sentence != self.models_problem:
+                log.error("models stay as they are: %s", error.sentence)
+                self.metrics.reloads_failed.inc()
+            self.models_problem = error.sentence
             return
+        self.models_problem = ""
+        entries = catalogue.to_serve(listed, self.config.serve)
+        self._tell_not_served(listed)
         serving = self.workers.serving
         if serving is not None and serving.entries == entries and not self.workers.lacking:
             if self.workers.coming is not None:  # rolled back before it took over
@@ -482,6 +489,20 @@ class Gate:
             return
         self.workers.bring(entries)
         self._check_models()
+
+    def _tell_not_served(self, listed: Sequence[catalogue.Entry]) -> None:
+        """Logs the versions that somebody may expect to be served, and that are not."""
+        try:
+            others = catalogue.not_allowed(listed, self.config.models)
+        except InputError as error:  # such as a folder of another user's: what is on the list is served all the same
+            log.error("%s", error.sentence)
+            others = []
+        if others:
+            log.warning("not served, since not allowed (serving.admin allow-model): %s", ", ".join(others))
+        known = {(one.model, one.version) for one in listed}
+        named = ((model, version) for model, versions in self.config.serve.items() for version in versions)
+        if missing := [f"{model}/{version}" for model, version in named if (model, version) not in known]:
+            log.warning("not served, though 'serve' names it, since it is not on the list: %s", ", ".join(missing))
 
     def _expire(self, now: float) -> None:
         deadlines = self.config.deadlines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import shutil
@@ -372,6 +373,33 @@ def test_monitoring_is_told_of_a_list_of_clients_that_cannot_be_read(
             assert [reason for reason in one.reasons() if "list of clients" in reason] != []
         one._follow_lists()
         assert [reason for reason in one.reasons() if "list of clients" in reason] == []
+
+
+@pytest.mark.parametrize("at", ["access/models.json", "models"])
+def test_a_version_that_was_allowed_while_its_list_or_folder_could_not_be_read_is_loaded_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: str
+) -> None:
+    with gate(tmp_path, ("sleep", "1000")) as one:
+        one._follow_lists()
+        one.workers.serving, one.workers.coming = one.workers.coming, None
+        catalogue.allow(tmp_path / "access", make_version(tmp_path / "models", 4))
+        with monkeypatch.context() as failing:
+
+            def fail_there(call: Callable[..., object], path: Path, *given: object, **how: object) -> object:
+                if Path(path) == tmp_path / at:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                return call(path, *given, **how)
+
+            failing.setattr(os, "open", functools.partial(fail_there, os.open))
+            failing.setattr(os, "listdir", functools.partial(fail_there, os.listdir))
+            for _ in range(3):
+                one._follow_lists()
+            assert caplog.text.count("Input/output error") == 1
+            assert ([reason for reason in one.reasons() if "list of models" in reason] == []) == (at == "models")
+        one._follow_lists()
+        assert one.workers.coming is not None
+        assert [entry.version for entry in one.workers.coming.entries] == [4]
+        assert [reason for reason in one.reasons() if "list of models" in reason] == []
 
 
 def test_only_waiting_counts_as_the_queue(tmp_path: Path) -> None:

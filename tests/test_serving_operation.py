@@ -131,6 +131,13 @@ def test_a_version_that_nobody_allowed_is_named_and_not_served(tmp_path: Path) -
         assert "not served, since not allowed (serving.admin allow-model): bright/9" in server.log.read_text()
 
 
+def test_a_version_that_the_server_s_file_names_and_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with running(tmp_path, limits=LIMITS, serve={"bright": [1, 7], "brihgt": [3]}) as server:
+        assert served(server) == [3, 1]
+        (told,) = [line for line in server.log.read_text().splitlines() if "'serve'" in line]
+        assert json.loads(told)["event"].endswith(": bright/7, brihgt/3")
+
+
 def test_every_byte_and_name_of_a_version_counts(tmp_path: Path) -> None:
     version = make_version(tmp_path, 1)
     digests = {catalogue.digest_of(version)}
