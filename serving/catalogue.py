@@ -149,7 +149,7 @@ def allow(folder: Path, version: Path) -> Entry:
         InputError: MODEL_UNAVAILABLE.
         KeyFileError: the list cannot be read or written.
     """
-    version = version.resolve()
+    version = Path.cwd() / version  # links stay, since a server goes by the names in its models folder
     if not VERSION.fullmatch(version.name) or not protocol.is_model_name(version.parent.name):
         raise InputError("MODEL_UNAVAILABLE", f"Expected a folder <models>/<name>/<version>, received {version}.")
     models = version.parent.parent

@@ -154,6 +154,25 @@ def test_every_byte_and_name_of_a_version_counts(tmp_path: Path) -> None:
         catalogue.digest_of(version)
 
 
+def test_a_version_is_allowed_under_the_name_in_its_models_folder_wherever_links_lead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, models, access = tmp_path / "store/of-bright", tmp_path / "models", tmp_path / "access"
+    make_models(tmp_path / "made")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "made/bright").rename(store)
+    (store / "3").rename(tmp_path / "third")
+    (store / "3").symlink_to(tmp_path / "third")
+    models.mkdir()
+    (models / "bright").symlink_to(store)
+    (tmp_path / "link").symlink_to(models)
+    monkeypatch.chdir(models)
+    for version, path in ((1, tmp_path / "link/bright/1"), (3, Path("bright/3/"))):
+        assert catalogue.allow(access, path).version == version
+    entries = catalogue.read(access / "models.json", models)
+    assert [(entry.model, entry.version) for entry in entries] == [("bright", 1), ("bright", 3)]
+
+
 def test_there_is_no_rolling_back_beyond_the_first_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models, access = make_models(tmp_path / "models"), tmp_path / "access"
     catalogue.trust_on_first_start(access, models)
