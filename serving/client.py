@@ -429,12 +429,12 @@ def _status(arguments: argparse.Namespace) -> int:
 def _cancel(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
         for given in arguments.jobs:
-            found = [job for job in client.jobs().jobs if job.job.startswith(given.lower())]
+            found = [job for job in client.jobs().jobs if given and job.job.startswith(given.lower())]
             is_key = re.fullmatch(r"[0-9a-f]{64}", given.lower())
             if len(found) != 1 and not is_key:
                 raise ClientError(
                     "NOT_FOUND",
-                    f"Expected the beginning of one job's key (see the command status), received {given}, with which"
+                    f"Expected the beginning of one job's key (see the command status), received {given!r}, with which"
                     f" {len(found)} begin.",
                     EXIT_BAD_INPUT,
                 )

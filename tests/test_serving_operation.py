@@ -326,7 +326,8 @@ def test_the_client_s_commands_list_and_cancel(tmp_path: Path) -> None:
         while peer.take_until(protocol.Progress).stage != "segment":
             pass
         assert client("status").stdout.split() == [job.hex()[:12], "bright", "segment", "mine.nii.gz"]
-        assert client("cancel", "ffff").returncode == 2
+        for wrong in ("ffff", ""):  # the second is a variable of a script that was not set
+            assert client("cancel", wrong).returncode == 2
         assert client("cancel", job.hex()[:12]).returncode == 0
         assert peer.take_until(protocol.Error).code == "CANCELLED"
         assert client("status").stdout == ""
