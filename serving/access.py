@@ -188,14 +188,21 @@ def changing(folder: Path) -> Iterator[None]:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        keys.give_to_owner(lock, folder)
     except OSError as error:
-        raise KeyFileError(f"Expected a folder for keys, received '{error.strerror}' for {folder}.") from error
+        raise _unusable(folder, error) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            keys.give_to_owner(lock, folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise _unusable(folder, error) from error
         yield
     finally:
         os.close(lock)
+
+
+def _unusable(folder: Path, error: OSError) -> KeyFileError:
+    return KeyFileError(f"Expected a folder for keys, received '{error.strerror}' for {folder}.")
 
 
 def _write_clients(folder: Path, names: dict[str, str]) -> None:

@@ -52,7 +52,8 @@ def claim_spool(folder: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(lock)
-        raise InputError("SPOOL_UNUSABLE", f"Expected a spool of its own, received one in use: {folder}.") from error
+        received = "one in use" if isinstance(error, BlockingIOError) else f"'{error.strerror}' for a lock"
+        raise InputError("SPOOL_UNUSABLE", f"Expected a spool of its own, received {received}: {folder}.") from error
     shutil.rmtree(folder / IPC_FOLDER, ignore_errors=True)
     return lock
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shlex
@@ -17,10 +18,11 @@ import zmq
 from serving_fixtures import LIMIT_S, Server, running, until
 from test_serving import ROOT, expect_right_mask, scan_file, submit_of
 
+from lvseg.errors import InputError
 from serving import access, admin, client, connection, keys, protocol
 from serving.connection import Client, ClientError
 from serving.errors import KeyFileError
-from serving.server import local_address
+from serving.server import claim_spool, local_address
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +296,18 @@ def test_secrets_are_written_for_their_owner_alone_and_never_over_others(tmp_pat
     with pytest.raises(KeyFileError, match="not overwritten"):
         keys.write_credentials(path, made)
     assert [one.name for one in path.parent.iterdir()] == ["client.json"]
+
+
+def test_a_file_system_without_locks_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(KeyFileError, match="received 'No locks available' for"):
+        access.allow_client(tmp_path / "access", "site", keys.new_pair().public)
+    with pytest.raises(InputError, match="received 'No locks available' for a lock: ") as refused:
+        claim_spool(tmp_path / "spool")
+    assert refused.value.code == "SPOOL_UNUSABLE"
 
 
 def test_who_was_revoked_is_out_after_a_power_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
