@@ -396,12 +396,18 @@ class Gate:
 
     def _dispatch(self, now: float) -> None:
         steps = (crew.PACK, crew.SEGMENT, crew.UNPACK)  # what is nearly done first
+        lacking = self._lacking()
+
+        def can_go_on(job: Job) -> bool:
+            return job.model not in lacking
+
         for step in steps[:1] if self.handlers.draining else steps:
             for worker in self.workers.idle(step):
-                ahead = self.jobs.waiting(crew.SEGMENT)
+                ahead = self.jobs.waiting(crew.SEGMENT, but=lacking)  # else they would hold up all others
                 if step == crew.UNPACK and ahead >= AHEAD * self.workers.count(crew.SEGMENT):
                     break
-                job = self.jobs.next(step, now, worker.holds if step == crew.SEGMENT else None)
+                can = {crew.SEGMENT: worker.holds, crew.UNPACK: can_go_on}.get(step)
+                job = self.jobs.next(step, now, can)
                 if job is not None:
                     self._give(worker, job, now)
                     self.handlers.queue_moved = True
@@ -507,11 +513,18 @@ class Gate:
     def _expire(self, now: float) -> None:
         deadlines = self.config.deadlines
         served = self.handlers.models()
+        lacking = self._lacking()
         for job in self.jobs:
             idle_s = now - max(job.touched, job.turned_away)
-            if job.state is State.WAITING and job.step < crew.PACK and self.was_ready and job.model not in served:
+            is_waiting = job.state is State.WAITING and job.step < crew.PACK
+            if is_waiting and job.model in lacking:  # its operator may mend that, here or at another start
+                if now > job.expires:
+                    model = f"{job.model.name}/{job.model.version}"
+                    text = f"Expected {model} to be loaded in time for {job.submit.name}; tell the server's operator."
+                    self.handlers.fail(job, Refusal("EXPIRED", "queue", text, "access", True), now)
+            elif is_waiting and self.was_ready and job.model not in served:
                 self._reassign(job, served, now)
-            elif job.state is State.WAITING and job.step < crew.PACK and not job.losses and now > job.expires:
+            elif is_waiting and not job.losses and now > job.expires:
                 text = f"Expected a free worker in time, received none for {job.submit.name}; raise the time limit."
                 self.handlers.fail(job, Refusal("EXPIRED", "queue", text, "access", True), now)
             elif job.state is State.RECEIVING and idle_s > deadlines.upload_idle_s:
@@ -522,6 +535,9 @@ class Gate:
                 self.jobs.remove(job)
         waited_for = (job for job in self.jobs if job.state not in (State.DONE, State.FAILED))
         self.replies.forget_silent(now, CLIENT_IDLE_S, {route for job in waited_for for route in job.routes})
+
+    def _lacking(self) -> set[protocol.Model]:
+        return {entry.served for entry in self.workers.lacking}
 
     def _reassign(self, job: Job, served: Sequence[protocol.Model], now: float) -> None:
         """What becomes of a job whose version is not served any more: the current one does it, unless it was named."""

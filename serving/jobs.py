@@ -33,7 +33,7 @@ import shutil
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -212,9 +212,9 @@ class JobTable:
         missing = sum(job.submit.bytes - job.offset + job.submit.content_bytes for job in self.receiving(now))
         return missing + sum(job.submit.content_bytes for job in self._lines[0])
 
-    def waiting(self, step: int) -> int:
-        """How many wait for a step."""
-        return len(self._lines[step])
+    def waiting(self, step: int, but: Container[protocol.Model] = ()) -> int:
+        """How many wait for a step, not counting those that some versions are to do."""
+        return sum(job.model not in but for job in self._lines[step])
 
     def of_owner(self, owner: str) -> list[Job]:
         """An owner's jobs, the newest first."""

@@ -212,6 +212,53 @@ def welcome(endpoint: str) -> protocol.Welcome:
         return client.greeting
 
 
+def test_scans_of_a_model_that_cannot_be_loaded_wait_for_it_and_hold_up_no_other(tmp_path: Path) -> None:
+    """A start, or a worker started again, that finds one of several models damaged."""
+    how = {"limits": LIMITS, "serve": {"bright": [1]}}
+    waiting = [scan_file(tmp_path, seed=seed, name=f"{seed}.nii.gz") for seed in range(1, 5)]
+    scan = scan_file(tmp_path)
+    with running(tmp_path, **how) as server, Raw(server.endpoint) as peer:
+        server.hold.touch()
+        keys = set()
+        for one in waiting:
+            keys.add(send_all(peer, one.read_bytes(), name=one.name))
+            peer.take_until(protocol.Stored)
+        server.process.kill()
+        server.process.wait(LIMIT_S)
+        server.hold.unlink()
+    (server.models / "bright/3").rename(tmp_path / "third")
+    with running(tmp_path, **how) as server, server.connect() as client:
+        client.segment(scan, "bright/1", tmp_path / "mask.nii.gz", LIMIT_S)
+        expect_right_mask(scan, tmp_path / "mask.nii.gz")
+        assert {bytes.fromhex(job.job): job.state for job in client.jobs().jobs} == dict.fromkeys(keys, "queue")
+    (tmp_path / "third").rename(server.models / "bright/3")
+    with running(tmp_path, **how) as server, server.connect() as client:
+        for one in waiting:
+            client.segment(one, "bright", tmp_path / "mask.nii.gz", LIMIT_S)
+            expect_right_mask(one, tmp_path / "mask.nii.gz")
+            assert server.runs(one.name).count(1) == 0
+
+
+def test_a_scan_waits_for_a_model_that_cannot_be_loaded_as_long_as_it_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gate(tmp_path, ("sleep", "1000")) as one:
+        one._follow_lists()
+        assert one.workers.coming is not None
+        entry = next(entry for entry in one.workers.coming.entries if entry.version == 3)
+        monkeypatch.setattr(crew.Crew, "lacking", (entry,))
+        submit = submit_of(b"scan")
+        job = one.jobs.add(b"1" * 32, submit, entry.served, "", 0.0)
+        one.jobs.write(job, b"scan")
+        assert one.jobs.stored(job, 0.0)
+        job.losses, one.was_ready = 1, True
+        one._expire(submit.deadline_ms / 1000 - 1.0)
+        assert (job.state, one.jobs.waiting(0), one.jobs.waiting(0, but={entry.served})) == (State.WAITING, 1, 0)
+        one._expire(submit.deadline_ms / 1000 + 1.0)
+        assert job.error is not None and job.error.code == "EXPIRED"
+        assert "Expected bright/3 to be loaded in time for scan.nii.gz" in job.error.text
+
+
 # ---- the table, with time given
 
 
