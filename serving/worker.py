@@ -10,12 +10,15 @@ the images that it refers to.
 
 Three threads, because TensorFlow may hold the main one for minutes: the main thread works; one owns the socket to the
 gate, sends heartbeats and hears of jobs to stop; one waits on standard input, a pipe whose other end the gate holds,
-and ends the process when that closes, so no worker outlives its gate however that died.
+and ends the process when that closes, so no worker outlives its gate however that died. The kernel ends one that cannot
+do that, since it is stopped or C code holds Python's lock.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import errno
 import gc
 import json
@@ -50,6 +53,7 @@ ORIGIN = "origin.json"
 HEARTBEAT_S = 1.0
 PROGRESS_EVERY_S = 0.1
 PROOF_MM = 0.01
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal at the end of the thread that started this process, the gate's main one
 OPEN_FILES_MAX = 256
 CONTENT_BYTES_MAX = 2 * 1024**3  # of a scan unpacked, where the gate says nothing else
 NPY_HEADER_BYTES = 128  # what NumPy writes before an array's bytes
@@ -455,6 +459,8 @@ def main(argv: Sequence[str] | None = None, load: Callable[[Path], Segments] = l
     logs.to_standard_error()
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     _limit(arguments)
+    with contextlib.suppress(AttributeError, OSError):  # not Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_end_with_gate, daemon=True, name="lifeline").start()
     link = Link(arguments.endpoint, arguments.identity.encode())
     serve(

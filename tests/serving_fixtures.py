@@ -136,11 +136,16 @@ def command_of(pid: int) -> str:
     return ""
 
 
+def state_of(pid: int) -> str:
+    """A process's state as ps(1) has it, such as T for stopped; Z, as for one that was not reaped, for none."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    return "Z"
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that ended and was not reaped does not."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    return False
+    return state_of(pid) != "Z"
 
 
 def memory_bytes(pid: int, what: str = "VmRSS") -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from serving_fixtures import LIMIT_S, STUCK, make_models, make_version, running, until
+from serving_fixtures import LIMIT_S, STUCK, is_alive, make_models, make_version, running, state_of, until
 from test_serving import Raw, expect_right_mask, expect_serving, scan_file, send_all, submit_of
 
 from lvseg.errors import InputError
@@ -145,6 +145,21 @@ def test_a_server_that_stood_still_gives_no_worker_up(tmp_path: Path) -> None:
                 os.kill(pid, signal.SIGCONT)
         expect_serving(server, tmp_path)
         assert {pid for kind in jobs.STEPS for pid in server.workers(kind)} == before
+
+
+@pytest.mark.parametrize("kind", jobs.STEPS)
+def test_a_worker_that_cannot_run_ends_with_a_killed_server(tmp_path: Path, kind: str) -> None:
+    """Else it would keep its device's memory, and could go on in a spool that is the next server's."""
+    with running(tmp_path, limits=LIMITS) as server:
+        (worker,) = server.workers(kind)
+        os.kill(worker, signal.SIGSTOP)
+        until(lambda: state_of(worker) == "T", "it is stopped")
+        server.process.kill()
+        try:
+            until(lambda: not is_alive(worker), "it ends, too")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
 
 
 def test_a_worker_that_loads_nothing_when_started_again_is_no_worker_and_the_scan_waits(tmp_path: Path) -> None:
