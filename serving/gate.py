@@ -182,6 +182,7 @@ class Gate:
                 now = time.monotonic()
                 if now - turned > STOOD_STILL_S:
                     self.workers.excuse(now - turned)
+                    self.jobs.excuse(now - turned)
                 turned = now
                 self.health.turn(now)
                 if asked and not self.handlers.draining:

@@ -428,6 +428,14 @@ class JobTable:
             (self._spool / ALIVE).touch(mode=0o600)
             os.utime(self._spool / ALIVE, (self._date(),) * 2)  # by the clock of the rows, not the file system's
 
+    def excuse(self, gap_s: float) -> None:
+        """The server stood still for so long: no job is older for that, and none has to begin so much earlier."""
+        self._epoch -= gap_s
+        for job in self._jobs.values():
+            job.touched += gap_s
+            job.turned_away += gap_s
+            job.expires += gap_s
+
     def probe(self) -> None:
         """Tries whether the database can be written to again; `problem` says so."""
         with _told_as_os_error():

@@ -147,6 +147,47 @@ def test_a_server_that_stood_still_gives_no_worker_up(tmp_path: Path) -> None:
         assert {pid for kind in jobs.STEPS for pid in server.workers(kind)} == before
 
 
+def test_a_server_that_stood_still_gives_no_scan_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a machine that was suspended, or a disk that answered no more for so long."""
+    with gate(tmp_path, ("sh", "-c", "exec sleep 1000", "sh")) as one:
+        now, stood_still_s, turns = 100.0, 2 * one.config.deadlines.result_keep_s, iter(range(5))
+        upload, waiting, result = (
+            one.jobs.add(protocol.job_key("", submit, MODEL.sha256), submit, MODEL, "", now)
+            for submit in (submit_of(b"upload"), submit_of(b"scan"), submit_of(b"result"))
+        )
+        one.jobs.write(waiting, b"scan")
+        assert one.jobs.stored(waiting, now)
+        result.state = State.DONE
+
+        def stopping() -> int:
+            nonlocal now
+            turn = next(turns)
+            now += stood_still_s if turn == 2 else 0.1
+            return 2 if turn == 4 else 0
+
+        monkeypatch.setattr("serving.gate.time", SimpleNamespace(monotonic=lambda: now))
+        one.run(stopping, lambda: None)
+        assert [job.state for job in (upload, waiting, result)] == [State.RECEIVING, State.WAITING, State.DONE]
+        assert len(one.jobs) == 3
+        one._expire(now + upload.submit.deadline_ms / 1000)  # time goes on
+        assert waiting.state is State.FAILED
+
+
+def test_the_time_for_which_a_server_stood_still_counts_not_after_a_restart_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(time=lambda: 1e9 + now, monotonic=lambda: now))
+    table, _ = table_with(tmp_path, "scan", now=now)
+    now += 5000.0
+    table.excuse(5000.0)
+    now += 10.0
+    table.close()
+    (again,) = later = JobTable(tmp_path, now)
+    assert now - again.touched == pytest.approx(10.0, abs=0.01)
+    later.close()
+
+
 @pytest.mark.parametrize("kind", jobs.STEPS)
 def test_a_worker_that_cannot_run_ends_with_a_killed_server(tmp_path: Path, kind: str) -> None:
     """Else it would keep its device's memory, and could go on in a spool that is the next server's."""
