@@ -546,6 +546,8 @@ class Client:
                 got += len(message.payload)
                 came = time.monotonic()
                 on_progress("receive", got, file.bytes)
+                if len(message.payload) < min(chunk, file.bytes - message.offset):
+                    chunk, asked = len(message.payload), got  # started again meanwhile, the server gives smaller pieces
                 yield message.payload
             elif isinstance(message, protocol.Error) and not _is_late(message):
                 raise Refused(message, self.server, sent.members)

@@ -356,6 +356,26 @@ def test_data_that_was_lost_without_a_sign_is_asked_for_again(tmp_path: Path, mo
 # ---- servers that are started again
 
 
+def test_a_server_that_gives_smaller_pieces_than_it_did_is_asked_for_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that was started again with a smaller `chunk_bytes`."""
+    monkeypatch.setattr(connection, "NO_DATA_S", 10 * LIMIT_S)  # waiting is not the way
+    mask = os.urandom(20 * CHUNK + 1)
+    contents = {"mask.vtk": mask, "result.json": MEASURED}
+
+    def script(message: Any) -> list[Any] | None:
+        if not isinstance(message, protocol.Fetch):
+            return None
+        piece = contents[message.name][message.offset : message.offset + min(message.bytes, CHUNK // 3)]
+        return [protocol.Data(message.job, message.name, message.offset, piece)]
+
+    with Scripted(script, mask=mask) as server:
+        expect_done(segment(server.endpoint, scan_of(tmp_path), tmp_path / "out.vtk"), tmp_path / "out.vtk", mask)
+        pieces = sum(-(-len(content) // (CHUNK // 3)) for content in contents.values())
+        assert len(server.all(protocol.Fetch)) <= pieces + connection.FETCHES_AHEAD * len(contents)
+
+
 def test_a_late_answer_is_not_taken_for_one_about_the_next_scan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
