@@ -17,6 +17,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def first_start(folder: Path, server: str) -> keys.KeyPair:
 
     Args:
         folder: the access folder.
-        server: address that these credentials name.
+        server: address that these credentials name from now on; "" for the one that they name.
 
     Raises:
         KeyFileError: a file that cannot be used or written.
@@ -170,10 +171,14 @@ def first_start(folder: Path, server: str) -> keys.KeyPair:
         is_first = not keys.is_there(folder / SERVER)
         pair = keys.server_pair(folder / SERVER)
         if is_first and not (folder / CLIENTS).exists() and not (folder / LOCAL).exists():
-            local = keys.new_pair()
-            keys.write_credentials(folder / LOCAL, keys.Credentials(LOCAL_NAME, local, pair.public, server))
-            _write_clients(folder, {local.public: LOCAL_NAME})
+            own = keys.new_pair()
+            keys.write_credentials(folder / LOCAL, keys.Credentials(LOCAL_NAME, own, pair.public, server))
+            _write_clients(folder, {own.public: LOCAL_NAME})
             log.info("keys made: clients of this user on this computer find theirs in %s", folder / LOCAL)
+        with contextlib.suppress(KeyFileError):  # none there, or one of no use, which its clients are told
+            local = keys.read_credentials(folder / LOCAL)
+            if server not in ("", local.server):
+                keys.write_credentials(folder / LOCAL, replace(local, server=server), may_replace=True)
         return pair
 
 

@@ -186,11 +186,11 @@ def server_pair(path: Path) -> KeyPair:
     return KeyPair(content["public_key"], content["secret_key"])
 
 
-def write_credentials(path: Path, credentials: Credentials) -> None:
-    """Writes a client's file.
+def write_credentials(path: Path, credentials: Credentials, may_replace: bool = False) -> None:
+    """Writes a client's file, in the place of an earlier one where it may replace that.
 
     Raises:
-        KeyFileError: it is there already, or cannot be written.
+        KeyFileError: it is there already and not to be replaced, or cannot be written.
     """
     content = {
         "format": CLIENT_FORMAT,
@@ -200,7 +200,7 @@ def write_credentials(path: Path, credentials: Credentials) -> None:
         "server_key": credentials.server_key,
         "server": credentials.server,
     }
-    write_private(path, content)
+    write_private(path, content, may_replace)
 
 
 def read_credentials(path: Path) -> Credentials:

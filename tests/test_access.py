@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -68,6 +69,17 @@ def refusal(server: Server, credentials: keys.Credentials | None, **how: bool) -
 )
 def test_a_client_on_this_computer_is_told_where_the_server_listens(bind: str, address: str) -> None:
     assert local_address(bind) == address
+
+
+def test_a_client_on_this_computer_is_told_where_the_server_listens_since_it_listens_elsewhere(tmp_path: Path) -> None:
+    first = access.first_start(tmp_path, "")  # by the operator's command, which knows of no server
+    made = keys.read_credentials(tmp_path / access.LOCAL)
+    for address in ("tcp://127.0.0.1:5557", "tcp://127.0.0.1:6000"):
+        assert access.first_start(tmp_path, address) == first
+        assert keys.read_credentials(tmp_path / access.LOCAL) == dataclasses.replace(made, server=address)
+    (tmp_path / access.LOCAL).write_text("{}")
+    assert access.first_start(tmp_path, "tcp://127.0.0.1:7000") == first  # what is wrong with it is told to its clients
+    assert (tmp_path / access.LOCAL).read_text() == "{}"
 
 
 def test_a_public_key_is_none_that_a_command_takes_for_an_option(
