@@ -189,9 +189,12 @@ def changing(folder: Path) -> Iterator[None]:
     Raises:
         KeyFileError: the folder cannot be made or used.
     """
+    is_new = not keys.is_there(folder)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
+        if is_new:
+            _give_to_owner(folder)
         lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise _unusable(folder, error) from error
@@ -204,6 +207,15 @@ def changing(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _give_to_owner(folder: Path) -> None:
+    """A folder that root makes is that of the owner of the place that it is in, who runs the server."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        keys.give_to_owner(descriptor, folder.resolve().parent)
+    finally:
+        os.close(descriptor)
 
 
 def _unusable(folder: Path, error: OSError) -> KeyFileError:

@@ -437,6 +437,20 @@ def test_what_root_writes_is_the_folder_s_owner_s(tmp_path: Path, monkeypatch: p
     assert given == dict.fromkeys([access.LOCK, access.CLIENTS], (facts.st_uid, facts.st_gid))
 
 
+def test_a_folder_that_root_makes_is_its_place_s_owner_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the server, which runs as another user, cannot start where its operator asked for its key before."""
+    given = {}
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+    def give(descriptor: int, user: int, group: int) -> None:
+        given[Path(f"/proc/self/fd/{descriptor}").readlink()] = (user, group)
+
+    monkeypatch.setattr(os, "fchown", give)
+    assert admin.main(["--access", str(tmp_path / "access"), "server-key"]) == 0
+    facts = tmp_path.stat()
+    assert given[tmp_path / "access"] == (facts.st_uid, facts.st_gid)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_root_and_the_owner_of_the_folder_change_one_list(tmp_path: Path) -> None:
     folder = tmp_path / "access"
