@@ -436,7 +436,9 @@ def serve(
                 files = pack_result(work, folder, report)
             link.send(protocol.Result(work.job, files))
         except Exception as error:  # one bad scan must not cost the next user the loaded models
-            code, fault, sentence = _explained(error, work, folder, spool, report.stage)
+            is_unwanted = link.stopped == work.job  # so the gate deletes its files, which is no fault of the spool
+            failure = Cancelled() if is_unwanted else error
+            code, fault, sentence = _explained(failure, work, folder, spool, report.stage)
             link.send(protocol.Failed(work.job, code, report.stage or FIRST_STAGES[STEPS.index(kind)], fault, sentence))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -15,11 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from serving_fixtures import LIMIT_S, STUCK, is_alive, make_models, make_version, running, state_of, until
+from serving_fixtures import LIMIT_S, STUCK, BrightVoxels, is_alive, make_models, make_version, running, state_of, until
 from test_serving import Raw, expect_right_mask, expect_serving, scan_file, send_all, submit_of
 
 from lvseg.errors import InputError
-from serving import access, catalogue, crew, jobs, protocol
+from serving import access, catalogue, crew, jobs, protocol, worker
 from serving.config import ServerConfig
 from serving.connection import Client
 from serving.crew import Generation
@@ -104,6 +105,40 @@ def test_a_worker_that_is_started_again_gets_the_device_of_the_one_lost(tmp_path
             one._lose(worker, 1.0)
             one.workers.start_missing(2.0)
         until(both, "both are there")
+
+
+class Line:
+    """A worker's link, over which the word that nobody wants its only job comes as soon as that has begun."""
+
+    def __init__(self, work: protocol.Work) -> None:
+        self.work, self.sent, self.stopped = [work], [], b""
+
+    def send(self, message: object) -> None:
+        self.sent.append(message)
+        if isinstance(message, protocol.Step):
+            self.stopped = message.job
+
+    def take(self) -> protocol.Work:
+        if not self.work:
+            raise SystemExit
+        return self.work.pop()
+
+
+def test_the_deleted_files_of_a_job_that_was_cancelled_are_not_told_as_a_fault_of_the_spool(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    version = make_version(tmp_path / "models", 3)
+    served = worker.Served("bright", 3, catalogue.digest_of(version), version)
+    key = b"1" * 32
+    line = Line(protocol.Work(key, "scan.nii.gz", "file", "bright", 3, "", "vtk", "raw", 100, 0, 0))
+    try:
+        with pytest.raises(SystemExit):
+            worker.serve("segment", line, tmp_path, [served], 10, 1000, load=BrightVoxels)
+    finally:
+        gc.unfreeze()
+    failed = line.sent[-1]
+    assert (type(failed), failed.job, failed.code) == (protocol.Failed, key, "CANCELLED")
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_a_command_that_cannot_be_started_is_tried_again_and_ends_nothing(tmp_path: Path) -> None:
