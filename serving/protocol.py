@@ -41,6 +41,7 @@ MODEL_CHARACTERS_MAX = 64
 OUTPUTS = ("vtk", "nii.gz", "vti", "nrrd", "mha", "dcm")
 # Suffixes that reach a file name on the server; readers choose by them. Longest first.
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".vtk", ".vti", ".dcm", ".zip")
+HEADERS = (".mhd", ".nhdr")  # of formats that readers know, whose voxels lie in a second file, which is not sent
 # All that is kept of the names in a series: files that call themselves DICOM have to be, and nameless ones may be.
 MEMBER_SUFFIXES = (".dcm", ".ima")
 MEMBER_NAMELESS = ".000"

@@ -513,6 +513,12 @@ def _end_with_gate() -> None:
 
 def _unpacked(work: protocol.Work, folder: Path, members: int, content_bytes: int) -> Path:
     """The scan as a file or folder that readers take; its name is unlike anything else in a sentence."""
+    if work.kind == "file" and work.name.lower().endswith(protocol.HEADERS):
+        raise InputError(
+            "UNSUPPORTED_FORMAT",
+            f"Expected a scan in one file, received the header of one whose voxels lie beside it: {work.name}; convert"
+            " it to .mha or .nrrd.",
+        )
     workplace = folder / WORK
     shutil.rmtree(workplace, ignore_errors=True)  # of an attempt that was killed
     shutil.rmtree(folder / RESULT, ignore_errors=True)

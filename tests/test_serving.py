@@ -424,6 +424,15 @@ def test_an_announcement_that_cannot_be_kept_is_refused_before_a_byte(
     assert server.spooled() == []
 
 
+@pytest.mark.parametrize("name", ["scan.mhd", "SCAN.NHDR"])
+def test_a_header_without_its_voxels_is_told_as_such(server: Server, name: str) -> None:
+    error = send_bad(server, b"ObjectType = Image\n", name=name)
+    assert (error.code, error.fault) == ("UNSUPPORTED_FORMAT", "input")
+    assert error.text.startswith(
+        f"Expected a scan in one file, received the header of one whose voxels lie beside it: {name};"
+    )
+
+
 def test_bytes_beyond_the_credit_are_refused_and_the_job_lives_on(server: Server) -> None:
     content = os.urandom(20_000)
     with Raw(server.endpoint) as peer:
