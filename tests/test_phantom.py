@@ -512,6 +512,19 @@ def test_a_folder_of_another_scanner_or_version_is_refused(tmp_path, capsys, sca
     assert scanner in said and f"version {version}" in said and "truth.json" in said
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{", "no truth"])
+def test_a_damaged_truth_is_one_sentence(tmp_path, capsys, content):
+    folder = tmp_path / patient_id(1, 1)
+    folder.mkdir()
+    if content == "no truth":
+        content = json.dumps({"scanner": "philips_volume", "version": PHANTOM_VERSION, "contour_jitter": False})
+    (folder / "truth.json").write_text(content)
+    assert main(["--scanner", "philips_volume", "--patients", "1", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "Expected" in said and str(folder / "truth.json") in said
+    assert (folder / "truth.json").read_text() == content and not (tmp_path / "truth.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--patients", "0"), ("--patients", "-3"), ("--seed", "-1"), ("--jobs", "0"), ("--first", "0")],

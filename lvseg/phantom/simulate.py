@@ -25,6 +25,7 @@ import joblib
 from lvseg.command import alone, atomic, progress
 from lvseg.errors import InputError
 from lvseg.formats import write_volume
+from lvseg.keys import read_json
 from lvseg.phantom import ct, varied
 from lvseg.phantom.patients import patient_id
 from lvseg.phantom.scan import Protocol
@@ -67,7 +68,7 @@ def simulate(
 
     Raises:
         InputError: BAD_ARGUMENT for values outside these ranges; FOLDER_IN_USE where `out` holds patients of another
-            scanner, version or kind of mask.
+            scanner, version or kind of mask; BAD_FILE for a damaged truth.json there.
     """
     out = Path(out)
     protocol = protocol_of(scanner)
@@ -128,12 +129,16 @@ def _finished(out: Path, made_by: Mapping[str, object]) -> list[dict]:
     """What truth.json holds of all patients in the folder, in order of their ids."""
     rows = []
     for path in sorted(out.glob("[!.]*/truth.json")):
-        row = json.loads(path.read_text(encoding="utf-8"))
+        row = read_json(path)
         received = {name: row.get(name) for name in made_by}
         if received != made_by:
             raise InputError(
                 "FOLDER_IN_USE",
                 f"Expected a folder of patients with {_said(made_by)}, received {_said(received)} in {path}.",
+            )
+        if not (isinstance(row.get("patient"), str) and isinstance(row.get("truth"), dict)):
+            raise InputError(
+                "BAD_FILE", f"Expected patient and truth of a simulated patient, received none of one in {path}."
             )
         rows.append(row)
     return rows
