@@ -31,7 +31,7 @@ from lvseg.cards import check_classes, load_card
 from lvseg.config import Experiment, Train
 from lvseg.errors import InputError
 from lvseg.keys import check_keys
-from lvseg.predict import CARD_KEYS, Segmenter, newest_version, version_of
+from lvseg.predict import CARD_KEYS, Segmenter, check_holds_versions, newest_version, version_of
 from lvseg.prepare import prepare
 from lvseg.quality import least_trust, mirrors
 from lvseg.replay import Shard, Volumes, check_not_known, known, left_out, owners
@@ -212,6 +212,7 @@ def _check_out(out: Path) -> None:
         raise InputError("BAD_OUTPUT", f"Expected --out to be a folder or nothing yet, received the file {there}.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError("BAD_OUTPUT", f"Expected --out to be a folder to write to, received {out}, where none can be.")
+    check_holds_versions(out)
 
 
 def _info(model: Path) -> dict[str, Any]:

@@ -25,7 +25,15 @@ from lvseg import command, preprocess, quality
 from lvseg.errors import InputError
 from lvseg.optimiser import tf_variable
 from lvseg.postprocess import STEPS
-from lvseg.predict import VERSION, Segmenter, damaged, newest_version, shipped_model, weights_sha256
+from lvseg.predict import (
+    VERSION,
+    Segmenter,
+    check_holds_versions,
+    damaged,
+    newest_version,
+    shipped_model,
+    weights_sha256,
+)
 
 ODDS = (0.001, 1000.0)  # that odds may be multiplied by
 # What the members of an ensemble must agree on.
@@ -239,7 +247,11 @@ def write_version(out: Path, write: Callable[[Path], object]) -> Path:
 
     Args:
         out: made if missing; write: makes the folder that it is given, which is renamed.
+
+    Raises:
+        InputError: BAD_OUTPUT for a folder that is a model or within one.
     """
+    check_holds_versions(out)
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / f".partial-{uuid.uuid4().hex[:8]}"
     try:
@@ -273,7 +285,7 @@ def publish(
 
     Raises:
         InputError: NOT_FOUND if there is no model yet; BAD_ARGUMENT for odds with several models; see
-            `export_ensemble`, `export_with_odds`.
+            `export_ensemble`, `export_with_odds`, `write_version`.
     """
     if foreground_odds is not None and len(models) > 1:
         raise InputError(

@@ -635,6 +635,7 @@ def test_patients_that_can_be_simulated_are_so_only_to_be_replayed(trained, in_s
         (["--unlabelled", "cards/c.yaml", "--suggest", "1"], ("can be read", "none of 1")),
         (["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "2"], ("--suggest", "received 2")),
         (["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "1", "-o", "x"], ("--suggest or --out", "both")),
+        (["--card", "cards/c.yaml", "-o", "runs/volume/small-fold0/model"], ("a folder of versions", "a model is")),
         (["--card", "cards/c.yaml", "-o", "cards/c.yaml/below/it"], ("--out to be a folder", "the file", "c.yaml")),
     ],
 )
