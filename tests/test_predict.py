@@ -387,6 +387,26 @@ def test_no_version_is_written_into_a_model(exported, tmp_path, capsys, place):
     assert sorted(out.rglob("*")) == before  # the server would not know the model again
 
 
+@pytest.mark.parametrize("options", [[], ["--foreground-odds", "2"]])
+def test_a_disk_that_gets_full_under_an_export_is_one_sentence(exported, tmp_path, monkeypatch, capsys, options):
+    run, out = tmp_path / "run", tmp_path / "models"
+    shutil.copytree(exported, run / "model")
+    text = "No space left on device"
+
+    def full(_, folder, *__):  # as TensorFlow and shutil say it
+        (Path(folder) / "variables").mkdir(parents=True)
+        if options:
+            raise tf.errors.ResourceExhaustedError(None, None, f"{folder}/variables; {text}")
+        raise shutil.Error([(f"{number}", folder, f"[Errno 28] {text}: '{number}'") for number in range(9)])
+
+    monkeypatch.setattr(tf.saved_model, "save", full)
+    monkeypatch.setattr(shutil, "copytree", full)
+    assert export.main(["--run", str(run), "--out", str(out), *options]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("lvseg.export: Expected to") and line.count(text) == 1
+    assert not list(out.iterdir())
+
+
 def test_two_that_export_at_once_write_a_version_each(tmp_path):
     meet = threading.Barrier(3)
 
