@@ -31,7 +31,7 @@ from lvseg.cards import check_classes, load_card
 from lvseg.config import Experiment, Train
 from lvseg.errors import InputError
 from lvseg.keys import check_keys
-from lvseg.predict import CARD_KEYS, Segmenter, newest_version, version_of
+from lvseg.predict import CARD_KEYS, Segmenter, check_holds_versions, newest_version, version_of
 from lvseg.prepare import prepare
 from lvseg.quality import least_trust, mirrors
 from lvseg.replay import Shard, Volumes, check_not_known, known, left_out, owners
@@ -40,6 +40,7 @@ from lvseg.suggest import agreement_with_itself, look, suggest, write_own_masks
 
 if TYPE_CHECKING:
     from lvseg.devices import Cluster
+    from lvseg.pipeline import Reading
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def adapt(
         InputError: BAD_MODEL for a model without its experiment or of several, and for cards of another task or other
             classes; BAD_SPLIT for patients that the model knows, unless from an adaptation, and for nobody to learn
             from; NOT_FOUND for patients that are not there; DUPLICATE_SCAN for scans that the model's datasets have;
-            BAD_OUTPUT for `out`; what preparation says.
+            BAD_SCANS for those of which its clip_percentiles leave one intensity; BAD_OUTPUT for `out`; what
+            preparation says.
         RunError: SIGTERM or Ctrl-C came while it trained; nothing is written.
     """
     plan, model = plan or Plan(), newest_version(model)  # looked up once: another may be written meanwhile
@@ -212,6 +214,7 @@ def _check_out(out: Path) -> None:
         raise InputError("BAD_OUTPUT", f"Expected --out to be a folder or nothing yet, received the file {there}.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError("BAD_OUTPUT", f"Expected --out to be a folder to write to, received {out}, where none can be.")
+    check_holds_versions(out)
 
 
 def _info(model: Path) -> dict[str, Any]:
@@ -323,6 +326,7 @@ def _adapt(
     )  # fmt: skip
     step.model.set_weights(weights)
     reading = reading_of(experiment, info, (*new.patients, *spared.patients, *replayed.patients, *judging.patients))
+    _check_seen((*new.rows, *spared.rows, *replayed.rows, *judging.rows), reading)
 
     groups = {"left_out": spared, "adapted_on": new, "known": judging}
     measure = functools.partial(agreement_with_itself, mirrored=mirrors(info)) if "own_masks" in study else None
@@ -337,6 +341,22 @@ def _adapt(
     adapted.set_weights(tuned.weights)
     folder = export.write_version(out, functools.partial(export.export_model, adapted, card))
     return {**tuned.measured, "version": str(folder)}
+
+
+def _check_seen(rows: Sequence[Shard], reading: Reading) -> None:
+    """InputError BAD_SCANS for a scan of which the model's clip_percentiles leave one intensity, as training has it."""
+    from lvseg import pipeline
+
+    if reading.clip_percentiles is None:
+        return  # preparation refuses scans of one value
+    low, high = reading.clip_percentiles
+    for row, is_blank in zip(rows, pipeline.are_blank([row.file for row in rows], reading), strict=True):
+        if is_blank:
+            raise InputError(
+                "BAD_SCANS",
+                f"Expected more than one intensity between the {low:g}th and the {high:g}th percentile of every scan,"
+                f" which is what the model sees, received one of patient {row.patient} ({row.file}).",
+            )
 
 
 def _card(

@@ -21,11 +21,19 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from lvseg import command, preprocess, quality
-from lvseg.errors import InputError
+from lvseg import command, preprocess, quality, records
+from lvseg.errors import InputError, RunError
 from lvseg.optimiser import tf_variable
 from lvseg.postprocess import STEPS
-from lvseg.predict import VERSION, Segmenter, damaged, newest_version, shipped_model, weights_sha256
+from lvseg.predict import (
+    VERSION,
+    Segmenter,
+    check_holds_versions,
+    damaged,
+    newest_version,
+    shipped_model,
+    weights_sha256,
+)
 
 ODDS = (0.001, 1000.0)  # that odds may be multiplied by
 # What the members of an ensemble must agree on.
@@ -143,6 +151,9 @@ def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any
 
     Returns:
         The card with `weights_sha256`, as written.
+
+    Raises:
+        OSError: for a disk that is full or fails.
     """
     size, neighbours, batch_size = card["size"], card["neighbours"], card["batch_size"]
     target_mm, normalisation = card["spacing_mm"], card["normalisation"]
@@ -214,7 +225,8 @@ def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any
     # Saved as they are: as an archive of Keras's, which keeps the functions too, all graphs would be in it twice.
     held = tf.train.Checkpoint(variables=[tf_variable(own) for each in tracked for own in each.variables])
     with command.atomic(folder) as temporary:
-        tf.saved_model.save(held, str(temporary), signatures)
+        with records.system_errors(folder):
+            tf.saved_model.save(held, str(temporary), signatures)
         card = {**card, "weights_sha256": weights_sha256(temporary)}
         (temporary / "model.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
     return card
@@ -239,7 +251,11 @@ def write_version(out: Path, write: Callable[[Path], object]) -> Path:
 
     Args:
         out: made if missing; write: makes the folder that it is given, which is renamed.
+
+    Raises:
+        InputError: BAD_OUTPUT for a folder that is a model or within one.
     """
+    check_holds_versions(out)
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / f".partial-{uuid.uuid4().hex[:8]}"
     try:
@@ -273,7 +289,8 @@ def publish(
 
     Raises:
         InputError: NOT_FOUND if there is no model yet; BAD_ARGUMENT for odds with several models; see
-            `export_ensemble`, `export_with_odds`.
+            `export_ensemble`, `export_with_odds`, `write_version`.
+        OSError, RunError: for a disk that is full or fails; nothing is left of the version.
     """
     if foreground_odds is not None and len(models) > 1:
         raise InputError(
@@ -291,7 +308,10 @@ def publish(
         elif foreground_odds is not None:
             export_with_odds(models[0], foreground_odds, temporary)
         else:
-            shutil.copytree(models[0], temporary)
+            try:
+                shutil.copytree(models[0], temporary)
+            except shutil.Error as error:  # a list of every file that could not be copied
+                raise RunError(f"Expected to copy {models[0]}, received '{error.args[0][0][2]}'.") from error
         path = temporary / "model.json"
         card = json.loads(path.read_text(encoding="utf-8"))
         calibration, steps = card.pop("quality", None), list(quality.steps(None, card))

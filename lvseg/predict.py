@@ -108,6 +108,21 @@ def newest_version(model: Path) -> Path:
     return max(versions, key=lambda path: int(path.name))
 
 
+def check_holds_versions(out: Path) -> None:
+    """Refuses a folder for new versions that is a model or within one: it would not be the model that was allowed.
+
+    Raises:
+        InputError: BAD_OUTPUT.
+    """
+    for folder in (out, *out.absolute().parents):
+        if (folder / "saved_model.pb").is_file():
+            raise InputError(
+                "BAD_OUTPUT",
+                f"Expected --out to be a folder of versions, such as {folder.absolute().parent}, received {out}, where"
+                f" {'a model is' if folder == out else f'the model {folder} is'}.",
+            )
+
+
 def damaged(folder: Path, error: Exception) -> InputError:
     """What to raise for a model's folder that cannot be loaded: MODEL_UNAVAILABLE."""
     return InputError(

@@ -10,12 +10,13 @@ needs, eight pixels a byte with the first in its highest bit, zlib.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -215,9 +216,15 @@ def write_shard(volume: Harmonised, path: Path) -> None:
         OSError: for a disk that is full or fails, whose name TensorFlow has for it says nothing to `command.run`.
     """
     serialised = encode(volume)
+    with system_errors(path), atomic(path) as temporary, tf.io.TFRecordWriter(str(temporary)) as writer:
+        writer.write(serialised)
+
+
+@contextlib.contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Within the block what TensorFlow raises for a disk that is full or fails becomes an OSError that names `path`."""
     try:
-        with atomic(path) as temporary, tf.io.TFRecordWriter(str(temporary)) as writer:
-            writer.write(serialised)
+        yield
     except tf.errors.OpError as error:
         number = next((number for kind, number in ERRORS.items() if isinstance(error, kind)), errno.EIO)
         raise OSError(number, os.strerror(number), str(path)) from error

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import joblib
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from lvseg.errors import InputError
+from lvseg.errors import InputError, RunError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,6 +54,7 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], engine: Engi
     Raises:
         InputError: MISSING_PACKAGE without Ray, UNREACHABLE for a cluster that does not answer; and whatever
             `function` raises.
+        RunError: a process of this machine was killed, or crashed.
     """
     if not items:
         return
@@ -61,7 +63,13 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], engine: Engi
         return
     jobs = engine.jobs if engine.jobs < 0 else min(engine.jobs, len(items))
     tasks = (joblib.delayed(_call)(function, item, _process()) for item in items)
-    yield from joblib.Parallel(n_jobs=jobs, return_as="generator")(tasks)
+    try:
+        yield from joblib.Parallel(n_jobs=jobs, return_as="generator")(tasks)
+    except TerminatedWorkerError as error:
+        raise RunError(
+            "Expected processes that end by themselves, received one that was killed, most likely for want of memory;"
+            " lvseg.prepare and lvseg.phantom with fewer of them (--jobs) go on where this ended."
+        ) from error
 
 
 def single_thread() -> None:

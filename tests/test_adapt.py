@@ -260,6 +260,25 @@ def test_a_scan_of_the_models_datasets_is_refused_under_another_name(trained, ne
         shutil.rmtree(known_as)
 
 
+def test_a_scan_that_the_model_would_see_as_nothing_is_refused(trained, in_study, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(trained / "model", model)
+    card = json.loads((model / "model.json").read_text())
+    card["experiment"]["data"] |= {"normalise": "patient", "clip_percentiles": [0.5, 99.5]}
+    (model / "model.json").write_text(json.dumps(card))
+    write_dimmed(in_study / "raw/d", range(30, 31))
+    image, mask = dimmed(31)
+    voxels = np.zeros_like(image.voxels)
+    voxels[4, 20, 20:26] = 200  # of 15,840 voxels
+    (in_study / "raw/d/c-031").mkdir()
+    write_volume(image.with_voxels(voxels), in_study / "raw/d/c-031/image.nii.gz")
+    write_volume(mask.with_voxels(mask.voxels * 7), in_study / "raw/d/c-031/organs.nii.gz")
+    study = write_card(in_study, "d")
+    with pytest.raises(InputError, match=r"patient c-031 .*c-031\+1\.tfrecord") as error:
+        adapt.adapt(model, [study], tmp_path / "versions", plan=Plan(steps=1, replay=()))
+    assert error.value.code == "BAD_SCANS" and not (tmp_path / "versions").exists()
+
+
 def test_those_who_decided_do_not_train_alone(adapted, new_study, monkeypatch, tmp_path):
     monkeypatch.chdir(new_study)
     (study,) = json.loads((adapted[1] / "1/model.json").read_text())["provenance"]["adapted"]
@@ -635,6 +654,7 @@ def test_patients_that_can_be_simulated_are_so_only_to_be_replayed(trained, in_s
         (["--unlabelled", "cards/c.yaml", "--suggest", "1"], ("can be read", "none of 1")),
         (["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "2"], ("--suggest", "received 2")),
         (["--unlabelled", "raw/c/c-020/image.nii.gz", "--suggest", "1", "-o", "x"], ("--suggest or --out", "both")),
+        (["--card", "cards/c.yaml", "-o", "runs/volume/small-fold0/model"], ("a folder of versions", "a model is")),
         (["--card", "cards/c.yaml", "-o", "cards/c.yaml/below/it"], ("--out to be a folder", "the file", "c.yaml")),
     ],
 )

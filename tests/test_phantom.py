@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import json
+import signal
 from dataclasses import replace
 from functools import cache
 
@@ -13,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 
 from lvseg.formats import read_volume
-from lvseg.phantom import gallery, imaging, masks
+from lvseg.phantom import gallery, imaging, masks, simulate
 from lvseg.phantom.__main__ import main
 from lvseg.phantom.anatomy import WHOLE_LIVER, Anatomy, Tissue
 from lvseg.phantom.patients import draw_anatomy, patient_id, random_stream
@@ -485,6 +486,16 @@ def test_the_command_writes_what_it_promises_and_keeps_what_is_finished(tmp_path
         assert float(row["liver_volume_in_mask_ml"]) == pytest.approx(in_mask_ml, rel=1e-5)
 
 
+def test_a_killed_process_is_one_sentence(tmp_path, quick, monkeypatch, capsys):
+    # By value, or the other process would import the module without the change.
+    monkeypatch.setattr(simulate, "write_patient", lambda *_, **__: signal.raise_signal(signal.SIGKILL))
+    arguments = ["--scanner", "philips_volume", "--patients", "2", "--seed", str(SEED), "--jobs", "2"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "Expected processes that end by themselves, received one that was killed" in error and "--jobs" in error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
 def test_contour_jitter_by_the_command_and_never_mixed_with_other_masks(tmp_path, quick, capsys):
     command = ["--scanner", "philips_volume", "--patients", "1", "--seed", str(SEED), "--jobs", "1"]
     assert main([*command, "--out", str(tmp_path), "--contour-jitter"]) == 0
@@ -510,6 +521,19 @@ def test_a_folder_of_another_scanner_or_version_is_refused(tmp_path, capsys, sca
     assert main(["--scanner", "philips_volume", "--patients", "1", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert scanner in said and f"version {version}" in said and "truth.json" in said
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "no truth"])
+def test_a_damaged_truth_is_one_sentence(tmp_path, capsys, content):
+    folder = tmp_path / patient_id(1, 1)
+    folder.mkdir()
+    if content == "no truth":
+        content = json.dumps({"scanner": "philips_volume", "version": PHANTOM_VERSION, "contour_jitter": False})
+    (folder / "truth.json").write_text(content)
+    assert main(["--scanner", "philips_volume", "--patients", "1", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "Expected" in said and str(folder / "truth.json") in said
+    assert (folder / "truth.json").read_text() == content and not (tmp_path / "truth.csv").exists()
 
 
 @pytest.mark.parametrize(

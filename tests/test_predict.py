@@ -21,7 +21,7 @@ from bad_files import bad_scans
 from scipy import ndimage
 from small_study import ROOT, command, scan
 
-from lvseg import metrics, pipeline, predict, preprocess, records, waterfat
+from lvseg import export, metrics, pipeline, predict, preprocess, records, waterfat
 from lvseg.errors import InputError
 from lvseg.export import export_model, publish, weights_sha256, write_version
 from lvseg.formats import read_volume, write_volume
@@ -373,6 +373,38 @@ def test_export_takes_the_next_version(exported, tmp_path):
     assert weights_sha256(out / "3") == weights_sha256(exported)
     with pytest.raises(InputError, match="no-run"):
         publish([tmp_path / "no-run/model"], out)
+
+
+@pytest.mark.parametrize("place", ["1", "1/new"])
+def test_no_version_is_written_into_a_model(exported, tmp_path, capsys, place):
+    run, out = tmp_path / "run", tmp_path / "models"
+    shutil.copytree(exported, run / "model")
+    shutil.copytree(exported, out / "1")
+    before = sorted(out.rglob("*"))
+    assert export.main(["--run", str(run), "--out", str(out / place)]) == 2
+    error = capsys.readouterr().err
+    assert f"such as {out}, received {out / place}" in error and "lvseg.export: Expected" in error
+    assert sorted(out.rglob("*")) == before  # the server would not know the model again
+
+
+@pytest.mark.parametrize("options", [[], ["--foreground-odds", "2"]])
+def test_a_disk_that_gets_full_under_an_export_is_one_sentence(exported, tmp_path, monkeypatch, capsys, options):
+    run, out = tmp_path / "run", tmp_path / "models"
+    shutil.copytree(exported, run / "model")
+    text = "No space left on device"
+
+    def full(_, folder, *__):  # as TensorFlow and shutil say it
+        (Path(folder) / "variables").mkdir(parents=True)
+        if options:
+            raise tf.errors.ResourceExhaustedError(None, None, f"{folder}/variables; {text}")
+        raise shutil.Error([(f"{number}", folder, f"[Errno 28] {text}: '{number}'") for number in range(9)])
+
+    monkeypatch.setattr(tf.saved_model, "save", full)
+    monkeypatch.setattr(shutil, "copytree", full)
+    assert export.main(["--run", str(run), "--out", str(out), *options]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("lvseg.export: Expected to") and line.count(text) == 1
+    assert not list(out.iterdir())
 
 
 def test_two_that_export_at_once_write_a_version_each(tmp_path):

@@ -14,21 +14,23 @@ all, so a run that was stopped goes on with the patients that are missing.
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import joblib
-
+from lvseg import workers
 from lvseg.command import alone, atomic, progress
 from lvseg.errors import InputError
 from lvseg.formats import write_volume
+from lvseg.keys import read_json
 from lvseg.phantom import ct, varied
 from lvseg.phantom.patients import patient_id
 from lvseg.phantom.scan import Protocol
 from lvseg.phantom.scanners import SCANNERS, Scanner
+from lvseg.workers import Engine
 
 PHANTOM_VERSION = 4  # raised whenever the same seed and number give other voxels
 
@@ -67,7 +69,8 @@ def simulate(
 
     Raises:
         InputError: BAD_ARGUMENT for values outside these ranges; FOLDER_IN_USE where `out` holds patients of another
-            scanner, version or kind of mask.
+            scanner, version or kind of mask; BAD_FILE for a damaged truth.json there.
+        RunError: a process was killed; what was finished is kept.
     """
     out = Path(out)
     protocol = protocol_of(scanner)
@@ -98,9 +101,8 @@ def _simulate(
     done = {row["patient"] for row in _finished(out, made_by)}
     names = {number: patient_id(seed, number, protocol.varied) for number in wanted}
     numbers = [number for number in wanted if names[number] not in done]
-    work = joblib.Parallel(n_jobs=min(jobs, max(1, len(numbers))), return_as="generator")(
-        joblib.delayed(write_patient)(protocol, seed, number, out, made_by) for number in numbers
-    )
+    write = functools.partial(write_patient, protocol, seed, out=out, made_by=made_by)
+    work = workers.each(write, numbers, Engine(jobs=jobs))
     try:
         for _ in progress(work, f"simulating {protocol.name}", total=len(numbers)):
             pass
@@ -128,12 +130,16 @@ def _finished(out: Path, made_by: Mapping[str, object]) -> list[dict]:
     """What truth.json holds of all patients in the folder, in order of their ids."""
     rows = []
     for path in sorted(out.glob("[!.]*/truth.json")):
-        row = json.loads(path.read_text(encoding="utf-8"))
+        row = read_json(path)
         received = {name: row.get(name) for name in made_by}
         if received != made_by:
             raise InputError(
                 "FOLDER_IN_USE",
                 f"Expected a folder of patients with {_said(made_by)}, received {_said(received)} in {path}.",
+            )
+        if not (isinstance(row.get("patient"), str) and isinstance(row.get("truth"), dict)):
+            raise InputError(
+                "BAD_FILE", f"Expected patient and truth of a simulated patient, received none of one in {path}."
             )
         rows.append(row)
     return rows
