@@ -435,6 +435,8 @@ def print_measured(measured: dict[str, Any], own_masks: bool) -> None:
             row = measured[name]
             slices = f"at most {row['slices_a_scan']}"
             print(f"{text:<30}{row['patients']:>9}{slices:>13}{row['before']:>8.3f}{row['after']:>8.3f}")
+    if "known" not in measured:
+        print("what it forgets was not measured: no patients known before were at hand for a check (see --replay)")
     if measured["ended_by"] == "minutes":
         print(f"the time was up after {measured['steps_done']} steps; --minutes gives more")
     if measured["version"] is None and measured["ended_by"] == "minutes" and measured["steps_done"] < LEAST_STEPS:

@@ -139,7 +139,16 @@ def test_what_does_not_help_is_not_written(trained, new_study, monkeypatch, tmp_
     assert measured["version"] is None and not (tmp_path / "out").exists()
     assert measured["known"]["after"] == measured["known"]["before"]
     adapt.print_measured(measured, own_masks=False)
-    assert "nothing is written" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "nothing is written" in printed and "known before" in printed and "not measured" not in printed
+
+
+def test_that_nothing_tells_what_is_forgotten_is_said(trained, new_study, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(new_study)
+    plan = Plan(steps=1, learning_rate=1e-9, minutes=20, replay=())
+    measured = adapt.adapt(trained / "model", [Path("cards/c.yaml")], tmp_path / "out", ["c-020"], plan)
+    adapt.print_measured(measured, own_masks=False)
+    assert "known" not in measured and "what it forgets was not measured" in capsys.readouterr().out
 
 
 def test_it_goes_by_the_known_patients_too(trained, new_study, monkeypatch, tmp_path):
