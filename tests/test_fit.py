@@ -331,6 +331,20 @@ def test_a_step_deforms_drops_out_and_draws_anew_by_step_and_sample(fit):
     assert any((a != b).any() for a, b in zip(before, after, strict=True))
 
 
+def test_a_step_turns_slices_in_mm(fit):
+    one, spacing_mm = fit("data.spacing_mm=[4.0, 2.5]", "augment.rotate={max_degrees: 90}"), np.array([4.0, 2.5])
+    ramps = np.zeros([4, 3, 32, 32], np.float32)
+    ramps[:, 0], ramps[:, 1] = np.mgrid[:32, :32]
+    seeds = draws.sample_seeds(0, draws.ELASTIC_STREAM, 0, tf.range(4))
+    moved, _, _ = one.step.move(ramps, tf.zeros([4, 32, 32, 1], tf.uint8), tf.zeros([4, 0, 32, 32], tf.uint8), seeds)
+    turns = []
+    for row, column in moved[:, :2].numpy():  # where the pixels beside the centre came from
+        steps = [(part[16, 15] - part[15, 15], part[15, 16] - part[15, 15]) for part in (row, column)]
+        turns.append(np.array(steps) * spacing_mm[:, None] / spacing_mm)
+        np.testing.assert_allclose(turns[-1] @ turns[-1].T, np.eye(2), atol=1e-4)
+    assert np.ptp(turns, axis=0).max() > 0.1
+
+
 def test_a_step_is_adam_s_on_the_clipped_gradients_of_the_loss_that_the_config_names(fit):
     """Two steps against Adam and the focal loss written out here (Kingma and Ba, 2015; Lin et al., 2017)."""
     peak, beta_1, beta_2, clip_norm = 1.0e-2, 0.8, 0.9, 0.01
