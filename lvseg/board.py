@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from lvseg import command
 
 # Of each row of scalars: its column in metrics.csv, and its tag.
 TAGS = {
@@ -29,29 +32,33 @@ class Board:
     Args:
         folder: of the logs; None writes nothing, as machines do whose chief is another.
         profile_steps: first and last step to profile, or None.
+
+    Raises:
+        OSError: also from its methods, for a disk that is full or fails.
     """
 
     def __init__(self, folder: Path | None, profile_steps: Sequence[int] | None = None) -> None:
         self._folder = folder
-        self._writer = tf.summary.create_file_writer(str(folder)) if folder else tf.summary.create_noop_writer()
+        with self._to_disk():
+            self._writer = tf.summary.create_file_writer(str(folder)) if folder else tf.summary.create_noop_writer()
         self._first, self._last = profile_steps or (0, 0)
         self._profiling = False
 
     def scalars(self, row: Mapping[str, Any]) -> None:
         """Writes a row's numbers, those it has, at its `step`."""
-        with self._writer.as_default():
+        with self._to_disk(), self._writer.as_default():
             for name, tag in TAGS.items():
                 if row.get(name) is not None:
                     tf.summary.scalar(tag, row[name], step=row["step"])
 
     def image(self, tag: str, picture: Any, step: int) -> None:
         """Writes a picture, uint8 [H, W, 3]."""
-        with self._writer.as_default():
+        with self._to_disk(), self._writer.as_default():
             tf.summary.image(tag, picture[None], step=step)
 
     def histograms(self, variables: Mapping[str, Any], step: int) -> None:
         """Writes the distribution of every variable's values."""
-        with self._writer.as_default():
+        with self._to_disk(), self._writer.as_default():
             for name, values in variables.items():
                 tf.summary.histogram(f"weights/{name}", values, step=step)
 
@@ -59,10 +66,10 @@ class Board:
         """Writes the resolved config's values, dotted names, and the validation Dice they led to."""
         from tensorboard.plugins.hparams import api
 
-        with self._writer.as_default():
+        with self._to_disk(), self._writer.as_default():
             api.hparams(dict(_flat(config)))
             tf.summary.scalar("hparams/best_validation_dice", dice, step=0)
-        self._writer.flush()
+            self._writer.flush()
 
     def before_step(self, number: int) -> None:
         """Begins the profile before its first step (or the first that is run of them)."""
@@ -80,7 +87,11 @@ class Board:
         """Writes what is left."""
         if self._profiling:
             self._stop_profile()
-        self._writer.flush()
+        with self._to_disk():
+            self._writer.flush()
+
+    def _to_disk(self) -> contextlib.AbstractContextManager[None]:
+        return command.written_by_tensorflow(self._folder) if self._folder else contextlib.nullcontext()
 
     def _stop_profile(self) -> None:
         tf.profiler.experimental.stop()

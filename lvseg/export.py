@@ -143,6 +143,9 @@ def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any
 
     Returns:
         The card with `weights_sha256`, as written.
+
+    Raises:
+        OSError: for a disk that is full or fails.
     """
     size, neighbours, batch_size = card["size"], card["neighbours"], card["batch_size"]
     target_mm, normalisation = card["spacing_mm"], card["normalisation"]
@@ -214,7 +217,8 @@ def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any
     # Saved as they are: as an archive of Keras's, which keeps the functions too, all graphs would be in it twice.
     held = tf.train.Checkpoint(variables=[tf_variable(own) for each in tracked for own in each.variables])
     with command.atomic(folder) as temporary:
-        tf.saved_model.save(held, str(temporary), signatures)
+        with command.written_by_tensorflow(folder):
+            tf.saved_model.save(held, str(temporary), signatures)
         card = {**card, "weights_sha256": weights_sha256(temporary)}
         (temporary / "model.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
     return card

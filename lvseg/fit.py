@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import io
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -502,8 +503,12 @@ class Fit:
             self.best_step.assign(number)
             if self.cluster.is_chief:
                 arrays = {f"{index:04d}": value for index, value in enumerate(self.step.model.get_weights())}
+                npz = (
+                    io.BytesIO()
+                )  # first, since a zip file that cannot be ended says so beside the error's own sentence
+                np.savez(npz, **arrays)
                 with command.atomic(self.best_weights) as temporary:
-                    np.savez(temporary, **arrays)
+                    temporary.write_bytes(npz.getbuffer())
         stopping = self.experiment.train.early_stopping
         if dice > float(self.to_beat) + (stopping.min_delta if stopping else 0.0):
             self.to_beat.assign(dice)

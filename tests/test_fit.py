@@ -387,6 +387,19 @@ def test_the_pretrained_encoder_sees_intensities_as_its_weights_expect(fit):
         assert (intensity - one.step.offset) * one.step.scale == pytest.approx(expected, rel=1e-6)
 
 
+def test_an_export_to_a_full_disk_is_an_error_of_the_system(fit, tmp_path, monkeypatch):
+    one = fit()
+    one._validate(2, Board(None))
+
+    def full(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(tf.saved_model, "save", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        one.export(tmp_path / "model", {})
+    assert error.value.filename == str(tmp_path / "model") and not (tmp_path / "model").exists()
+
+
 def test_the_best_weights_are_kept_and_exported_not_the_last(fit, tmp_path):
     one, board = fit(), Board(None)
     best = [weights.copy() for weights in one.step.model.get_weights()]
