@@ -156,8 +156,9 @@ class Fit:
         left_over = self._lacks_validation(first)
         if not left_over and (first >= train.steps or self._stopped_early()):
             return
-        rows = [row for row in self._read_metrics() if int(row["step"]) < first + (not left_over)]
-        board = Board(self.run_folder / "logs" if self.cluster.is_chief else None, train.profile_steps)
+        new_from = first + (not left_over)  # of what was logged; a killed run may have come further than its checkpoint
+        rows = [row for row in self._read_metrics() if int(row["step"]) < new_from]
+        board = Board(self.run_folder / "logs" if self.cluster.is_chief else None, train.profile_steps, new_from)
         started = time.monotonic()
         with command.stop_requests() as stop_requested, contextlib.closing(board):
             if left_over:

@@ -486,6 +486,30 @@ def test_who_asks_to_stop_waits_for_no_validation_which_is_made_up_for_first(fit
             np.testing.assert_array_equal(one[name], other[name])
 
 
+def test_what_a_killed_run_logged_after_its_checkpoint_is_not_logged_twice(fit, tmp_path, monkeypatch):
+    make = functools.partial(fit, "train.steps=6", "train.validate_every=2", "train.checkpoint_every=3",
+                             "train.deterministic=true", "train.histograms=true", ELASTIC)  # fmt: skip
+    whole = make()
+    whole.run()
+    whole.run_folder.rename(tmp_path / "whole")
+    killed = make()
+    train_step = killed.step._run
+
+    def fail_after_the_fifth(samples):
+        train_step(samples)
+        if int(killed.step.number) == 5:
+            raise MemoryError
+
+    monkeypatch.setattr(killed.step, "_run", fail_after_the_fifth)
+    with pytest.raises(MemoryError):
+        killed.run()
+    assert [int(row["step"]) for row in rows(killed.run_folder / "metrics.csv")] == [2, 4]
+    resumed = make()
+    assert int(resumed.step.number) == 3
+    resumed.run()
+    assert logged(resumed.run_folder) == logged(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("dice, steps", [((0.5, 0.6, 0.6, 0.7), 8), ((0.5, 0.6, 0.6, 0.5), 8), ((0.6, 0.5, 0.6), 6)])
 def test_training_stops_early_after_so_many_validations_without_a_better_one(fit, monkeypatch, dice, steps):
     overrides = ["train.steps=8", "train.validate_every=2", "train.checkpoint_every=8"]
