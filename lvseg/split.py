@@ -109,8 +109,8 @@ def split_patients(
         if (test_fraction > 0 or test_patients is not None) and not test.intersection(ids):
             raise InputError(
                 "BAD_SPLIT",
-                f"Expected test patients of every scanner, received none of the {len(ids)} of {scanner};"
-                " name some in data.test_patients or raise data.test_fraction.",
+                f"Expected test patients of every scanner, received none of the {len(set(ids))} of"
+                f" {scanner}; name some in data.test_patients or raise data.test_fraction.",
             )
     rest = [patient for patient in patients if patient not in test]
     if folds_file is not None:
@@ -135,8 +135,12 @@ def _read_folds(path: Path, folds: int, everybody: Sequence[str], test: set[str]
     """The fold of every patient outside the test set; test patients may be listed, as in a file for all of a study."""
     patients = [patient for patient in everybody if patient not in test]
     lists = read_yaml(path).get("folds")
-    if not isinstance(lists, list) or len(lists) != folds or not all(isinstance(ids, list) for ids in lists):
-        raise InputError("BAD_SPLIT", f"Expected a key folds with {folds} lists of patient ids in {path}.")
+    if not isinstance(lists, list) or not all(isinstance(ids, list) for ids in lists) or len(lists) != folds:
+        found = "none" if lists is None else f"{len(lists)} items" if isinstance(lists, list) else f"{lists}"
+        raise InputError(
+            "BAD_SPLIT",
+            f"Expected a key folds with {folds} lists of patient ids (data.folds), received {found} in {path}.",
+        )
     assigned: dict[str, int] = {}
     for number, ids in enumerate(lists):
         _known(ids, everybody, str(path))
