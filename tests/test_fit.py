@@ -127,6 +127,55 @@ def test_a_shard_that_changes_while_a_run_trains_on_it_ends_the_run_before_the_n
     assert Path(one.manager.latest_checkpoint).name == ("ckpt-4" if change == "made anew" else "ckpt-2")
 
 
+@pytest.mark.parametrize(
+    ("part", "change"), [("training", "removed"), ("training", "somebody else's"), ("validation", "cut short")]
+)
+def test_a_shard_that_cannot_be_read_any_more_ends_the_run_with_the_same_sentence(fit, monkeypatch, part, change):
+    """Long before the next checkpoint, since every epoch and every validation opens it anew."""
+    one = fit("train.steps=100", "train.validate_every=20", "train.checkpoint_every=100")
+    _, file = getattr(one, part)[-1]
+    kept, train_step = file.read_bytes(), one.step._run
+    others = prepare.prepare(one.experiment.data, jobs=1)[0].files(["a-001"])[0].read_bytes()
+
+    def change_at_third(samples):
+        train_step(samples)
+        if int(one.step.number) == 3:
+            file.unlink()
+            if change != "removed":
+                file.write_bytes(kept[:1000] if change == "cut short" else others)
+
+    monkeypatch.setattr(one.step, "_run", change_at_third)
+    try:
+        with pytest.raises(RunError, match=rf"(none|another) at {re.escape(str(file))}"):
+            one.run()
+        assert int(one.step.number) < 100
+    finally:
+        file.write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda text: text.replace(",", ";"), lambda text: text.replace("\n2,", "\n2.0,"),
+     lambda text: text.replace("\n", ",noted\n")],
+    ids=["semicolons", "another number", "one more column"],
+)  # fmt: skip
+def test_metrics_that_a_spreadsheet_has_changed_are_told_before_a_run_goes_on(fit, monkeypatch, change):
+    one = fit("train.validate_every=2")
+    monkeypatch.setattr(one, "_conclude", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    metrics = one.run_folder / "metrics.csv"
+    written = metrics.read_text()
+    metrics.write_text(change(written))
+    changed = metrics.read_text()
+    with pytest.raises(InputError, match=re.escape(str(metrics))):
+        fit("train.validate_every=2").run()
+    assert metrics.read_text() == changed != written
+    metrics.write_text(written)
+    fit("train.validate_every=2").run()
+    assert [row["step"] for row in rows(metrics)] == ["2", "4"]
+
+
 @pytest.mark.parametrize("normalise", ["none", "slice", "patient", "global"])
 @pytest.mark.parametrize("part", ["training", "validation"])
 def test_a_scan_of_which_clipping_leaves_one_intensity_is_refused_by_name(fit, tmp_path, monkeypatch, normalise, part):
@@ -533,7 +582,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_slices(fit):
         one.run()
     file, own = poisoned.source[0].numpy()
     patient = one.training[file][0]["patient"]
-    assert f"at step 5 (slice {own} of patient {patient} study 1)" in str(error.value)
+    count = one.training[file][0]["shape"][0]
+    assert f"a loss that is not finite at step 5 (slice {own + 1} of {count} of patient {patient} study 1)" in str(
+        error.value
+    )
     assert all(np.isfinite(variable.numpy()).all() for variable in one.step.model.trainable_variables)
     again = fit("train.steps=9", "train.checkpoint_every=3", "train.validate_every=9")
     assert int(again.step.number) == 3  # the last good checkpoint; none was written after the bad step
@@ -620,7 +672,7 @@ def test_a_learning_rate_that_is_too_high_ends_in_one_sentence(in_study, tmp_pat
     settings = ("train.learning_rate=1.0e+30", "train.steps=50", "train.deterministic=false")
     assert run_command(tmp_path, *settings) == 1
     error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert re.search(r"not finite at step \d+ \(slice \d+ of patient [ab]-00\d", error)
+    assert re.search(r"not finite at step \d+ \(slice [1-9] of [79] of patient [ab]-00\d", error)
     assert not (tmp_path / "volume/small-fold0/model").exists()
 
 
@@ -663,7 +715,7 @@ def test_mixed_precision_resumes_and_exports_in_float32(fit, tmp_path, precision
 def test_gradients_that_stay_infinite_stop_float16_too(fit):
     one = fit("train.precision=mixed_float16", "train.steps=40", "train.validate_every=40", "train.checkpoint_every=40")
     one.step.optimiser.scaled = lambda loss: loss * np.inf
-    with pytest.raises(FloatingPointError, match="gradients"):
+    with pytest.raises(FloatingPointError, match="received gradients that are not finite"):
         one.run()
     assert float(one.step.optimiser.loss_scale.numpy()) == 1
 
