@@ -34,9 +34,9 @@ def made_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def seen_by(info: Mapping[str, Any], model: Path, *parts: str) -> set[str]:
-    """Patients whom a model, a member of an ensemble, or a model that one of them began with was shown.
+    """Patients whom a model, a member of an ensemble, or a model or encoder that one of them began with was shown.
 
-    Of a pretrained encoder nobody knows whom it was shown.
+    Of an encoder that others than `lvseg.pretrain` trained nobody knows whom it was shown.
 
     Args:
         info: the model's model.json; model: where it is.
@@ -53,6 +53,8 @@ def seen_by(info: Mapping[str, Any], model: Path, *parts: str) -> set[str]:
                     "BAD_MODEL", f"Expected a model that says whom {which} was trained on, received {model}."
                 )
             seen.update(patient for part in parts for patient in (each or {}).get("split", {}).get(part, ()))
+        encoder = made.get("encoder_weights") or {}
+        seen.update(patient for part in parts for patient in encoder.get("split", {}).get(part, ()))
     return seen
 
 
@@ -61,7 +63,8 @@ def scans_seen_by(info: Mapping[str, Any], *parts: str) -> set[str]:
 
     Models of earlier versions say none.
     """
-    made = [each for one in made_of(info) for each in (one, one.get("started_from") or {})]
+    began_with = ("started_from", "encoder_weights")
+    made = [each for one in made_of(info) for each in (one, *(one.get(key) or {} for key in began_with))]
     return {digest for each in made for part in parts for digest in each.get("scans_sha256", {}).get(part, ())}
 
 
