@@ -58,6 +58,13 @@ def test_a_folds_file_may_list_all_of_a_study(tmp_path):
     assert (split.train, split.validation, split.test) == (("p1", "p2"), ("p3",), ("p4",))
 
 
+def test_a_fold_of_nothing_but_test_patients_is_empty(tmp_path):
+    path = tmp_path / "folds.yaml"
+    path.write_text(yaml.safe_dump({"folds": [["p1", "p2"], ["p3"]]}))
+    with pytest.raises(InputError, match="received none in fold 1"):
+        split_patients({"a": ["p1", "p2", "p3"]}, 2, 0, 0.1, ["p3"], str(path))
+
+
 def test_ids_that_yaml_takes_for_numbers_are_told(tmp_path):
     path = tmp_path / "folds.yaml"
     path.write_text("folds: [[1, 2], [3, 4]]")
