@@ -42,7 +42,7 @@ def renderings(arguments: argparse.Namespace) -> None:
     seeds = draws.sample_seeds(arguments.seed, draws.ELASTIC_STREAM, arguments.step, tf.range(ROWS * COLUMNS))
     spatial = {name: settings[name] for name in SPATIAL if settings[name]}
     stacks = tf.zeros(maps.shape, tf.float32)
-    _, maps = augment.spatial(stacks, maps, seeds, spatial)
+    _, maps = augment.spatial(stacks, maps, seeds, spatial, data.spacing_mm)
     names = {name: settings[name] for name in intensity.NAMES if settings[name]}
     high = 100.0 if settings["contrast"]["kind"] == "fraction" else 1.0
     contrast = settings["contrast"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import elasticdeform
@@ -30,7 +30,11 @@ Array = npt.NDArray[Any]
 
 
 def spatial(
-    images: tf.Tensor, masks: tf.Tensor, seeds: tf.Tensor, settings: Mapping[str, Mapping[str, Any] | None]
+    images: tf.Tensor,
+    masks: tf.Tensor,
+    seeds: tf.Tensor,
+    settings: Mapping[str, Mapping[str, Any] | None],
+    spacing_mm: Sequence[float] = (1.0, 1.0),
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Mirrors, turns, magnifies and then deforms slices and their masks, in one resampling.
 
@@ -43,6 +47,7 @@ def spatial(
         seeds: int64 [B, 2], from `draws.sample_seeds` with draws.ELASTIC_STREAM.
         settings: the experiment's keys of `elastic` (nothing here where it is "host"), `flip`, `rotate` and `scale`;
             null or absent is off.
+        spacing_mm: of the pixels, (row, column), since a body turns in mm.
 
     Returns:
         Images (linear interpolation) and masks (nearest) of the shapes and dtypes that came in.
@@ -77,7 +82,7 @@ def spatial(
         if scale:
             bound = math.log(scale["max_factor"])
             factor = tf.exp(draws.strength(seeds, draws.SCALE_STREAM, scale["probability"], -bound, bound))
-        field = similarity_field(degrees, factor, size, field)
+        field = similarity_field(degrees, factor, size, field, spacing_mm)
     return warp(images, field, "linear"), warp(masks, field, "nearest")
 
 
@@ -178,7 +183,11 @@ def spline_matrix(size: int, grid: int) -> npt.NDArray[np.float64]:
 
 
 def similarity_field(
-    degrees: tf.Tensor, factor: tf.Tensor, size: int, elastic_px: tf.Tensor | None = None
+    degrees: tf.Tensor,
+    factor: tf.Tensor,
+    size: int,
+    elastic_px: tf.Tensor | None = None,
+    spacing_mm: Sequence[float] = (1.0, 1.0),
 ) -> tf.Tensor:
     """Makes the field that turns and magnifies slices about their centre and then, if asked to, deforms them.
 
@@ -187,6 +196,7 @@ def similarity_field(
         factor: float64 [B], above 1 to magnify.
         size: pixels an axis of the slices.
         elastic_px: float32 [B, size, size, 2] in pixels, (row, column), or None.
+        spacing_mm: of the pixels, (row, column); the turn is one of angles in mm.
 
     Returns:
         float32 [B, size, size, 2] in pixels, (row, column).
@@ -196,11 +206,14 @@ def similarity_field(
     along, across, rest = (tf.cast(part, tf.float32)[:, tf.newaxis, tf.newaxis] for part in (cosine, sine, cosine - 1))
     column = np.arange(size, dtype=np.float32) - np.float32((size - 1) / 2)
     row = column[:, np.newaxis]
+    # Off its diagonal A goes from one axis to the other, and so to pixels of another length in mm.
+    to_rows = across * (spacing_mm[1] / spacing_mm[0])
+    to_columns = across * (spacing_mm[0] / spacing_mm[1])
     # (A - I) (p - c) + A e rather than A (p + e - c) - (p - c), which would round e where A is the identity.
-    rows, columns = rest * row + across * column, rest * column - across * row
+    rows, columns = rest * row + to_rows * column, rest * column - to_columns * row
     if elastic_px is not None:
-        rows += along * elastic_px[..., 0] + across * elastic_px[..., 1]
-        columns += along * elastic_px[..., 1] - across * elastic_px[..., 0]
+        rows += along * elastic_px[..., 0] + to_rows * elastic_px[..., 1]
+        columns += along * elastic_px[..., 1] - to_columns * elastic_px[..., 0]
     return tf.stack([rows, columns], axis=-1)
 
 

@@ -124,6 +124,19 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def written_by_tensorflow(path: Path) -> Iterator[None]:
+    """OSError for what TensorFlow cannot write to `path`, a full disk above all: its own errors have no sentence."""
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.OpError as error:
+        names = {tf.errors.ResourceExhaustedError: errno.ENOSPC, tf.errors.PermissionDeniedError: errno.EACCES}
+        number = next((number for kind, number in names.items() if isinstance(error, kind)), errno.EIO)
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextlib.contextmanager
 def alone(lock: Path, folder: Path, waits: bool = True) -> Iterator[None]:
     """Keeps other processes that ask for the file `lock` off `folder` within the block; a killed one's hold ends.
 

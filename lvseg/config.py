@@ -94,7 +94,7 @@ class Flip(Keys):
 
 
 class Rotate(Chance):
-    """Turns slices around their centre, uniformly up to an angle either way."""
+    """Turns slices around their centre, in mm, uniformly up to an angle either way."""
 
     max_degrees: Annotated[float, Field(gt=0, le=180)] = 15.0
 

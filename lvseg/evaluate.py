@@ -332,7 +332,7 @@ def _summary(
         "name": study.segmenter.info.get("name"),
         "split": study.split,
         "class": study.classes[0],
-        "encoder_weights": made_of(study.segmenter.info)[0].get("encoder_weights"),
+        "encoder_weights": _encoder(made_of(study.segmenter.info)[0]),
         "postprocessing": list(
             study.segmenter.info.get("postprocessing", []) if options.postprocessing is None else options.postprocessing
         ),
@@ -484,6 +484,8 @@ def _provenance(study: Study) -> dict[str, Any]:
 def _shown(made: Mapping[str, Any]) -> dict[str, Any]:
     """What a page says of a provenance: numbers in the place of names of patients."""
     shown = {key: made[key] for key in PROVENANCE if made.get(key) is not None}
+    if encoder := _encoder(made):
+        shown["encoder_weights"] = encoder
     if start := made.get("started_from"):
         shown["started_from"] = {key: start.get(key) for key in ("name", "weights_sha256")}
     if studies := made.get("adapted"):
@@ -493,6 +495,12 @@ def _shown(made: Mapping[str, Any]) -> dict[str, Any]:
             for study in studies
         )
     return {**shown, "patients": ", ".join(f"{name} {len(each)}" for name, each in made.get("split", {}).items())}
+
+
+def _encoder(made: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an encoder started from, without the names of patients."""
+    encoder = made.get("encoder_weights")
+    return encoder and {key: encoder.get(key) for key in ("name", "sha256", "description")}
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from lvseg import command, preprocess, quality, records
+from lvseg import command, preprocess, quality
 from lvseg.errors import InputError, RunError
 from lvseg.optimiser import tf_variable
 from lvseg.postprocess import STEPS
@@ -225,7 +225,7 @@ def export_network(network: Network, tracked: Sequence[Any], card: dict[str, Any
     # Saved as they are: as an archive of Keras's, which keeps the functions too, all graphs would be in it twice.
     held = tf.train.Checkpoint(variables=[tf_variable(own) for each in tracked for own in each.variables])
     with command.atomic(folder) as temporary:
-        with records.system_errors(folder):
+        with command.written_by_tensorflow(folder):
             tf.saved_model.save(held, str(temporary), signatures)
         card = {**card, "weights_sha256": weights_sha256(temporary)}
         (temporary / "model.json").write_text(json.dumps(card, indent=1), encoding="utf-8")

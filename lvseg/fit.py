@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import io
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -149,14 +150,16 @@ class Fit:
 
         Raises:
             FloatingPointError: for a loss or gradients that are not finite, naming the step and its slices.
+            InputError: BAD_RUN for a metrics.csv that training did not write.
             RunError: for a shard that was changed meanwhile, or a checkpoint that cannot be written.
         """
         train, first = self.experiment.train, int(self.step.number.numpy())
         left_over = self._lacks_validation(first)
         if not left_over and (first >= train.steps or self._stopped_early()):
             return
-        rows = [row for row in self._read_metrics() if int(row["step"]) < first + (not left_over)]
-        board = Board(self.run_folder / "logs" if self.cluster.is_chief else None, train.profile_steps)
+        new_from = first + (not left_over)  # of what was logged; a killed run may have come further than its checkpoint
+        rows = [row for row in self._read_metrics() if int(row["step"]) < new_from]
+        board = Board(self.run_folder / "logs" if self.cluster.is_chief else None, train.profile_steps, new_from)
         started = time.monotonic()
         with command.stop_requests() as stop_requested, contextlib.closing(board):
             if left_over:
@@ -170,7 +173,7 @@ class Fit:
                     raise KeyboardInterrupt
                 if ends:
                     return
-            batches = self._distributed(first)
+            batches = self._read(self._distributed(first))
             waited, since, steps = 0.0, time.monotonic(), 0
             for number in command.progress(range(first + 1, train.steps + 1), "training"):
                 board.before_step(number)
@@ -407,12 +410,21 @@ class Fit:
         for file, own, _ in (bad if len(bad) else samples).astype(int):
             row = self.training[file][0]
             study = f" study {row['study']}" if row["study"] else ""
-            named.append(f"slice {own} of patient {row['patient']}{study}")
-        what = "loss" if len(bad) else "gradients"
+            # Counted as people and viewers do, and as the overlays of a report are.
+            named.append(f"slice {own + 1} of {row['shape'][0]} of patient {row['patient']}{study}")
+        what = "a loss that is" if len(bad) else "gradients that are"
         raise FloatingPointError(
-            f"Expected finite numbers, received a {what} that is not finite at step {step} ({', '.join(named)});"
+            f"Expected finite numbers, received {what} not finite at step {step} ({', '.join(named)});"
             " look at those scans, lower train.learning_rate or set train.clip_norm."
         )
+
+    def _read(self, samples: Iterable[Any]) -> Iterator[Any]:
+        """What is read of shards; RunError where one of them was changed meanwhile and cannot be read."""
+        try:
+            yield from samples
+        except tf.errors.OpError:
+            self._check_shards()
+            raise
 
     def _check_shards(self) -> None:
         """RunError if a shard is no longer the one that the manifest has the hash of: every epoch opens them anew."""
@@ -469,7 +481,7 @@ class Fit:
         scores = np.zeros((3, len(self.validation)))
         pictures = {}
         read = sorted(own | shown)
-        volumes = pipeline.volume_samples([self.validation[place][1] for place in read], self.reading)
+        volumes = self._read(pipeline.volume_samples([self.validation[place][1] for place in read], self.reading))
         for place, volume in zip(read, volumes, strict=True):
             if stops():
                 return None
@@ -502,8 +514,10 @@ class Fit:
             self.best_step.assign(number)
             if self.cluster.is_chief:
                 arrays = {f"{index:04d}": value for index, value in enumerate(self.step.model.get_weights())}
+                npz = io.BytesIO()  # not the file: a zip that cannot be ended says so beside the error's own sentence
+                np.savez(npz, **arrays)
                 with command.atomic(self.best_weights) as temporary:
-                    np.savez(temporary, **arrays)
+                    temporary.write_bytes(npz.getbuffer())
         stopping = self.experiment.train.early_stopping
         if dice > float(self.to_beat) + (stopping.min_delta if stopping else 0.0):
             self.to_beat.assign(dice)
@@ -559,7 +573,14 @@ class Fit:
         if not path.is_file():
             return []
         with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))
+        if not all(set(row) <= set(METRICS) and (row.get("step") or "").isdecimal() for row in rows):
+            raise InputError(
+                "BAD_RUN",
+                f"Expected metrics.csv as training wrote it, received other columns or steps in {path}; put it back as"
+                " it was, or delete it and lose its rows.",
+            )
+        return rows
 
     def _write_metrics(self, rows: list[dict[str, Any]]) -> None:
         with (

@@ -20,6 +20,7 @@ from lvseg import command
 from lvseg.config import Experiment, add_experiment_arguments, load_experiment
 from lvseg.errors import InputError
 from lvseg.keys import read_json
+from lvseg.split import scans_seen_by, seen_by
 from lvseg.train import train
 
 SUFFIX = ".safetensors"
@@ -89,12 +90,15 @@ def _write(experiment: Experiment, run: Path, out: Path) -> None:
         f"trained by lvseg.pretrain on {', '.join(datasets)} ({experiment.task}) for {step} steps to a validation Dice"
         f" of {dice:.3f}; before that {manifest['encoder_weights']['description']}"
     )
+    info, parts = {"provenance": manifest}, ("train", "validation")
     facts = {
         "task": experiment.task,
         "datasets": datasets,
         "step": step,
         "validation_dice": dice,
-        "started_from": manifest["encoder_weights"],
+        "started_from": {key: manifest["encoder_weights"][key] for key in ("name", "sha256", "description")},
+        "split": {part: sorted(seen_by(info, run, part)) for part in parts},
+        "scans_sha256": {part: sorted(scans_seen_by(info, part)) for part in parts},
         "config_sha256": manifest["config_sha256"],
         "shards_sha256": manifest["shards_sha256"],
         "lvseg": importlib.metadata.version("lvseg"),

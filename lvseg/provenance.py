@@ -42,7 +42,7 @@ def manifest(
         "shards_sha256": digest(shards),
         "split_sha256": digest(asdict(split)),
         "code_sha256": code_sha256(),
-        "encoder_weights": encoder_weights._asdict() if encoder_weights else None,
+        "encoder_weights": encoder_weights.facts() if encoder_weights else None,
         "started_from": started_from,
         "split": asdict(split),
         "scans_sha256": {part: _scans(sets, patients) for part, patients in asdict(split).items()},

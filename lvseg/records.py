@@ -10,13 +10,10 @@ needs, eight pixels a byte with the first in its highest bit, zlib.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +22,12 @@ import numpy as np
 import tensorflow as tf
 
 from lvseg import preprocess
-from lvseg.command import atomic
+from lvseg.command import atomic, written_by_tensorflow
 from lvseg.errors import InputError
 from lvseg.preprocess import Statistics
 from lvseg.volume import Array
 
 ZLIB_LEVEL = 6
-# What TensorFlow raises where the system cannot write, and the system's number of it; others are EIO.
-ERRORS = {tf.errors.ResourceExhaustedError: errno.ENOSPC, tf.errors.PermissionDeniedError: errno.EACCES}
 LARGEST_STORED = 65535  # of the 16 bits that the intensities from a scan's minimum to its maximum are spread over
 
 
@@ -213,21 +208,11 @@ def write_shard(volume: Harmonised, path: Path) -> None:
     """Writes a volume's shard under its final name only once it is whole.
 
     Raises:
-        OSError: for a disk that is full or fails, whose name TensorFlow has for it says nothing to `command.run`.
+        OSError: for a disk that is full or fails.
     """
     serialised = encode(volume)
-    with system_errors(path), atomic(path) as temporary, tf.io.TFRecordWriter(str(temporary)) as writer:
+    with written_by_tensorflow(path), atomic(path) as temporary, tf.io.TFRecordWriter(str(temporary)) as writer:
         writer.write(serialised)
-
-
-@contextlib.contextmanager
-def system_errors(path: Path) -> Iterator[None]:
-    """Within the block what TensorFlow raises for a disk that is full or fails becomes an OSError that names `path`."""
-    try:
-        yield
-    except tf.errors.OpError as error:
-        number = next((number for kind, number in ERRORS.items() if isinstance(error, kind)), errno.EIO)
-        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def read_row(path: Path) -> dict[str, Any]:

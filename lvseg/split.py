@@ -34,9 +34,9 @@ def made_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def seen_by(info: Mapping[str, Any], model: Path, *parts: str) -> set[str]:
-    """Patients whom a model, a member of an ensemble, or a model that one of them began with was shown.
+    """Patients whom a model, a member of an ensemble, or a model or encoder that one of them began with was shown.
 
-    Of a pretrained encoder nobody knows whom it was shown.
+    Of an encoder that others than `lvseg.pretrain` trained nobody knows whom it was shown.
 
     Args:
         info: the model's model.json; model: where it is.
@@ -53,6 +53,8 @@ def seen_by(info: Mapping[str, Any], model: Path, *parts: str) -> set[str]:
                     "BAD_MODEL", f"Expected a model that says whom {which} was trained on, received {model}."
                 )
             seen.update(patient for part in parts for patient in (each or {}).get("split", {}).get(part, ()))
+        encoder = made.get("encoder_weights") or {}
+        seen.update(patient for part in parts for patient in encoder.get("split", {}).get(part, ()))
     return seen
 
 
@@ -61,7 +63,8 @@ def scans_seen_by(info: Mapping[str, Any], *parts: str) -> set[str]:
 
     Models of earlier versions say none.
     """
-    made = [each for one in made_of(info) for each in (one, one.get("started_from") or {})]
+    began_with = ("started_from", "encoder_weights")
+    made = [each for one in made_of(info) for each in (one, *(one.get(key) or {} for key in began_with))]
     return {digest for each in made for part in parts for digest in each.get("scans_sha256", {}).get(part, ())}
 
 
@@ -109,8 +112,8 @@ def split_patients(
         if (test_fraction > 0 or test_patients is not None) and not test.intersection(ids):
             raise InputError(
                 "BAD_SPLIT",
-                f"Expected test patients of every scanner, received none of the {len(ids)} of {scanner};"
-                " name some in data.test_patients or raise data.test_fraction.",
+                f"Expected test patients of every scanner, received none of the {len(set(ids))} of"
+                f" {scanner}; name some in data.test_patients or raise data.test_fraction.",
             )
     rest = [patient for patient in patients if patient not in test]
     if folds_file is not None:
@@ -135,8 +138,12 @@ def _read_folds(path: Path, folds: int, everybody: Sequence[str], test: set[str]
     """The fold of every patient outside the test set; test patients may be listed, as in a file for all of a study."""
     patients = [patient for patient in everybody if patient not in test]
     lists = read_yaml(path).get("folds")
-    if not isinstance(lists, list) or len(lists) != folds or not all(isinstance(ids, list) for ids in lists):
-        raise InputError("BAD_SPLIT", f"Expected a key folds with {folds} lists of patient ids in {path}.")
+    if not isinstance(lists, list) or not all(isinstance(ids, list) for ids in lists) or len(lists) != folds:
+        found = "none" if lists is None else f"{len(lists)} items" if isinstance(lists, list) else f"{lists}"
+        raise InputError(
+            "BAD_SPLIT",
+            f"Expected a key folds with {folds} lists of patient ids (data.folds), received {found} in {path}.",
+        )
     assigned: dict[str, int] = {}
     for number, ids in enumerate(lists):
         _known(ids, everybody, str(path))

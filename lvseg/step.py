@@ -201,7 +201,8 @@ class Step:
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Spatial augmentation of stacks as they travel, channels first; XLA makes the turns part of what it reads."""
         labels = tf.concat([mask, tf.transpose(tissues, [0, 2, 3, 1])], axis=-1)
-        moved, labels = augment.spatial(tf.transpose(stack, [0, 2, 3, 1]), labels, seeds, self._spatial)
+        images, spacing_mm = tf.transpose(stack, [0, 2, 3, 1]), self.experiment.data.spacing_mm
+        moved, labels = augment.spatial(images, labels, seeds, self._spatial, spacing_mm)
         return tf.transpose(moved, [0, 3, 1, 2]), labels[..., :1], tf.transpose(labels[..., 1:], [0, 3, 1, 2])
 
     def _change(self, stacks: tf.Tensor, tissues: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:

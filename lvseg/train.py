@@ -66,8 +66,11 @@ def _train(experiment: Experiment, run: Path, cluster: Cluster) -> None:
         _check_start(Path(experiment.model.start_from), split)
     seen = split.train + split.validation
     fit = Fit(experiment, [shards.of(seen) for shards in sets], replace(split, test=()), run, cluster)
-    manifest = provenance.manifest(experiment, sets, split, fit.step.encoder_weights, cluster, fit.started_from)
     going_on = is_started(run)
+    if (encoder := fit.step.encoder_weights) and encoder.split is not None and not going_on:
+        where = f"model.encoder_weights={experiment.model.encoder_weights}"
+        _check_judges(where, set(encoder.split["train"]), set(encoder.split["validation"]), split)
+    manifest = provenance.manifest(experiment, sets, split, encoder, cluster, fit.started_from)
     manifest = provenance.continued(run, manifest, fit.first_step) if going_on else manifest
     if cluster.is_chief:
         _remove_left_overs(run, going_on)
@@ -93,11 +96,17 @@ def _check_start(model: Path, split: Split) -> None:
             "BAD_MODEL", f"Expected one trained network in model.start_from, received an ensemble in {model}."
         )
     trained_on, chosen_on = (seen_by(info, model, part) for part in ("train", "validation"))
+    _check_judges(f"model.start_from={model}", trained_on, chosen_on, split)
+
+
+def _check_judges(where: str, trained_on: set[str], chosen_on: set[str], split: Split) -> None:
+    """InputError BAD_SPLIT if what a run begins with was trained on its validation or test patients, or chosen on the
+    latter."""
     if judged := trained_on & {*split.validation, *split.test} | chosen_on & set(split.test):
         raise InputError(
             "BAD_SPLIT",
-            f"Expected model.start_from to know none of the patients that judge this run, received {model}, which knows"
-            f" {', '.join(sorted(judged)[:5])}.",
+            f"Expected weights to begin with that know none of the patients that judge this run, received {where},"
+            f" which knows {', '.join(sorted(judged)[:5])}.",
         )
 
 

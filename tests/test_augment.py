@@ -484,6 +484,21 @@ def test_no_turn_and_no_magnification_leave_the_elastic_field_to_the_bit():
     np.testing.assert_array_equal(still, field)
 
 
+@pytest.mark.parametrize("spacing_mm", [(3.0, 1.5), (1.0, 4.0)])
+def test_where_pixels_are_not_square_a_turn_is_one_in_mm(spacing_mm):
+    """Each position by hand: in mm from the centre, turned and magnified there, and back in pixels."""
+    size, degrees, factor = 33, 25.0, 1.25
+    elastic_px = augment.elastic_field(tf.constant(displacements(1, sigma_px=2.0)), size)
+    field = augment.similarity_field(
+        tf.constant([degrees], tf.float64), tf.constant([factor], tf.float64), size, elastic_px, spacing_mm
+    )
+    angle, centre, pixels = np.deg2rad(degrees), (size - 1) / 2, pixel_positions(size)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    from_centre_mm = (pixels + elastic_px[0].numpy() - centre) * spacing_mm
+    expected = centre + from_centre_mm @ turn.T / factor / spacing_mm - pixels
+    np.testing.assert_allclose(field[0], expected, atol=1e-4)
+
+
 def test_rotation_is_rigid_about_the_centre_and_uniform_up_to_its_angle():
     size, count = 16, 300
     settings = {"rotate": {"max_degrees": 40.0, "probability": 1.0}}

@@ -127,6 +127,55 @@ def test_a_shard_that_changes_while_a_run_trains_on_it_ends_the_run_before_the_n
     assert Path(one.manager.latest_checkpoint).name == ("ckpt-4" if change == "made anew" else "ckpt-2")
 
 
+@pytest.mark.parametrize(
+    ("part", "change"), [("training", "removed"), ("training", "somebody else's"), ("validation", "cut short")]
+)
+def test_a_shard_that_cannot_be_read_any_more_ends_the_run_with_the_same_sentence(fit, monkeypatch, part, change):
+    """Long before the next checkpoint, since every epoch and every validation opens it anew."""
+    one = fit("train.steps=100", "train.validate_every=20", "train.checkpoint_every=100")
+    _, file = getattr(one, part)[-1]
+    kept, train_step = file.read_bytes(), one.step._run
+    others = prepare.prepare(one.experiment.data, jobs=1)[0].files(["a-001"])[0].read_bytes()
+
+    def change_at_third(samples):
+        train_step(samples)
+        if int(one.step.number) == 3:
+            file.unlink()
+            if change != "removed":
+                file.write_bytes(kept[:1000] if change == "cut short" else others)
+
+    monkeypatch.setattr(one.step, "_run", change_at_third)
+    try:
+        with pytest.raises(RunError, match=rf"(none|another) at {re.escape(str(file))}"):
+            one.run()
+        assert int(one.step.number) < 100
+    finally:
+        file.write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda text: text.replace(",", ";"), lambda text: text.replace("\n2,", "\n2.0,"),
+     lambda text: text.replace("\n", ",noted\n")],
+    ids=["semicolons", "another number", "one more column"],
+)  # fmt: skip
+def test_metrics_that_a_spreadsheet_has_changed_are_told_before_a_run_goes_on(fit, monkeypatch, change):
+    one = fit("train.validate_every=2")
+    monkeypatch.setattr(one, "_conclude", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    metrics = one.run_folder / "metrics.csv"
+    written = metrics.read_text()
+    metrics.write_text(change(written))
+    changed = metrics.read_text()
+    with pytest.raises(InputError, match=re.escape(str(metrics))):
+        fit("train.validate_every=2").run()
+    assert metrics.read_text() == changed != written
+    metrics.write_text(written)
+    fit("train.validate_every=2").run()
+    assert [row["step"] for row in rows(metrics)] == ["2", "4"]
+
+
 @pytest.mark.parametrize("normalise", ["none", "slice", "patient", "global"])
 @pytest.mark.parametrize("part", ["training", "validation"])
 def test_a_scan_of_which_clipping_leaves_one_intensity_is_refused_by_name(fit, tmp_path, monkeypatch, normalise, part):
@@ -331,6 +380,20 @@ def test_a_step_deforms_drops_out_and_draws_anew_by_step_and_sample(fit):
     assert any((a != b).any() for a, b in zip(before, after, strict=True))
 
 
+def test_a_step_turns_slices_in_mm(fit):
+    one, spacing_mm = fit("data.spacing_mm=[4.0, 2.5]", "augment.rotate={max_degrees: 90}"), np.array([4.0, 2.5])
+    ramps = np.zeros([4, 3, 32, 32], np.float32)
+    ramps[:, 0], ramps[:, 1] = np.mgrid[:32, :32]
+    seeds = draws.sample_seeds(0, draws.ELASTIC_STREAM, 0, tf.range(4))
+    moved, _, _ = one.step.move(ramps, tf.zeros([4, 32, 32, 1], tf.uint8), tf.zeros([4, 0, 32, 32], tf.uint8), seeds)
+    turns = []
+    for row, column in moved[:, :2].numpy():  # where the pixels beside the centre came from
+        steps = [(part[16, 15] - part[15, 15], part[15, 16] - part[15, 15]) for part in (row, column)]
+        turns.append(np.array(steps) * spacing_mm[:, None] / spacing_mm)
+        np.testing.assert_allclose(turns[-1] @ turns[-1].T, np.eye(2), atol=1e-4)
+    assert np.ptp(turns, axis=0).max() > 0.1
+
+
 def test_a_step_is_adam_s_on_the_clipped_gradients_of_the_loss_that_the_config_names(fit):
     """Two steps against Adam and the focal loss written out here (Kingma and Ba, 2015; Lin et al., 2017)."""
     peak, beta_1, beta_2, clip_norm = 1.0e-2, 0.8, 0.9, 0.01
@@ -371,6 +434,19 @@ def test_the_pretrained_encoder_sees_intensities_as_its_weights_expect(fit):
     mean, sd = np.mean([0.485, 0.456, 0.406]), np.mean([0.229, 0.224, 0.225])
     for intensity, expected in ((dark, (0 - mean) / sd), (bright, (1 - mean) / sd)):
         assert (intensity - one.step.offset) * one.step.scale == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_export_to_a_full_disk_is_an_error_of_the_system(fit, tmp_path, monkeypatch):
+    one = fit()
+    one._validate(2, Board(None))
+
+    def full(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(tf.saved_model, "save", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        one.export(tmp_path / "model", {})
+    assert error.value.filename == str(tmp_path / "model") and not (tmp_path / "model").exists()
 
 
 def test_the_best_weights_are_kept_and_exported_not_the_last(fit, tmp_path):
@@ -459,6 +535,30 @@ def test_who_asks_to_stop_waits_for_no_validation_which_is_made_up_for_first(fit
             np.testing.assert_array_equal(one[name], other[name])
 
 
+def test_what_a_killed_run_logged_after_its_checkpoint_is_not_logged_twice(fit, tmp_path, monkeypatch):
+    make = functools.partial(fit, "train.steps=6", "train.validate_every=2", "train.checkpoint_every=3",
+                             "train.deterministic=true", "train.histograms=true", ELASTIC)  # fmt: skip
+    whole = make()
+    whole.run()
+    whole.run_folder.rename(tmp_path / "whole")
+    killed = make()
+    train_step = killed.step._run
+
+    def fail_after_the_fifth(samples):
+        train_step(samples)
+        if int(killed.step.number) == 5:
+            raise MemoryError
+
+    monkeypatch.setattr(killed.step, "_run", fail_after_the_fifth)
+    with pytest.raises(MemoryError):
+        killed.run()
+    assert [int(row["step"]) for row in rows(killed.run_folder / "metrics.csv")] == [2, 4]
+    resumed = make()
+    assert int(resumed.step.number) == 3
+    resumed.run()
+    assert logged(resumed.run_folder) == logged(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("dice, steps", [((0.5, 0.6, 0.6, 0.7), 8), ((0.5, 0.6, 0.6, 0.5), 8), ((0.6, 0.5, 0.6), 6)])
 def test_training_stops_early_after_so_many_validations_without_a_better_one(fit, monkeypatch, dice, steps):
     overrides = ["train.steps=8", "train.validate_every=2", "train.checkpoint_every=8"]
@@ -482,7 +582,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_slices(fit):
         one.run()
     file, own = poisoned.source[0].numpy()
     patient = one.training[file][0]["patient"]
-    assert f"at step 5 (slice {own} of patient {patient} study 1)" in str(error.value)
+    count = one.training[file][0]["shape"][0]
+    assert f"a loss that is not finite at step 5 (slice {own + 1} of {count} of patient {patient} study 1)" in str(
+        error.value
+    )
     assert all(np.isfinite(variable.numpy()).all() for variable in one.step.model.trainable_variables)
     again = fit("train.steps=9", "train.checkpoint_every=3", "train.validate_every=9")
     assert int(again.step.number) == 3  # the last good checkpoint; none was written after the bad step
@@ -569,7 +672,7 @@ def test_a_learning_rate_that_is_too_high_ends_in_one_sentence(in_study, tmp_pat
     settings = ("train.learning_rate=1.0e+30", "train.steps=50", "train.deterministic=false")
     assert run_command(tmp_path, *settings) == 1
     error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert re.search(r"not finite at step \d+ \(slice \d+ of patient [ab]-00\d", error)
+    assert re.search(r"not finite at step \d+ \(slice [1-9] of [79] of patient [ab]-00\d", error)
     assert not (tmp_path / "volume/small-fold0/model").exists()
 
 
@@ -612,7 +715,7 @@ def test_mixed_precision_resumes_and_exports_in_float32(fit, tmp_path, precision
 def test_gradients_that_stay_infinite_stop_float16_too(fit):
     one = fit("train.precision=mixed_float16", "train.steps=40", "train.validate_every=40", "train.checkpoint_every=40")
     one.step.optimiser.scaled = lambda loss: loss * np.inf
-    with pytest.raises(FloatingPointError, match="gradients"):
+    with pytest.raises(FloatingPointError, match="received gradients that are not finite"):
         one.run()
     assert float(one.step.optimiser.loss_scale.numpy()) == 1
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lvseg.metrics import Overlap, dice, overlap_counts
+from lvseg.metrics import Overlap, dice, mean_dice, overlap_counts
 
 #                       TP TP TP FN FN FP .  .
 TRUTH = np.array([[[1, 1, 1, 1], [1, 0, 0, 0]]], np.uint8)
@@ -29,6 +29,12 @@ def test_dice_counts_one_label_alone():
     prediction, truth = np.array([2, 2, 1, 0]), np.array([2, 1, 1, 2])
     assert dice(prediction, truth, label=2) == 2 * 1 / (2 + 2)
     assert dice(prediction, truth, label=1) == 2 * 1 / (1 + 2)
+
+
+def test_mean_dice_is_that_of_the_classes_beside_the_background():
+    found, truth = np.array([0, 1, 1, 2, 0]), np.array([0, 1, 2, 2, 2])
+    assert mean_dice(found, truth, 3) == pytest.approx((2 / 3 + 2 / 4) / 2)
+    assert mean_dice(found, truth, 4) == pytest.approx((2 / 3 + 2 / 4 + 1) / 3)  # nobody has the last class
 
 
 def test_both_empty_agree_and_one_empty_does_not():

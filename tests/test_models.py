@@ -370,6 +370,14 @@ def test_loading_says_what_was_loaded(tmp_path, weights_file):
     told = tmp_path / "told.safetensors"
     vgg.save_encoder(model, told, "made by this test", {"task": "none"})
     assert vgg.load_encoder(model, str(told)).description == "made by this test"
+    for split in (
+        None,
+        3,
+        {"train": 3, "validation": []},
+        {"train": ["a"]},
+    ):  # of others, who mean something else by it
+        vgg.save_encoder(model, told, "made by this test", {"split": split})
+        assert vgg.load_encoder(model, str(told)).split is None
 
 
 def test_none_leaves_the_start_random_on_purpose_and_says_so():

@@ -187,6 +187,15 @@ def test_stacks_and_masks_are_those_of_the_volume_bit_by_bit(many, neighbours, b
             np.testing.assert_array_equal(mask[..., 0], read[volume].mask[s])
 
 
+def test_each_slice_of_a_stack_is_normalised_by_its_own_bounds(many):
+    files, counts = many
+    reading = READING._replace(normalisation="slice")
+    for batch in pipeline.training_batches(files, sum(counts), reading, 0, 4, 8, 0).take(10):
+        slices = pipeline.intensities(batch, "slice").numpy()
+        np.testing.assert_allclose(slices.min(axis=(1, 2)), 0.0, atol=1e-4)
+        np.testing.assert_allclose(slices.max(axis=(1, 2)), 1.0, atol=1e-4)
+
+
 def test_volumes_are_read_no_further_ahead_than_promised(many, monkeypatch):
     """Memory: volumes are open, next, or hold a slice that waits to be shuffled, however many there are."""
     _, counts = many

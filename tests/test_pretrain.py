@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from copy import deepcopy
 
 import numpy as np
@@ -11,11 +12,12 @@ import safetensors.numpy
 import yaml
 from small_study import EXPERIMENT, ROOT, command, rows, scan
 
-from lvseg import pretrain
+from lvseg import evaluate, pretrain, train
 from lvseg.config import load_experiment
 from lvseg.formats import write_volume
 from lvseg.models import vgg
 from lvseg.models.unet import encoder_layers, unet
+from lvseg.split import scans_seen_by, seen_by
 from lvseg.volume import Volume
 
 PATIENTS = 6
@@ -105,6 +107,39 @@ def test_the_file_says_where_it_comes_from(folder):
     assert loaded.name == "ct.safetensors" and loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     for part in ("slices", "ct_thigh", f"{best['step']} steps", "drawn for a test"):
         assert part in loaded.description
+    for key in ("split", "scans_sha256"):
+        assert facts[key] == getattr(loaded, key) == {part: manifest[key][part] for part in ("train", "validation")}
+        assert len(facts[key]["train"]) + len(facts[key]["validation"]) == PATIENTS - 1
+
+
+def test_whom_an_encoder_was_shown_goes_along_with_what_begins_with_it(folder, tmp_path):
+    """By another pretraining, too: a manifest as it would be written, of a run on two other patients."""
+    first = vgg.load_encoder(unet(32, 3, 2, 2, "vgg11"), str(folder / "weights/ct.safetensors"))
+    info = {"provenance": {"split": {"train": ["x-1"], "validation": ["x-2"]}, "encoder_weights": first.facts()}}
+    assert seen_by(info, tmp_path, "train") == {"x-1", *first.split["train"]}
+    assert seen_by(info, tmp_path, "validation") == {"x-2", *first.split["validation"]}
+    assert scans_seen_by(info, "train") == set(first.scans_sha256["train"])
+    shown = {"encoder_weights": vgg.EncoderWeights("imagenet", "digest", "of others").facts()}
+    assert seen_by({"provenance": {**info["provenance"], **shown}}, tmp_path, "train") == {"x-1"}
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_an_encoder_that_knows_who_judges_a_run_is_refused(folder, tmp_path, monkeypatch, capsys, part):
+    monkeypatch.chdir(folder)
+    path = "weights/ct.safetensors"
+    split = vgg.load_encoder(unet(32, 3, 2, 2, "vgg11"), path).split
+    known = split[part][0]
+    arguments = ["--cfg", "experiment.yaml", "--set", f"runs={tmp_path}", "--set", f"model.encoder_weights={path}"]
+    assert train.main([*arguments, "--set", f"data.test_patients=[{known}]"]) == 2
+    assert re.search(rf"received model\.encoder_weights={path}, which knows .*{known}", capsys.readouterr().err)
+    assert not (tmp_path / "ct_thigh/small-fold0/config.yaml").exists()
+    if part == "train":  # of the same split, whoever chose the encoder may choose what begins with it
+        assert train.main(arguments) == 0
+        assert evaluate.main(["--run", str(tmp_path / "ct_thigh/small-fold0"), "--no-quality"]) == 0
+        manifest = json.loads((tmp_path / "ct_thigh/small-fold0/manifest.json").read_text())
+        assert manifest["encoder_weights"]["split"] == split
+        for name in ("summary.json", "report.html"):
+            assert known not in (tmp_path / "ct_thigh/small-fold0/report" / name).read_text()
 
 
 def test_another_network_starts_from_it_exactly(folder):

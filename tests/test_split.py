@@ -58,6 +58,13 @@ def test_a_folds_file_may_list_all_of_a_study(tmp_path):
     assert (split.train, split.validation, split.test) == (("p1", "p2"), ("p3",), ("p4",))
 
 
+def test_a_fold_of_nothing_but_test_patients_is_empty(tmp_path):
+    path = tmp_path / "folds.yaml"
+    path.write_text(yaml.safe_dump({"folds": [["p1", "p2"], ["p3"]]}))
+    with pytest.raises(InputError, match="received none in fold 1"):
+        split_patients({"a": ["p1", "p2", "p3"]}, 2, 0, 0.1, ["p3"], str(path))
+
+
 def test_ids_that_yaml_takes_for_numbers_are_told(tmp_path):
     path = tmp_path / "folds.yaml"
     path.write_text("folds: [[1, 2], [3, 4]]")
@@ -69,6 +76,7 @@ def test_ids_that_yaml_takes_for_numbers_are_told(tmp_path):
     ("arguments", "words"),
     [
         (({"a": PATIENTS, "b": ["x1", "x2"]}, 5, 0, 0.11, ["p001"]), ("test patients", "b")),
+        (({"a": PATIENTS, "b": ["x1", "x2", "x1"]}, 5, 0, 0.11, ["p001"]), ("none of the 2 of b",)),
         (({"a": PATIENTS[:3]}, 10, 0, 0.0), ("fold",)),
         (({"a": PATIENTS}, 5, 0, 0.1, ["nobody"]), ("nobody", "data.test_patients")),
     ],
@@ -84,4 +92,15 @@ def test_a_folds_file_with_holes_is_refused(tmp_path, folds):
     path = tmp_path / "folds.yaml"
     path.write_text(yaml.safe_dump({"folds": folds}))
     with pytest.raises(InputError, match=r"folds\.yaml|fold 1"):
+        split_patients({"a": ["p1", "p2"]}, 2, 0, 0.0, None, str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "received"),
+    [("folds: [[p1], [p2], []]", "3 items"), ("folds: [p1]", "1 items"), ("other: 1", "none"), ("folds: 2", "2")],
+)
+def test_a_folds_file_of_another_form_is_told_with_what_it_has(tmp_path, text, received):
+    path = tmp_path / "folds.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=rf"with 2 lists of patient ids .*, received {received} in .*folds\.yaml"):
         split_patients({"a": ["p1", "p2"]}, 2, 0, 0.0, None, str(path))

@@ -29,17 +29,27 @@ FEATURES = (0, 3, 6, 8, 11, 13, 16, 18)
 COLOURS = 3
 # The one key of the files' metadata that is ours; safetensors writes several in another order every time.
 METADATA = "lvseg"
+# Of what stands there, whom the encoder was shown.
+SHOWN, PARTS = ("split", "scans_sha256"), ("train", "validation")
 
 
 class EncoderWeights(NamedTuple):
     """What an encoder started from, for the results that were got with it.
 
-    name: "imagenet", a file's name, or "none"; sha256: of the file, None without one; description: a sentence.
+    name: "imagenet", a file's name, or "none"; sha256: of the file, None without one; description: a sentence;
+    split, scans_sha256: ids of the patients that it was trained and chosen on ("train", "validation"), and digests of
+    their scans; None where the file does not say.
     """
 
     name: str
     sha256: str | None
     description: str
+    split: dict[str, list[str]] | None = None
+    scans_sha256: dict[str, list[str]] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What a manifest keeps, JSON-able."""
+        return {key: value for key, value in self._asdict().items() if key not in SHOWN or value is not None}
 
 
 def load_encoder(model: keras.Model, weights: str) -> EncoderWeights:
@@ -72,7 +82,7 @@ def load_encoder(model: keras.Model, weights: str) -> EncoderWeights:
             f"Expected the bytes of {REPOSITORY}/{FILE} that were published, received others; delete {path.resolve()}"
             " and try again.",
         )
-    tensors, description = _read(path)
+    tensors, facts = _read(path)
     for place, layer in zip(FEATURES, encoder_layers(model), strict=True):
         kernel, bias = tensors[f"features.{place}.weight"].transpose(2, 3, 1, 0), tensors[f"features.{place}.bias"]
         channels = layer.kernel.shape[2]
@@ -81,7 +91,7 @@ def load_encoder(model: keras.Model, weights: str) -> EncoderWeights:
         layer.set_weights([kernel, bias])
     if imagenet:
         return EncoderWeights("imagenet", sha256, f"{REPOSITORY} at {REVISION}")
-    return EncoderWeights(path.name, sha256, description)
+    return EncoderWeights(path.name, sha256, **facts)
 
 
 def save_encoder(model: keras.Model, path: Path, description: str, metadata: Mapping[str, Any]) -> None:
@@ -109,7 +119,7 @@ def save_encoder(model: keras.Model, path: Path, description: str, metadata: Map
         temporary.write_bytes(safetensors.numpy.save(tensors, {METADATA: facts}))
 
 
-def _read(path: Path) -> tuple[dict[str, npt.NDArray[np.float32]], str]:
+def _read(path: Path) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, Any]]:
     """VGG11's tensors of a file, checked, and what the file says of itself; a classifier's stay out."""
     shapes: dict[str, tuple[int, ...]] = {}
     channels = COLOURS
@@ -136,10 +146,12 @@ def _read(path: Path) -> tuple[dict[str, npt.NDArray[np.float32]], str]:
     except safetensors.SafetensorError as error:
         raise InputError("BAD_WEIGHTS", f"Expected a safetensors file, received something else in {path}.") from error
     try:
-        description = str(json.loads(metadata[METADATA])["description"])
+        said = json.loads(metadata[METADATA])
+        facts: dict[str, Any] = {"description": str(said["description"])}
+        facts |= {key: {part: [*map(str, said[key][part])] for part in PARTS} for key in SHOWN if key in said}
     except (KeyError, ValueError, TypeError):
-        description = "a file that does not say where it comes from"
-    return tensors, description
+        facts = {"description": "a file that does not say where it comes from"}
+    return tensors, facts
 
 
 def _download() -> Path:
