@@ -178,7 +178,7 @@ def run(arguments: argparse.Namespace) -> None:
         (scanner, count, draw, way)
         for scanner in scans_of
         for count in dict.fromkeys(arguments.patients)
-        for draw in range(arguments.draws if count else 1)
+        for draw in range(arguments.draws if 0 < count < len(parts_of[scanner][0]) else 1)  # others are all the same
         for way in dict.fromkeys(arguments.ways)
     ]
     for scanner, count, draw, way in wanted:

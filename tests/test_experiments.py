@@ -187,6 +187,7 @@ def test_the_curve_measures_both_ways_once_and_goes_on(known_and_new, trained, t
     with command.alone(known_and_new / ".lock", known_and_new, waits=False):  # while it measures
         assert run("--task", "volume", "--table") == 0
     assert capsys.readouterr().out.splitlines()[-7:] == table and not made
+    assert run(*options, "--patients", len(pool)) == 0 and len(made) == 2  # all draws of everybody would be the same
     monkeypatch.setattr(curve, "parts", lambda scans: (held_out, pool))  # the card's patients are others now
     assert run(*options, "--patients", 0) == 2 and f"received {rows[0]['patient']};" in capsys.readouterr().err
 
