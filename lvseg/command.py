@@ -50,7 +50,6 @@ def run(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], in
         other exception propagates (Python exits 1).
     """
     arguments = parser.parse_args(argv)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported, or it is not heard
     with contextlib.suppress(ValueError):  # signals belong to the main thread; elsewhere the caller handles them
         signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -76,7 +76,6 @@ def single_thread() -> None:
     """Keeps TensorFlow in this process to one thread; without effect once it has computed something."""
     for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         os.environ.setdefault(name, "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def _process() -> tuple[str, int]:

@@ -1,6 +1,7 @@
 """The models that come with lvseg: whole, small, told what they are, and right on scans that nothing was trained on."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -86,6 +87,13 @@ def test_all_of_it_is_in_what_pip_installs(tmp_path):
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     files = [path for path in SHIPPED.rglob("*") if path.is_file()]
     assert files and {path.relative_to(ROOT).as_posix() for path in files} <= names
+
+
+def test_the_model_is_made_ready_for_a_server_without_a_word_of_tensorflow_about_gpus(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TF_CPP_MIN_LOG_LEVEL"}
+    command = [sys.executable, "-m", "lvseg.export", "--shipped", "fatfraction", "--out", str(tmp_path / "models")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == "" and (tmp_path / "models/1/saved_model.pb").is_file()
 
 
 def test_the_command_needs_no_model_and_finds_the_liver_of_a_scanner_never_seen(patient, tmp_path, capfd):
