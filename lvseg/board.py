@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 
 from lvseg import command
 
@@ -105,25 +106,29 @@ def _remove_from(folder: Path, step: int) -> None:
     """Removes from a run's event files a step and all later ones, and the hyperparameters, which its end is to have."""
     for path in sorted(folder.glob("events.out.tfevents.*")):
         records = list(_records_of(path.read_bytes()))
-        kept = [record for record in records if _is_before(record, step)]
+        kept = [record for record, event in records if _is_before(event, step)]
         if len(kept) < len(records):
             with command.atomic(path) as temporary:
                 temporary.write_bytes(b"".join(kept))
 
 
-def _records_of(content: bytes) -> Iterator[bytes]:
-    """The records of an event file: 8 bytes of length, 4 of checksum, the event, 4 of checksum.
+def _records_of(content: bytes) -> Iterator[tuple[bytes, Any]]:
+    """The records of an event file (8 bytes of length, 4 of checksum, the event, 4 of checksum) and their events.
 
-    Ends before one that a killed process left half. Not by TensorFlow's own reader, which takes seconds for a long run.
+    Ends, as all readers do, before one that a killed process left half or that a power cut damaged. Not by TensorFlow's
+    own reader, which takes seconds for a long run.
     """
     first = 0
     while (end := first + 16 + int.from_bytes(content[first : first + 8], "little")) <= len(content):
-        yield content[first:end]
+        try:
+            event = tf.compat.v1.Event.FromString(content[first + 12 : end - 4])
+        except DecodeError:
+            return
+        yield content[first:end], event
         first = end
 
 
-def _is_before(record: bytes, step: int) -> bool:
-    event = tf.compat.v1.Event.FromString(record[12:-4])
+def _is_before(event: Any, step: int) -> bool:
     return event.step < step and not any(value.tag.lstrip("_").startswith("hparams") for value in event.summary.value)
 
 

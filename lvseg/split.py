@@ -122,11 +122,11 @@ def split_patients(
         assigned = {patient: int(uniform(patient, "fold") * folds) for patient in rest}
     for number in range(folds):
         if number not in assigned.values():
-            raise InputError(
-                "BAD_SPLIT",
-                f"Expected patients in every fold, received none in fold {number} of {folds} for {len(rest)} patients;"
-                " lower data.folds or give data.folds_file.",
-            )
+            fold_of = f"fold {number} of {folds}"
+            found = f"{fold_of} for {len(rest)} patients; lower data.folds or give data.folds_file"
+            if folds_file is not None:
+                found = f"{fold_of} but those of the test set in {folds_file}"
+            raise InputError("BAD_SPLIT", f"Expected patients in every fold, received none in {found}.")
     return Split(
         tuple(patient for patient in rest if assigned[patient] != fold),
         tuple(patient for patient in rest if assigned[patient] == fold),

@@ -38,6 +38,16 @@ def test_what_is_done_again_is_logged_once(tmp_path):
     }
 
 
+def test_a_record_that_a_power_cut_damaged_ends_its_file_as_it_does_for_readers(tmp_path):
+    write(tmp_path, (25, 50, 75))
+    (first,) = tmp_path.iterdir()
+    content, last = first.read_bytes(), b"loss/training"
+    at = content.rindex(last) - 2  # inside the third event
+    first.write_bytes(content[:at] + b"\xff" * (len(content) - at))
+    write(tmp_path, (50, 75), first_step=50)
+    assert steps_of(tmp_path)["loss/training"] == [25, 50, 75]
+
+
 def test_files_with_nothing_to_remove_stay_as_they_are(tmp_path):
     board = Board(tmp_path)
     board.scalars({"step": 25, "loss": 0.5})

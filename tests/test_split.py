@@ -61,7 +61,7 @@ def test_a_folds_file_may_list_all_of_a_study(tmp_path):
 def test_a_fold_of_nothing_but_test_patients_is_empty(tmp_path):
     path = tmp_path / "folds.yaml"
     path.write_text(yaml.safe_dump({"folds": [["p1", "p2"], ["p3"]]}))
-    with pytest.raises(InputError, match="received none in fold 1"):
+    with pytest.raises(InputError, match=r"received none in fold 1 of 2 but those of the test set in .*folds\.yaml"):
         split_patients({"a": ["p1", "p2", "p3"]}, 2, 0, 0.1, ["p3"], str(path))
 
 
