@@ -220,14 +220,15 @@ def icc_a1(predicted: npt.ArrayLike, true: npt.ArrayLike) -> float | None:
         predicted: float [scans]; true: float [scans], same unit and order.
 
     Returns:
-        None for one scan, or without any spread.
+        None for one scan, without any spread, or for two scans whose numbers changed places, of which it is -infinite.
     """
     x, y = np.asarray(predicted, np.float64), np.asarray(true, np.float64)
     if not _has_spread(x, y):
         return None
     between, within = 2 * np.var((x + y) / 2, ddof=1), np.var(x - y, ddof=1) / 2
     raters = x.size * (x - y).mean() ** 2 / 2
-    return float((between - within) / (between + within + 2 / x.size * (raters - within)))
+    spread = between + within + 2 / x.size * (raters - within)
+    return float((between - within) / spread) if spread > 1e-12 * within else None
 
 
 def _has_spread(x: Array, y: Array) -> bool:

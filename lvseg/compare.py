@@ -39,7 +39,8 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[dict[str, Any]]:
         Of each class and measure, over the scans that have the number in both: class, measure, name,
         higher_is_better, first and second (means), only_first and only_second (scans that have the number in one alone,
         as a mask that is empty in the other has no distance), better, equal and worse (patients), and the numbers of
-        `agreement.paired_difference` (second minus first).
+        `agreement.paired_difference` (second minus first). Where no scan has the number in both, n is 0 and no other
+        of these is there.
 
     Raises:
         InputError: NOT_FOUND; BAD_SCANS if they are not of the same scans, or were held against other true masks.
@@ -76,7 +77,17 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[dict[str, Any]]:
             ]
             alone_first = [one is not None and other is None for one, other in zip(*numbers_of, strict=True)]
             alone_second = [one is None and other is not None for one, other in zip(*numbers_of, strict=True)]
+            counted = {
+                "class": organ,
+                "measure": column,
+                "name": name,
+                "higher_is_better": higher,
+                "only_first": sum(alone_first),
+                "only_second": sum(alone_second),
+            }
             if not pairs:
+                if any(alone_first) or any(alone_second):
+                    results.append({**counted, "n": 0})
                 continue
             patients, ones, others = zip(*pairs, strict=True)
             numbers = agreement.paired_difference(ones, others, patients, seed)
@@ -84,14 +95,9 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[dict[str, Any]]:
             better, worse = ends if higher else ends[::-1]
             results.append(
                 {
-                    "class": organ,
-                    "measure": column,
-                    "name": name,
-                    "higher_is_better": higher,
+                    **counted,
                     "first": sum(ones) / len(ones),
                     "second": sum(others) / len(others),
-                    "only_first": sum(alone_first),
-                    "only_second": sum(alone_second),
                     "better": better,
                     "worse": worse,
                     **numbers,
@@ -151,7 +157,7 @@ def print_results(results: Sequence[dict[str, Any]], first: Path, second: Path) 
     print(
         f"{'measure':<38}{'scans':>6}{'first':>9}{'second':>9}{'difference':>12}{'95 % interval':>22}{'Wilcoxon p':>12}"
     )
-    for result in results:
+    for result in (each for each in results if each["n"]):
         interval = result["intervals"]["mean_difference"]
         bounds = "-" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
         print(

@@ -93,14 +93,13 @@ def evaluate_run(
     Raises:
         InputError: see `open_study`; BAD_OUTPUT for a folder of other files, which is left as it is.
     """
-    options = options or Options()
-    if out is not None:
-        _check_output(out, run if model is None and not cards else None)
+    options, folder = options or Options(), out or run / REPORT
+    _check_output(folder, run if model is None and not cards else None)
     study = open_study(run, split, model, cards)
     calibration = (
         calibrate(study, options) if options.quality and model is None else _calibration_of(study.segmenter, options)
     )
-    return _evaluate(study, options, calibration, out or run / REPORT)
+    return _evaluate(study, options, calibration, folder)
 
 
 def evaluate_model(model: Path, cards: Sequence[Path], out: Path, options: Options | None = None) -> dict[str, Any]:
@@ -160,14 +159,14 @@ def _check_output(out: Path, run: Path | None) -> None:
     if place.name == REPORT and (place.parent / "manifest.json").is_file() and not is_own:
         raise InputError("BAD_OUTPUT", f"Expected another folder than {out}, which is of the run's own model.")
     if not out.name or out.name == ".." or out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InputError("BAD_OUTPUT", f"Expected --out to be a folder or nothing yet, received {out}.")
+        raise InputError("BAD_OUTPUT", f"Expected a folder for the report or nothing yet, received {out}.")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     others = sorted(name for name in names - mine if not name.endswith((".png", ".svg")))
-    if names and (others or not mine <= names):
+    if names and (others or not (is_own or mine <= names)):
         what = f"{others[0]} in it" if others else "no report"
         raise InputError(
             "BAD_OUTPUT",
-            f"Expected --out to be new, or an earlier report, which is replaced, received {out} with {what}.",
+            f"Expected a new folder, or an earlier report, which is replaced, received {out} with {what}.",
         )
 
 
@@ -201,7 +200,7 @@ def _measured(
                     **overlap_row(mask.voxels == label, truth.voxels == label, mask.spacing_mm, options.tolerances_mm),
                     **_biomarker_row(image, answer.mask, true, label, options.thresholds_percent, study.has_fat),
                     **review,
-                    "flags": "; ".join(answer.measurements["flags"]),
+                    "flags": "; ".join(flag.replace(";", ",") for flag in answer.measurements["flags"]),
                     "picture": f"pictures/{name}",
                 }
             )
@@ -367,7 +366,11 @@ def _of_scans(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def calibrate(study: Study, options: Options) -> dict[str, Any] | None:
     """What features say of Dice, fitted once on the run's validation patients and kept beside its model."""
     path = study.run / quality.FILE
-    every = split_scans(study.run, "validation", study.manifest)
+    try:
+        every = split_scans(study.run, "validation", study.manifest)
+    except InputError as error:
+        without = "on which the expected Dice is calibrated (--no-quality leaves it out)"
+        raise InputError(error.code, f"{error.sentence.removesuffix('.')}, {without}.") from error
     chosen = np.unique(np.linspace(0, len(every) - 1, min(len(every), CALIBRATION_SCANS)).round().astype(int))
     validation = [every[index] for index in chosen]
     made = {
@@ -466,11 +469,9 @@ def _provenance(study: Study) -> dict[str, Any]:
     """What made the model, or each member of an ensemble, and on what data it was measured."""
     info = study.segmenter.info
     trained_on = sources_of(info)
-    measured_on = (
-        list({scan.card.name: scan.card.source for scan in study.scans}.values())
-        if study.split == EXTERNAL
-        else [card for card in study.manifest["datasets"] if card["name"] not in {own["name"] for own in trained_on}]
-    )
+    measured_on = list({scan.card.name: scan.card.source for scan in study.scans}.values())
+    if study.split != EXTERNAL:  # a card that changed since the training is there as it is now, too
+        measured_on = [card for card in measured_on if card not in trained_on]
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "lvseg": metadata.version("lvseg"),

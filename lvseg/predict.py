@@ -350,9 +350,12 @@ class Segmenter:
                 inside = fraction.voxels[mask.voxels == label]
                 share = float(np.mean(inside == 0)) if inside.size else 0.0
                 if share > DARK_SHARE:
+                    why = "no more signal than noise (iron, or far from the coil)"
+                    if provenance.get("clipped_voxels"):  # which read 0 % as well
+                        why += " or less fat than noise"
                     flags.append(
-                        f"{name}: {100 * share:.0f} % of its voxels have no more signal than noise and count as 0 %"
-                        " fat: its fat fraction is not to be trusted (iron, or far from the coil)"
+                        f"{name}: {100 * share:.0f} % of its voxels have {why} and count as 0 % fat: its fat fraction"
+                        " is not to be trusted"
                     )
         if provenance.get("method") == waterfat.PHASE_METHOD and not any(
             source.get("images") == "in_phase, opposed_phase"
@@ -489,10 +492,12 @@ def _segment_scans(arguments: argparse.Namespace) -> int:
     results, failed = [], 0
     for path, out in command.progress(list(zip(scans, outputs, strict=True)), "segmenting"):
         try:
-            task = segmenter.info["task"]
-            scan = waterfat.read_pair(pair, vars(arguments)) if pair else read_scan(path, task, arguments.series)
-            if arguments.scale is not None:
-                scan = waterfat.from_series(scan, arguments.scale)
+            if pair:
+                scan = waterfat.read_pair(pair, vars(arguments))
+            elif arguments.scale is not None:  # of a series of fractions; one made of water and fat has none
+                scan = waterfat.from_series(read_volume(path, arguments.series), arguments.scale)
+            else:
+                scan = read_scan(path, segmenter.info["task"], arguments.series)
             check_writable(scan, out)
             answer = segmenter.segment(scan, modality=arguments.modality and arguments.modality.upper())
         except InputError as error:

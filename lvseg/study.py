@@ -78,6 +78,9 @@ def open_study(run: Path, split: str, model: Path | None = None, cards: Sequence
                     "BAD_MODEL",
                     f"Expected a model of the run's {key}, {own[key]}, received {segmenter.info[key]} in {model}.",
                 )
+    if not cards:
+        for each in load_experiment(run / "config.yaml").data.datasets:  # cards that may have changed since
+            check_classes(Path(each), segmenter.info["task"], segmenter.info["labels"])
     scans = _of_cards(cards, segmenter.info, model or run) if cards else split_scans(run, split, manifest)
     patients = {scan.patient for scan in scans}
     parts = ("train", "validation") if split == "test" or cards else ("train",)

@@ -430,7 +430,12 @@ def _scale(series: Volume, values: Floats, scale: float | None) -> tuple[float, 
     else:
         stated = [str(series.metadata.get(key) or "").strip().lower() for key in ("units", "rescale_type")]
         stated = [text for text in stated if text not in NO_UNITS]
-        known = [unit for text in stated if (unit := _unit(text)) is not None]
+        known = [(text, unit) for text in stated if (unit := _unit(text)) is not None]
+        if len({unit for _, unit in known}) > 1:
+            raise InputError(
+                "UNKNOWN_SCALE",
+                f"Expected one unit, received {known[0][0][:40]!r} and {known[1][0][:40]!r} in {name}; {help_text}.",
+            )
         if stated and not known:
             raise InputError(
                 "UNKNOWN_SCALE",
@@ -471,7 +476,8 @@ def _scale(series: Volume, values: Floats, scale: float | None) -> tuple[float, 
                 "Expected fat fractions up to about 1 or 100, or up to 1000 in a file that calls itself one, received"
                 f" values from {low:g} to {high:g} without a unit in {name}; if it is one, {help_text}.",
             )
-        factor, found = known[0], f"unit {stated[0][:40]!r}"
+        (text, factor), *_ = known
+        found = f"unit {text[:40]!r}"
     beyond = np.mean((values * factor < -BEYOND_PERCENT) | (values * factor > 100 + BEYOND_PERCENT))
     if beyond > BEYOND_SHARE:
         raise InputError(

@@ -259,10 +259,12 @@ def _settled(
         done: when to look again at each scan that is done; brought up to date here.
     """
     now = time.monotonic()
-    owners: dict[Path, Path] = {}
+    scans_of: dict[Path, list[Path]] = {}
     for scan in sorted(path for path in arguments.watch.iterdir() if not path.name.startswith(".")):
-        mask = arguments.out / f"{stem_of(scan)}.{arguments.format or 'vtk'}"
-        if (other := owners.setdefault(mask, scan)) != scan:
+        scans_of.setdefault(arguments.out / f"{stem_of(scan)}.{arguments.format or 'vtk'}", []).append(scan)
+    owners = {mask: scans[0] if len(scans) == 1 else _owner(mask, scans) for mask, scans in scans_of.items()}
+    for mask, scan in ((mask, scan) for mask, scans in scans_of.items() for scan in scans):
+        if (other := owners[mask]) != scan:
             if scan not in settling:  # told once
                 settling[scan] = (None, now)
                 print(f"serving.client: Expected scans of different names, received {scan.name}, whose mask would be"
@@ -280,6 +282,17 @@ def _settled(
             settling[scan] = (mark, now)
         elif mark is not None and now - settling[scan][1] >= SETTLED_S:
             yield scan, mask, mark
+
+
+def _owner(mask: Path, scans: Sequence[Path]) -> Path:
+    """Of several scans that would have one mask the one whose answer is there, or else the first."""
+    for path in (_result_of(mask), _failure_of(mask)):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            said = json.loads(path.read_bytes())
+            names = [scan for scan in scans if isinstance(said, dict) and said.get("scan") == str(scan)]
+            if names:
+                return names[0]
+    return scans[0]
 
 
 def _segment_dropped(

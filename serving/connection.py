@@ -461,6 +461,7 @@ class Client:
                 offset, until, lost = message.offset, message.until, False
             elif isinstance(message, protocol.Accepted):
                 until, lost = max(until, message.until), message.offset < offset
+                offset = max(offset, message.offset)  # ahead where another connection sends the same scan
             elif isinstance(message, protocol.Credit):
                 until = max(until, message.until)
             elif isinstance(message, protocol.Stored | protocol.Progress | protocol.Done):

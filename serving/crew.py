@@ -198,10 +198,14 @@ class Crew:
     def _refusal(self, worker: Worker) -> str | None:
         """Why a worker of the coming generation may not take over, if so.
 
-        At the start a model that fails costs that model alone. Later it must not take the place of one that works.
+        At the start a model that fails costs that model alone. Later it must not take the place of one that works;
+        a version that is lacking already does not, and keeps no other from being changed.
         """
-        may_lack_some = self.serving is None and worker.served
-        return worker.failed[0].text if worker.failed and not may_lack_some else None
+        failed = list(worker.failed)
+        if worker.served:
+            lacking = {(one.model, one.version) for one in self.lacking}
+            failed = [one for one in failed if self.serving and (one.model, one.version) not in lacking]
+        return failed[0].text if failed else None
 
     def reject(self, why: str) -> None:
         """Gives up the coming generation; what is served stays."""

@@ -211,12 +211,12 @@ class Handlers:
     def _check_comes_in(self, own: Sequence[Job], now: float) -> None:
         """Whether one more of an owner, who has these jobs, may be uploaded."""
         limits, coming_in = self.config.limits, self.jobs.receiving(now)
-        if self.jobs.queued >= limits.queue or len(coming_in) >= limits.uploads:
-            raise self._busy(
-                f"The server is busy: {self.jobs.queued} scans wait, {len(coming_in)} come in; try again later."
-            )
+        lacking = {entry.served for entry in self.workers.lacking}  # what waits for those holds nobody up
+        queued = self.jobs.queued(but=lacking)
+        if queued >= limits.queue or len(coming_in) >= limits.uploads:
+            raise self._busy(f"The server is busy: {queued} scans wait, {len(coming_in)} come in; try again later.")
         if self.secure:
-            self._check_share(own, coming_in)
+            self._check_share([job for job in own if job.model not in lacking or job in coming_in], coming_in)
 
     def _check_room(self, wanted_bytes: int, now: float) -> None:
         """OSError ENOSPC where the spool has no room for so many bytes beside what is coming already."""

@@ -189,10 +189,9 @@ class JobTable:
 
     # ---- how many
 
-    @property
-    def queued(self) -> int:
-        """How many are still to be segmented."""
-        return len(self._lines[0]) + self._unpacking + len(self._lines[1])
+    def queued(self, but: Container[protocol.Model] = ()) -> int:
+        """How many are still to be segmented, not counting those that wait for some versions."""
+        return self.waiting(0, but) + self._unpacking + self.waiting(1, but)
 
     @property
     def _unpacking(self) -> int:

@@ -142,6 +142,8 @@ def test_icc_and_concordance_by_the_analysis_of_variance():
 def test_coefficients_at_their_ends():
     assert concordance(WRIGHT, WRIGHT) == icc_a1(WRIGHT, WRIGHT) == 1.0
     assert concordance([1, 1, 1], [1, 1, 1]) is None and icc_a1([2, 2], [2, 2]) is None
+    assert icc_a1([5, 6], [6, 5]) is None  # 0 less 1 over 0
+    json.dumps(agreement([5, 6], [6, 5]), allow_nan=False)
     mirrored = [-value for value in (-1.0, 0.0, 1.0)]
     assert concordance([-1.0, 0.0, 1.0], mirrored) == pytest.approx(-1.0)
     found = agreement(WRIGHT, WRIGHT)

@@ -48,6 +48,11 @@ def test_what_one_run_alone_has_is_counted_and_told(tmp_path, capsys):
     assert "liver, 95 % Hausdorff distance (mm): 1 scans have it in the first alone" in capsys.readouterr().out
     found = {result["measure"]: result for result in compare.compare(second, first)}
     assert [found["hausdorff_95_mm"][key] for key in ("only_first", "only_second", "n")] == [0, 1, 2]
+    (second / "patients.csv").write_text(table.replace(",5.0,", ",,"))  # a run that misses every liver
+    assert compare.main([str(first), str(second), "--json", str(tmp_path / "found.json")]) == 0
+    assert "liver, 95 % Hausdorff distance (mm): 3 scans have it in the first alone" in capsys.readouterr().out
+    (none,) = (each for each in json.loads((tmp_path / "found.json").read_text()) if not each["n"])
+    assert (none["measure"], none["only_first"]) == ("hausdorff_95_mm", 3)
 
 
 @pytest.mark.parametrize(("change", "word"), [(("0.9", "nan"), "nan"), (("liver,0.9,,1", "liver,0.9,,inf"), "inf")])

@@ -739,6 +739,16 @@ def test_a_zip_is_read_as_its_folder_would_be_and_leaves_nothing_behind(tmp_path
     assert not list((tmp_path / "temporary").iterdir())
 
 
+def test_a_full_place_to_unpack_in_is_no_fault_of_the_scan(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = zipped(tmp_path / "scan.zip", members_of(tmp_path, [slice_of(index) for index in range(3)]))
+    monkeypatch.setattr(archive, "_copy", full)
+    with pytest.raises(OSError, match="No space left"):
+        read_volume(path)
+
+
 def test_errors_in_a_zip_name_the_member_and_names_lead_nowhere(tmp_path):
     members = members_of(tmp_path, [slice_of(index) for index in range(3)])
     first = min(members)
@@ -746,6 +756,11 @@ def test_errors_in_a_zip_name_the_member_and_names_lead_nowhere(tmp_path):
     code, sentence = error_of(read_volume, zipped(tmp_path / "scan.zip", cut))
     assert code == "INPUT_TRUNCATED"
     assert f"scan.zip/{first.rpartition('/')[2]}" in sentence
+    # Members that are named as those before them are unpacked.
+    late = {f"{number:06d}.dcm": content for number, content in enumerate(cut.values(), start=2)}
+    named = f"{list(cut).index(first) + 2:06d}.dcm"
+    _, sentence = error_of(read_volume, zipped(tmp_path / "late.zip", late))
+    assert f"late.zip/{named}" in sentence
     evil = {f"../../{tmp_path.name}_out/{number}": content for number, content in enumerate(members.values())}
     assert read_volume(zipped(tmp_path / "evil.zip", evil)).shape[0] == 3
     assert not (tmp_path.parent / f"{tmp_path.name}_out").exists()

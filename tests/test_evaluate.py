@@ -53,7 +53,10 @@ def report(tmp_path, monkeypatch):
     scans = [
         SimpleNamespace(
             patient=patient, study=study, shift=shift,
-            card=SimpleNamespace(name=dataset, scanner=scanner, kind="intensity", modality="MR"),
+            card=SimpleNamespace(
+                name=dataset, scanner=scanner, kind="intensity", modality="MR",
+                source={"name": dataset, "citation": "made up", "licence": "none", "card_sha256": "cd" * 32},
+            ),
         )
         for (dataset, patient, study, scanner, _), shift in zip(SCANS, shifts, strict=True)
     ]  # fmt: skip
@@ -86,6 +89,15 @@ def test_every_scan_and_class_has_a_row_and_every_scan_a_picture_of_its_own(repo
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count('class="card') == len(SCANS)
     assert len(list(folder.glob("overlay_GE_MR_1.5T*.png"))) == 3  # a scanner's name is no path
+
+
+def test_what_else_lies_in_a_run_s_report_is_not_deleted_with_the_old_one(report):
+    folder, _, _ = report()
+    report()  # is replaced
+    (folder / "notes.xlsx").write_text("of a reader")
+    with pytest.raises(InputError, match=r"received .*report with notes\.xlsx in it"):
+        report()
+    assert (folder / "notes.xlsx").read_text() == "of a reader"
 
 
 def test_numbers_by_hand_for_each_class(report):
@@ -178,7 +190,7 @@ def test_a_report_replaces_nothing_but_a_report(tmp_path, what):
             (out / "mine.txt").write_text("mine")
         if what != "other files":
             (out / "report.html").write_text("x")
-    with pytest.raises(InputError, match="Expected --out to be"):
+    with pytest.raises(InputError, match=r"Expected a (new folder|folder for the report)"):
         evaluate._check_output(out, None)
 
 
@@ -186,7 +198,7 @@ def test_a_report_replaces_nothing_but_a_report(tmp_path, what):
 def test_a_report_needs_a_folder_with_a_name(tmp_path, monkeypatch, out):
     (tmp_path / "here/below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here/below")
-    with pytest.raises(InputError, match="Expected --out to be"):
+    with pytest.raises(InputError, match=r"Expected a (new folder|folder for the report)"):
         evaluate._check_output(Path(out), None)
 
 
@@ -258,6 +270,15 @@ def study(tmp_path, monkeypatch):
         evaluate.quality, "fit", lambda found, dice, patients, original: fitted.append((dice, patients)) or {"fit": 1}
     )
     return evaluate.Study(tmp_path, "test", scans, Network(), {}), scans, fitted
+
+
+def test_validation_scans_that_are_gone_are_told_with_what_they_are_for(study, monkeypatch):
+    def gone(*_):
+        raise InputError("NOT_FOUND", "Expected scans, received none of p1.")
+
+    monkeypatch.setattr(evaluate, "split_scans", gone)
+    with pytest.raises(InputError, match=r"received none of p1, on which .* \(--no-quality leaves it out\)\.$"):
+        evaluate.calibrate(study[0], evaluate.Options())
 
 
 def test_the_calibration_is_fitted_once_for_its_weights_scans_and_postprocessing(study):

@@ -13,6 +13,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import dicom_files
 import nibabel
 import numpy as np
 import pytest
@@ -760,7 +761,10 @@ def test_fat_that_noise_hides_and_fat_that_folds_are_flagged(fat_model, tmp_path
     assert f"liver: {100 * share:.0f} % of its voxels have no more signal than noise" in flags_of(hidden)
     sum_of, difference = water.voxels.astype(np.int32) + fat.voxels, np.abs(water.voxels.astype(np.int32) - fat.voxels)
     folded = waterfat.from_in_opposed_phase(water.with_voxels(sum_of), water.with_voxels(difference))
-    assert "fold at 50 %" in flags_of(folded)
+    assert "fold at 50 %" in flags_of(folded) and "count as 0 %" not in flags_of(folded)
+    lean = np.where(inside & (np.indices(water.shape)[2] % 4 == 0), sum_of + 9, difference)  # decay outweighs fat
+    clipped = waterfat.from_in_opposed_phase(water.with_voxels(sum_of), water.with_voxels(lean))
+    assert "or less fat than noise and count as 0 %" in flags_of(clipped)
     segmenter.info["provenance"] = {"datasets": [{"name": "own", "images": "in_phase, opposed_phase"}]}
     assert "fold at 50 %" not in flags_of(folded)
 
@@ -779,6 +783,12 @@ def test_a_fat_fraction_in_another_unit_gets_the_answer_of_the_same_in_percent(f
     capsys.readouterr()
     assert run_predict("--model", fat_model, tmp_path / "odd.nii.gz", "-o", tmp_path / "no.vtk") == 2
     assert "odd.nii.gz" in capsys.readouterr().err and not (tmp_path / "no.vtk").exists()
+    # A folder with water and fat has a fraction in percent made of them, which no scale is of.
+    exam = dicom_files.save(tmp_path / "exam", [dicom_files.enhanced(np.eye(3), range(dicom_files.SLICES))])
+    assert run_predict("--model", fat_model, exam, "-o", tmp_path / "exam.vtk") == 0
+    capsys.readouterr()
+    assert run_predict("--model", fat_model, exam, "--scale", 0.1, "-o", tmp_path / "no.vtk") == 2
+    assert "'W' with 6 slices; 'F' with 6 slices" in capsys.readouterr().err and not (tmp_path / "no.vtk").exists()
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,25 @@ def test_an_answer_that_was_not_asked_for_is_no_place_to_go_back_to(tmp_path: Pa
     assert [chunk.offset for chunk in server.all(protocol.Chunk)] == list(range(0, 10 * CHUNK, CHUNK))
 
 
+def test_what_another_connection_sends_of_the_same_scan_is_not_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "ASK_S", 0.05)
+
+    def script(message: Any) -> list[Any] | None:
+        if isinstance(message, protocol.Submit):
+            key = server.answers(message)[0].job
+            return [protocol.Accepted(key, 0, 0)]  # its credit is the other connection's
+        if isinstance(message, protocol.Status) and (job := server.jobs[message.job]).offset < job.submit.bytes:
+            job.offset = min(job.submit.bytes, job.offset + 2 * CHUNK)
+            return server.ready(message.job) or [protocol.Accepted(message.job, job.offset, job.offset)]
+        return None
+
+    with Scripted(script) as server:
+        expect_done(segment(server.endpoint, scan_of(tmp_path, 10 * CHUNK), tmp_path / "out.vtk"), tmp_path / "out.vtk")
+        assert server.all(protocol.Chunk) == []
+
+
 def test_a_chunk_that_the_server_did_not_get_is_sent_again(tmp_path: Path) -> None:
     lost = []
 
@@ -892,6 +911,18 @@ def test_of_two_watched_scans_with_one_mask_the_second_is_told_and_left(tmp_path
             until((out / f"{name}.vtk.result.json").exists, "it is done")
         until(lambda: "one.nrrd" in (tmp_path / "told").read_text(), "the other one is told")
         assert [submit.name for submit in server.all(protocol.Submit)].count("one.nrrd") == 0
+
+
+def test_a_watched_scan_that_comes_later_takes_no_other_one_s_mask(tmp_path: Path, incoming: Path) -> None:
+    out = tmp_path / "masks"
+    scan_of(incoming, 100, "one.nrrd")
+    with Scripted() as server, command(server, tmp_path, "--watch", incoming, "-o", out):
+        until((out / "one.vtk.result.json").exists, "it is done")
+        scan_of(incoming, 100, "one.nii.gz")  # before it in the alphabet
+        until(lambda: "one.nii.gz" in (tmp_path / "told").read_text(), "the other one is told")
+        scan_of(incoming, 100, "two.nii.gz")
+        until((out / "two.vtk.result.json").exists, "it was looked again")
+        assert [submit.name for submit in server.all(protocol.Submit)] == ["one.nrrd", "two.nii.gz"]
 
 
 def test_a_watched_folder_that_goes_away_is_looked_for_until_it_is_back(tmp_path: Path, incoming: Path) -> None:

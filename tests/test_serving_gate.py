@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from serving_fixtures import LIMIT_S, STUCK, BrightVoxels, is_alive, make_models, make_version, running, state_of, until
@@ -330,6 +331,28 @@ def test_scans_of_a_model_that_cannot_be_loaded_wait_for_it_and_hold_up_no_other
             assert server.runs(one.name).count(1) == 0
 
 
+def test_a_model_that_cannot_be_loaded_keeps_no_other_from_being_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gate(tmp_path, ("sleep", "1000")) as one:
+        one._follow_lists()
+        coming = one.workers.coming
+        assert coming is not None
+        lost, other = catalogue.Entry("dark", 1, "ab" * 32, "2026-11-28"), coming.entries[0]
+        told = [protocol.Unable(each.model, each.version, "MODEL_UNAVAILABLE", each.model) for each in (lost, other)]
+        worker = crew.Worker(b"w", cast(Any, None), crew.SEGMENT, coming.number, 0, 0.0, 0.0)
+        worker.served, worker.failed = (other.served,), told[:1]
+        assert one.workers._refusal(worker) is None  # at the start
+        one.workers.serving = crew.Generation(0, coming.entries)
+        assert one.workers._refusal(worker) == "dark"  # it would take the place of one that works
+        monkeypatch.setattr(crew.Crew, "lacking", (lost,))
+        assert one.workers._refusal(worker) is None
+        worker.failed = told
+        assert one.workers._refusal(worker) == other.model
+        worker.served, worker.failed = (), told[:1]
+        assert one.workers._refusal(worker) == "dark"
+
+
 def test_a_scan_waits_for_a_model_that_cannot_be_loaded_as_long_as_it_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +368,13 @@ def test_a_scan_waits_for_a_model_that_cannot_be_loaded_as_long_as_it_said(
         job.losses, one.was_ready = 1, True
         one._expire(submit.deadline_ms / 1000 - 1.0)
         assert (job.state, one.jobs.waiting(0), one.jobs.waiting(0, but={entry.served})) == (State.WAITING, 1, 0)
+        limits = one.config.limits.model_copy(update={"queue": 1})
+        monkeypatch.setattr(one.handlers, "config", one.config.model_copy(update={"limits": limits}))
+        one.handlers._check_comes_in([job], 0.0)  # it holds nobody up
+        monkeypatch.setattr(crew.Crew, "lacking", ())
+        with pytest.raises(Refusal, match="1 scans wait"):
+            one.handlers._check_comes_in([job], 0.0)
+        monkeypatch.setattr(crew.Crew, "lacking", (entry,))
         one._expire(submit.deadline_ms / 1000 + 1.0)
         assert job.error is not None and job.error.code == "EXPIRED"
         assert "Expected bright/3 to be loaded in time for scan.nii.gz" in job.error.text

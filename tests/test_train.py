@@ -195,6 +195,19 @@ def test_evaluation_measures_the_test_patients_on_their_own_grids(trained, study
         assert part["volume_ml"]["bias"] == pytest.approx(errors[number], abs=0.01)
 
 
+def test_a_card_that_changed_since_training_is_refused_for_its_classes_and_shown_otherwise(trained, in_study, capsys):
+    try:
+        write_card(in_study, "a", labels={"tumour": [7]})
+        assert evaluate.main(["--run", str(trained), "--no-quality"]) == 2
+        assert "organ, received volume with background, tumour in cards/a.yaml" in capsys.readouterr().err
+        write_card(in_study, "a", labels={"organ": [7, 8]})
+        assert evaluate.main(["--run", str(trained), "--no-quality"]) == 0
+    finally:
+        write_card(in_study, "a")
+    page = (trained / "report/report.html").read_text()
+    assert "dataset set_a" in page and "measured on set_a" in page and "measured on set_b" not in page
+
+
 def test_a_scan_that_training_saw_is_not_measured_on_under_another_name(trained, in_study, capsys):
     known = json.loads((trained / "manifest.json").read_text())["split"]["train"][0]
     patient = in_study / "raw/renamed/r-001"

@@ -1,5 +1,6 @@
 """Legacy .vtk and .vti in and out, against VTK's own readers and writers and SimpleITK."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ from vtkmodules.vtkCommonDataModel import vtkImageData
 from vtkmodules.vtkIOLegacy import vtkStructuredPointsReader, vtkStructuredPointsWriter
 from vtkmodules.vtkIOXML import vtkXMLImageDataReader, vtkXMLImageDataWriter
 
+from lvseg import formats
 from lvseg.errors import InputError
 from lvseg.formats import read_volume, write_volume
 from lvseg.volume import Volume
@@ -125,6 +127,27 @@ def test_an_old_sidecar_does_not_stay_beside_an_aligned_file(tmp_path):
     write_volume(tilted(), tmp_path / "liver.vtk")
     assert write_volume(volume(), tmp_path / "liver.vtk") == [tmp_path / "liver.vtk"]
     assert [path.name for path in tmp_path.iterdir()] == ["liver.vtk"]
+
+
+def test_an_oblique_file_keeps_its_sidecar_until_the_aligned_one_is_whole(tmp_path, monkeypatch):
+    files = write_volume(tilted(), tmp_path / "liver.vtk")
+    before = [path.read_bytes() for path in files]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(formats.vtk, "write", full)
+    monkeypatch.setitem(formats.FORMATS, ".vtk", (formats.vtk.read, full))
+    with pytest.raises(OSError, match="No space"):
+        write_volume(volume(), tmp_path / "liver.vtk")
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_a_user_s_own_file_of_the_sidecar_s_name_is_not_written_over(tmp_path):
+    (tmp_path / "liver.vtk.json").write_text('{"volume_ml": 1500}')
+    with pytest.raises(InputError, match=r"received another file .*liver\.vtk\.json"):
+        write_volume(tilted(), tmp_path / "liver.vtk")
+    assert [path.name for path in tmp_path.iterdir()] == ["liver.vtk.json"]
 
 
 @pytest.mark.parametrize(

@@ -721,6 +721,17 @@ def test_the_command_writes_the_fraction_and_its_provenance(files, tmp_path, cap
     assert run("--in-phase", files["water"], "--opposed-phase", files["fat"], "-o", again) == 0
 
 
+def test_a_series_whose_two_units_contradict_each_other_is_refused():
+    values = np.linspace(0, 40, 4 * 20 * 20).reshape(4, 20, 20).astype(np.float32)
+    for stated, found in (({"units": "mm2/s", "rescale_type": "PCT"}, "unit 'pct'"),
+                          ({"units": "%", "rescale_type": "PCT"}, "unit '%'")):  # fmt: skip
+        provenance = from_series(Volume(values, np.eye(4), metadata=stated)).metadata["fat_fraction"]
+        assert provenance["scale"]["from"] == found
+    with pytest.raises(InputError, match="Expected one unit, received '%' and 'fraction'") as error:
+        from_series(Volume(values, np.eye(4), metadata={"units": "%", "rescale_type": "fraction"}))
+    assert error.value.code == "UNKNOWN_SCALE"
+
+
 def test_help_shows_an_example(capsys):
     with pytest.raises(SystemExit) as stopped:
         run("--help")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -99,10 +101,12 @@ def write_volume(volume: Volume, path: Path) -> list[Path]:
         raise InputError("UNSUPPORTED_FORMAT", f"Expected a file to write that ends in {valid}, received {path}.")
     sidecar = vtk.sidecar_path(path) if writer is vtk.write else None
     needs_sidecar = sidecar is not None and volume.is_oblique
-    if sidecar is not None and not needs_sidecar and vtk.is_sidecar(sidecar):
-        sidecar.unlink()  # one left by an earlier, oblique file would give this one wrong directions
+    if sidecar is not None and needs_sidecar and os.path.lexists(sidecar) and not vtk.is_sidecar(sidecar):
+        raise InputError("BAD_OUTPUT", f"Expected a place for the geometry of {path}, received another file {sidecar}.")
     with atomic(path) as temporary:
         writer(volume, temporary)
+        if sidecar is not None and not needs_sidecar and vtk.is_sidecar(sidecar):
+            sidecar.unlink()  # one left by an earlier, oblique file would give this one wrong directions
         if sidecar is not None and needs_sidecar:
             with atomic(sidecar) as temporary_sidecar:
                 vtk.write_sidecar(volume, temporary_sidecar)
@@ -177,6 +181,11 @@ def _read(path: Path | str | Sequence[Path | str], series: str | None, on: Volum
     try:
         volume = _read_one(files[0], series, on) if isinstance(path, str | Path) else dicom.read(files, series, on)
     except OSError as error:
+        if error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+        ):  # the place where a zip is unpacked, which is no fault of the scan
+            raise
         raise InputError(
             "NOT_READABLE", f"Expected a readable scan, received '{error.strerror}' from {files[0]}."
         ) from error

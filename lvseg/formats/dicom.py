@@ -14,6 +14,7 @@ deeper than FOLDERS_DEEP, might hold slices too, and are refused.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -112,8 +113,9 @@ def _read_zip(path: Path, series: str | None, on: Volume | None) -> Volume:
             return _read_files(files, path, series, on, names)
         except InputError as error:
             sentence = error.sentence.replace(str(folder), str(path))
-            for name, member in names.items():
-                sentence = sentence.replace(name, "".join(c if c.isprintable() else "_" for c in member))
+            shown = {name: "".join(c if c.isprintable() else "_" for c in own) for name, own in names.items()}
+            unpacked = "|".join(map(re.escape, shown)) or "(?!)"
+            sentence = re.sub(unpacked, lambda found: shown[found[0]], sentence)  # at once: a member may be named alike
             raise InputError(error.code, sentence) from error
 
 
