@@ -8,7 +8,7 @@ A short training on the new study's segmented patients, half of every batch repl
 trained on, so that it keeps what it knew. Of four patients or more some are left out and decide when it ends, unless
 only one of them is new; otherwise the patients themselves do. Without segmented patients the model's own masks of
 unlabelled scans, where they can be trusted, take their place. All patients of the new study's cards are used, unless
---patients names some; test patients of the model's own training are never read.
+--patients names some; test patients of the model's own training are neither learned from nor checked on.
 """
 
 from __future__ import annotations

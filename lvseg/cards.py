@@ -334,11 +334,19 @@ def read_image(scan: Scan) -> Volume:
         ``kind: fat_fraction``.
 
     Raises:
-        InputError: what the formats and `lvseg.waterfat` say.
+        InputError: what the formats and `lvseg.waterfat` say; BAD_CONFIG where a file says MR or CT and the card the
+            other, by which training and evaluation would window it.
     """
     from lvseg.formats import read_volume
 
     volumes = {key: read_volume(path, scan.card.series_of(key)) for key, path in scan.images.items()}
+    for key, volume in volumes.items():
+        if volume.metadata.get("modality") in {"MR", "CT"} - {scan.card.modality}:
+            raise InputError(
+                "BAD_CONFIG",
+                f"Expected scans of the modality of the card {scan.card.name}, {scan.card.modality}, received"
+                f" {volume.metadata['modality']} in {scan.images[key]}.",
+            )
     if scan.card.kind == "intensity":
         return volumes["image"]
     from lvseg import waterfat

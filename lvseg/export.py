@@ -23,12 +23,14 @@ import tensorflow as tf
 
 from lvseg import command, preprocess, quality
 from lvseg.errors import InputError, RunError
+from lvseg.keys import read_json
 from lvseg.optimiser import tf_variable
 from lvseg.postprocess import STEPS
 from lvseg.predict import (
     VERSION,
     Segmenter,
     check_holds_versions,
+    check_weights,
     damaged,
     newest_version,
     shipped_model,
@@ -236,12 +238,15 @@ def weights(folder: Path) -> list[np.ndarray[Any, Any]]:
     """The weights of the one network in a SavedModel that `export_model` wrote, in the order of the network's own.
 
     Raises:
-        InputError: MODEL_UNAVAILABLE for one that is incomplete or damaged.
+        InputError: MODEL_UNAVAILABLE for one that is incomplete or damaged, or has other weights than its model.json.
     """
     try:
-        return [variable.numpy() for variable in tf.saved_model.load(str(folder)).variables]
+        found = [variable.numpy() for variable in tf.saved_model.load(str(folder)).variables]
+        own = weights_sha256(folder)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, tf.errors.OpError) as error:
         raise damaged(folder, error) from error
+    check_weights(own, read_json(folder / "model.json"), folder)
+    return found
 
 
 def write_version(out: Path, write: Callable[[Path], object]) -> Path:

@@ -182,14 +182,10 @@ class Segmenter:
             self.loaded = tf.saved_model.load(str(folder))
             signatures = self.loaded.signatures
             self._prepare, self.infer, self._restore = (signatures[name] for name in ("prepare", "infer", "restore"))
-            is_own = weights_sha256(folder) == self.info["weights_sha256"]
+            found = weights_sha256(folder)
         except (OSError, ValueError, TypeError, LookupError, tf.errors.OpError) as error:
             raise damaged(folder, error) from error
-        if not is_own:
-            raise InputError(
-                "MODEL_UNAVAILABLE",
-                f"Expected the weights that model.json names by weights_sha256, received others in {folder}.",
-            )
+        check_weights(found, self.info, folder)
         self.info.setdefault("version", version_of(folder))
 
     @property
@@ -374,6 +370,15 @@ def weights_sha256(folder: Path) -> str:
     for path in sorted((folder / "variables").iterdir()):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def check_weights(found: str, info: Mapping[str, Any], folder: Path) -> None:
+    """InputError MODEL_UNAVAILABLE for weights, by their sha256, that are not those of their model.json."""
+    if found != info["weights_sha256"]:
+        raise InputError(
+            "MODEL_UNAVAILABLE",
+            f"Expected the weights that model.json names by weights_sha256, received others in {folder}.",
+        )
 
 
 def intensities(scan: Volume) -> Array:

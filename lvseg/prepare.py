@@ -36,7 +36,7 @@ from lvseg.volume import Volume, as_float32
 from lvseg.workers import Engine
 
 # Raise when what is written into a shard changes, so that old shards are not taken for new ones.
-SHARD_FORMAT = 4
+SHARD_FORMAT = 5
 MANIFEST = "manifest.json"
 PACKAGES = ("lvseg", "tensorflow", "numpy", "nibabel", "pydicom", "highdicom", "SimpleITK", "vtk")
 # Of a scan's metadata, what is kept with the shard; nothing that names a person.

@@ -46,7 +46,8 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], engine: Engi
     """Yields function(item) for every item, in order.
 
     Every process but the calling one computes with a single thread, so that as many processes as cores do not get into
-    each other's way, and keeps what it imported from one item to the next.
+    each other's way, and without a GPU, whose memory the first of them would take for minutes. It keeps what it
+    imported from one item to the next.
 
     Args:
         function: of a module, so that other processes can import it.
@@ -85,6 +86,7 @@ def _process() -> tuple[str, int]:
 def _call(function: Callable[[Any], Any], item: Any, caller: tuple[str, int]) -> Any:
     if _process() != caller:
         single_thread()
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     return function(item)
 
 

@@ -111,11 +111,16 @@ def test_the_new_version_says_where_it_comes_from_and_whom_it_has_seen(trained, 
         evaluate_run(trained, "test", model=versions / "1", out=new_study / "other", cards=[Path("cards/c.yaml")])
 
 
-def test_the_weights_come_back_from_a_saved_model(trained):
+def test_the_weights_come_back_from_a_saved_model_if_they_are_its_own(trained, tmp_path):
     with np.load(next((trained / "checkpoints").glob("best-*.npz"))) as best:
         kept = [best[name] for name in sorted(best.files)]
     for one, other in zip(weights(trained / "model"), kept, strict=True):
         np.testing.assert_array_equal(one, other)
+    mixed = Path(shutil.copytree(trained / "model", tmp_path / "mixed"))  # as an interrupted copy of two versions
+    card = json.loads((mixed / "model.json").read_text())
+    (mixed / "model.json").write_text(json.dumps({**card, "weights_sha256": "ab" * 32}))
+    with pytest.raises(InputError, match="weights that model"):
+        weights(mixed)
 
 
 def test_the_same_seed_adapts_alike(trained, new_study, monkeypatch, tmp_path):

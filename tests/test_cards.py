@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import dataset_trees as trees
+import dicom_files
 import nibabel
 import numpy as np
 import pytest
@@ -34,6 +35,20 @@ def shipped(name: str, folder: Path) -> Path:
     """The project's card in a data folder of the test's own."""
     folder.mkdir(exist_ok=True)
     return Path(shutil.copy(ROOT / f"data/{name}.yaml", folder))
+
+
+@pytest.mark.parametrize(("modality", "other"), [("MR", "CT"), ("CT", "MR")])
+def test_a_scan_whose_file_says_another_modality_than_its_card_is_refused(tmp_path, modality, other):
+    """By the card's it is windowed in training, by the file's in use."""
+    series = dicom_files.save(tmp_path / "raw/p1/image", dicom_files.series(np.eye(3), Modality=other))
+    path = write_card(tmp_path, "own", root="../raw", image="{patient}/image", modality=modality)
+    (tmp_path / "raw/p1/organs.nii.gz").write_bytes(b"")
+    (one,) = find_scans(*load_card(path))
+    with pytest.raises(InputError, match=f"of the card set_own, {modality}, received {other} in .*p1/image") as error:
+        read_image(one)
+    assert error.value.code == "BAD_CONFIG"
+    dicom_files.save(series, dicom_files.series(np.eye(3), Modality=modality))
+    assert read_image(one).metadata["modality"] == modality
 
 
 @pytest.mark.parametrize("name", PUBLIC)

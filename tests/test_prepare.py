@@ -638,9 +638,9 @@ def test_check_without_shards_says_so(own_study):
     assert error.value.code == "NOT_FOUND"
 
 
-def test_workers_compute_with_one_thread_each_and_answer_in_order():
-    names = ["TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "NO_SUCH_VARIABLE"] * 4
-    assert list(workers.each(os.getenv, names, Engine(jobs=2))) == ["1", "1", None] * 4
+def test_workers_compute_with_one_thread_each_and_no_gpu_and_answer_in_order():
+    names = ["TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "CUDA_VISIBLE_DEVICES", "NO_SUCH_VARIABLE"] * 4
+    assert list(workers.each(os.getenv, names, Engine(jobs=2))) == ["1", "1", "-1", None] * 4
     assert list(workers.each(os.getenv, [], Engine(jobs=2))) == []
 
 
