@@ -181,10 +181,7 @@ def _read(path: Path | str | Sequence[Path | str], series: str | None, on: Volum
     try:
         volume = _read_one(files[0], series, on) if isinstance(path, str | Path) else dicom.read(files, series, on)
     except OSError as error:
-        if error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-        ):  # the place where a zip is unpacked, which is no fault of the scan
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # where a zip is unpacked: no fault of the scan
             raise
         raise InputError(
             "NOT_READABLE", f"Expected a readable scan, received '{error.strerror}' from {files[0]}."
