@@ -201,11 +201,10 @@ class Crew:
         At the start a model that fails costs that model alone. Later it must not take the place of one that works;
         a version that is lacking already does not, and keeps no other from being changed.
         """
-        failed = list(worker.failed)
-        if worker.served:
-            lacking = {(one.model, one.version) for one in self.lacking}
-            failed = [one for one in failed if self.serving and (one.model, one.version) not in lacking]
-        return failed[0].text if failed else None
+        if worker.served and self.serving is None:
+            return None
+        lacking = {(one.model, one.version) for one in self.lacking} if worker.served else set()
+        return next((one.text for one in worker.failed if (one.model, one.version) not in lacking), None)
 
     def reject(self, why: str) -> None:
         """Gives up the coming generation; what is served stays."""
